@@ -1,0 +1,554 @@
+"""One policy, two roles: load it, let it propose, let it solve, and update it with TRR++.
+
+    load_policy   base model (4-bit on a GPU) + LoRA
+    generate      sampled token ids, the prompt's cache shared by all samples of a prompt
+    propose       Algorithm 1, lines 3–12: new tasks, validated, with their learnability
+    solve         Algorithm 1, lines 13–16: answers, judged
+    trr_update    Algorithm 1, line 18: one clipped policy-gradient step over all rollouts
+
+Tensors carry their axes as a suffix: B rows of a (micro-)batch, P prompt tokens, T prompt and
+response tokens, N response tokens of all rows laid end to end, D hidden width, V vocabulary.
+`logps_N` is one logprob for each trained token.
+
+Token ids are stored when they are sampled and never made again from text: what is trained is exactly
+what was sampled.
+"""
+
+import contextlib
+import logging
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed;
+# the other is transformers warning of its own property
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
+                          GenerationConfig)
+
+from rewards import composite_reward, is_correct, learnability
+from tasks import (CHAT_FRAME, FRAME, THINK, Task, parse_answer, parse_proposal, propose_prompt,
+                   solve_prompt, within_limits)
+
+TINY = Path(__file__).resolve().parent / "tiny"
+ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta-Llama": "meta-llama", "gemma": "google"}
+
+
+class UsageError(ValueError):
+    """Something the user can put right; the command lines print it as one line and exit with 2."""
+
+
+@dataclass
+class Rollout:
+    """One prompt, one sampled response, and what became of it."""
+
+    role: str                       # propose | solve
+    type: str                       # deduction | abduction | induction
+    prompt_ids: list
+    response_ids: list              # ends with the end token or the token that closes </answer>
+    response: str                   # the same as text
+    prompt: str = ""
+    truncated: bool = False         # ran into the response limit
+    well_formed: bool = False
+    verdict: str = ""               # correct, wrong, malformed, valid, repeat, or why invalid
+    task: Task | None = None      # what was solved, or what a valid proposal became
+    solve_rate: float | None = None  # of a new task: share of the n estimates that were correct
+    reward: float = 0.0             # eq. 6
+    advantage: float = 0.0          # eq. 8
+    estimate: bool = False          # one of the n rollouts that estimate learnability
+    references: list = field(default_factory=list)  # programs that a proposer was shown
+
+
+# --- the policy -----------------------------------------------------------------------------------
+
+@dataclass
+class Policy:
+    """A causal LM, its tokenizer, and the few facts in which model families differ."""
+
+    model: torch.nn.Module   # the PeftModel, or the bare model when everything is trained
+    causal: torch.nn.Module  # the transformers model inside: generate, backbone and head
+    tokenizer: object
+    end_ids: frozenset       # every token that ends a response (instruct models have several)
+    pad_id: int              # never trained or attended to: masks come from lengths, not from ids
+    chat: bool               # whether prompts go through the chat template
+    rows: int = 0            # rows generated at once; 0: from free memory
+    clock: Counter = field(default_factory=Counter)  # seconds by phase, and tokens sampled
+
+    @property
+    def device(self):
+        return self.causal.device
+
+    def encode(self, question):
+        """A question as token ids, framed for a base or an instruct model, with <think> opened."""
+        if not self.chat:
+            return self.tokenizer(FRAME.replace("{question}", question)).input_ids
+        turn = [{"role": "user", "content": CHAT_FRAME.replace("{question}", question)}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        if not text.rstrip().endswith(THINK):  # some templates open the thought themselves
+            text += THINK
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False,
+                                     clean_up_tokenization_spaces=False)
+
+    def text(self, response_ids):
+        """A response as text, without the end token."""
+        return self.decode([i for i in response_ids if i not in self.end_ids])
+
+    @contextlib.contextmanager
+    def timed(self, phase):
+        """Adds the seconds spent inside to clock[phase]."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[phase] += time.perf_counter() - start
+
+    def trainable(self):
+        """{name: parameter} of all that the update changes."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def resolve_model(name):
+    """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B'; 'tiny' → the shipped folder; paths and full names as they are."""
+    if name == "tiny":
+        return str(TINY)
+    if "/" in name or Path(name).exists():
+        return name
+    for prefix, organisation in ORGANISATIONS.items():
+        if name.startswith(prefix):
+            return f"{organisation}/{name}"
+    return name
+
+
+def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None,
+                gradient_checkpointing=None, rows=0):
+    """Load a base model for sampling and training. → Policy
+
+    name: 'tiny', a local folder, or a Hugging Face name (see `resolve_model`).
+    quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU. dtype: 'bf16', 'fp16',
+    'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
+    adapter: a PEFT folder to start from instead of fresh LoRA weights.
+    Raises UsageError if the model cannot be had or the choices do not fit together.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    quantize = ("4bit" if on_gpu and lora_rank else "none") if quantize == "auto" else quantize
+    if quantize == "4bit" and not lora_rank and not adapter:
+        raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
+    if dtype == "auto":
+        bf16 = on_gpu and torch.cuda.is_bf16_supported()
+        dtype = ("bf16" if bf16 else "fp16") if on_gpu else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    source = resolve_model(name)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype) if quantize == "4bit" else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, quantization_config=quantization, device_map={"": device})
+    except (OSError, ValueError, KeyError) as error:  # all that transformers raises for a bad name
+        reason = next((line for line in str(error).splitlines() if line.strip()), "unknown reason")
+        raise UsageError(
+            f"cannot load the model {name!r} ({source}): {reason.strip()} Check the name and the "
+            "network, or download it elsewhere and give the folder: --model PATH") from error
+    model.eval()
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    ends.discard(None)
+    if not ends:
+        raise UsageError(f"the model {name!r} has no end token; set eos_token in its tokenizer_config.json")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
+    # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
+    peft_model = _add_lora(model, lora_rank, adapter)
+    if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
+        # active in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(peft_model, model, tokenizer, frozenset(ends), pad,
+                  chat=bool(tokenizer.chat_template), rows=rows)
+
+
+def _add_lora(model, rank, adapter):
+    if adapter:
+        try:
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
+    if not rank:
+        return model
+    # "all-linear" leaves the output head out, so tied embeddings stay tied
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
+                                            target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def base_weights(policy):
+    """A context in which the policy is the model it started from: LoRA switched off."""
+    return policy.model.disable_adapter() if policy.model is not policy.causal else contextlib.nullcontext()
+
+
+# --- sampling ----------------------------------------------------------------------------------------
+
+FIRST_SEGMENT = 16  # tokens before the batch is looked through for finished rows for the first time
+
+
+@torch.no_grad()
+def generate(policy, prompts, max_tokens, copies=1, greedy=False):
+    """Sample `copies` responses to each prompt at temperature 1, untruncated distribution.
+
+    prompts: [[id]]; → [[id]], len(prompts) · copies of them, prompt by prompt; each at most
+    max_tokens long and ended by an end token, by the token that completes `</answer>`, or by the
+    limit. greedy=True takes the likeliest token instead.
+
+    >>> generate(policy, [[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
+    [[9, 1], [8, 8, 8], [9, 9, 1], [1]]
+
+    Prompts are sorted by length and each is read once for all its copies; then the batch goes on in
+    growing segments, and finished rows leave it in between, so stragglers do not pay for the rest.
+    """
+    policy.causal.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    responses = [None] * (len(prompts) * copies)
+    while order:
+        rows = policy.rows or _rows_that_fit(policy, len(prompts[order[0]]) + max_tokens)
+        share = min(copies, rows)  # of a prompt's copies; all of them unless memory is very short
+        group, order = order[:max(1, rows // share)], order[max(1, rows // share):]
+        for first in range(0, copies, share):
+            count = min(share, copies - first)
+            decoded = _generate_group(policy, [prompts[i] for i in group], count, max_tokens, greedy)
+            for position, response in enumerate(decoded):
+                responses[group[position // count] * copies + first + position % count] = response
+    return responses
+
+
+def _generate_group(policy, prompts, copies, max_tokens, greedy):
+    width = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), width), policy.pad_id)
+    mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt):] = torch.tensor(prompt)
+        mask_BT[row, width - len(prompt):] = 1
+    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
+
+    cache = DynamicCache(config=policy.causal.config)
+    if width > 1:  # all but the last prompt token: generate reads that one itself
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
+                      position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
+    cache.batch_repeat_interleave(copies)
+    ids_BT, mask_BT = ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
+
+    responses = [None] * len(ids_BT)
+    # every sampling field explicit: none is left for a model's own configuration to fill in
+    how = {"do_sample": False} if greedy else {
+        "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    alive, length, segment = list(range(len(ids_BT))), 0, FIRST_SEGMENT
+    while alive:
+        ids_BT = policy.causal.generate(
+            ids_BT, attention_mask=mask_BT, past_key_values=cache, **how,
+            max_new_tokens=min(segment, max_tokens - length),
+            eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id)
+        fresh = ids_BT[:, width:].tolist()
+        keep = []
+        for row, (index, ids) in enumerate(zip(alive, fresh)):
+            end = _end_of(policy, ids, length)
+            if end is None and len(ids) < max_tokens:
+                keep.append(row)
+            else:
+                responses[index] = ids[:end]
+        segment, length = max(FIRST_SEGMENT, len(fresh[0]) // 4), len(fresh[0])
+        alive = [alive[row] for row in keep]
+        if alive:
+            kept = torch.tensor(keep, device=policy.device)
+            cache.batch_select_indices(kept)
+            mask_BT = torch.nn.functional.pad(mask_BT[kept], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+            ids_BT = ids_BT[kept]
+    return responses
+
+
+def _end_of(policy, ids, checked):
+    """How many tokens of `ids` belong to the response, or None while it goes on.
+
+    The first `checked` tokens are known not to end it; `</answer>` may start among them.
+    """
+    start = max(0, checked - len("</answer>"))
+    stop = next((i + 1 for i in range(checked, len(ids)) if ids[i] in policy.end_ids), None)
+    if "</answer>" not in policy.decode(ids[start:stop]):
+        return stop
+    low, high = start + 1, stop or len(ids)  # the shortest prefix that holds the closing tag
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if "</answer>" in policy.decode(ids[start:middle]) else (middle + 1, high)
+    return low
+
+
+def _rows_that_fit(policy, tokens):
+    """Rows of `tokens` tokens whose keys and values fill at most 60% of the free memory."""
+    if policy.device.type != "cuda":
+        return 512
+    config = policy.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * width * policy.causal.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    # the cache grows by concatenation, so that one layer is there twice for a moment, and logits
+    # of a step are held in fp32 a few times over
+    per_row = per_token * tokens * 1.1 + 16 * config.vocab_size
+    return max(1, min(512, int(0.6 * free / per_row)))
+
+
+def _sample(policy, role, requests, max_tokens, copies=1, greedy=False):
+    """[(type, prompt_ids)] → [Rollout] without verdicts, `copies` a request."""
+    with policy.timed("generate"):
+        responses = generate(policy, [ids for _, ids in requests], max_tokens, copies, greedy)
+    policy.clock["tokens"] += sum(map(len, responses))
+    rollouts = []
+    for index, ids in enumerate(responses):
+        type, prompt_ids = requests[index // copies]
+        text = policy.text(ids)
+        ended = ids[-1] in policy.end_ids or "</answer>" in text
+        rollouts.append(Rollout(role, type, prompt_ids, ids, text, policy.decode(prompt_ids), truncated=not ended))
+    return rollouts
+
+
+# --- propose -----------------------------------------------------------------------------------------
+
+def propose(policy, executor, buffer, cfg):
+    """The proposer's half of a step. → (rollouts, new tasks, estimates)
+
+    For each type of cfg.types, cfg.batch proposals: sampled, validated, and the valid ones tried
+    cfg.samples times by the solver, whose success rate gives the reward (eq. 4, 6). Valid new tasks
+    go into the buffer. `estimates` are those tries, rollouts of the solver; they are on-policy, so
+    --train-on-estimates can train on them (the paper does not).
+    """
+    rollouts = draft(policy, executor, buffer, cfg.types, cfg)
+    accepted = []
+    for rollout in rollouts:
+        if rollout.task is None:
+            rollout.reward = composite_reward(None, rollout.well_formed)
+        elif cfg.dedup and rollout.type != "induction" and buffer.is_repeat(rollout.task.program):
+            # Not in the paper: a program seen before earns nothing and is not stored. Without this
+            # the proposer finds that repeating one learnable program pays best.
+            rollout.verdict, rollout.task = "repeat", None
+            rollout.reward = composite_reward(0.0, True)
+        else:
+            buffer.add(rollout.task)
+            accepted.append(rollout)
+    estimates = []
+    if cfg.samples:
+        estimates = solve(policy, executor, [r.task for r in accepted], cfg, copies=cfg.samples)
+    for index, rollout in enumerate(accepted):
+        if estimates:
+            tries = estimates[index * cfg.samples:(index + 1) * cfg.samples]
+            rollout.solve_rate = sum(r.verdict == "correct" for r in tries) / cfg.samples
+            rollout.reward = composite_reward(learnability(rollout.solve_rate, cfg.zero), True)
+    for rollout in estimates:
+        rollout.estimate = True
+    return rollouts, [rollout.task for rollout in accepted], estimates
+
+
+def draft(policy, executor, buffer, types, cfg):
+    """Sample cfg.batch proposals for each type and validate them all in one go. → [Rollout]
+
+    A valid one has its complete Task (with the outputs that the sandbox saw) in `.task`; for the
+    others `.verdict` says why not. Used by `propose` and, before the first step, for seeding.
+    """
+    requests, contexts = [], []
+    for type in types:
+        for _ in range(cfg.batch):
+            references = buffer.references(cfg.references) if type != "induction" else []
+            program = buffer.program() if type == "induction" else ""
+            ids = policy.encode(propose_prompt(type, references, program, cfg.inputs))
+            while len(ids) > cfg.max_prompt and references:  # long references leave, never half of one
+                references.pop()
+                ids = policy.encode(propose_prompt(type, references, program, cfg.inputs))
+            requests.append((type, ids))
+            contexts.append((program, references))
+    rollouts = _sample(policy, "propose", requests, cfg.max_response)
+    jobs, drafts = [], []
+    for rollout, (program, references) in zip(rollouts, contexts):
+        rollout.references = [task.program for task in references]
+        task = parse_proposal(rollout.type, rollout.response, program, cfg.inputs)
+        rollout.well_formed = task is not None
+        drafts.append(task)
+        if task:
+            jobs += [(task.program, text) for text in task.inputs or (task.input,)]
+    with policy.timed("execute"):
+        runs = iter(executor.validate(jobs))
+    for rollout, task in zip(rollouts, drafts):
+        if task is None:
+            rollout.verdict = "truncated" if rollout.truncated else "malformed"
+            continue
+        results = [next(runs) for _ in task.inputs or (task.input,)]
+        rollout.task, rollout.verdict = _complete(policy, task, results, cfg.max_prompt)
+    return rollouts
+
+
+def _complete(policy, task, results, max_prompt):
+    """(the task with its outputs, 'valid'), or (None, why not)."""
+    good = [run.ok for run in results]
+    if task.type == "induction":  # inputs that do not run are left out; one pair must stay hidden
+        pairs = [(text, run.output) for text, run in zip(task.inputs, results) if run.ok]
+        if len(pairs) >= 2:
+            inputs, outputs = zip(*pairs)
+            task, good = replace(task, inputs=inputs, outputs=outputs), [True]
+        else:
+            good = [False]
+    else:
+        task = replace(task, output=results[0].output)
+    if not all(good):
+        failed = next(run for run in results if not run.ok)
+        return None, f"{failed.status}: {failed.error}"
+    problem = within_limits(task)
+    if not problem and len(policy.encode(solve_prompt(task))) > max_prompt:
+        problem = f"the solver's prompt would be over {max_prompt} tokens"
+    return (None, f"too long: {problem}") if problem else (task, "valid")
+
+
+# --- solve -------------------------------------------------------------------------------------------
+
+def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
+    """Let the solver answer each task `copies` times; judge and reward (eq. 6). → [Rollout]
+
+    In the order of `tasks`, the copies of a task next to each other.
+    """
+    requests = [(task.type, policy.encode(solve_prompt(task))) for task in tasks]
+    rollouts = _sample(policy, "solve", requests, cfg.max_response, copies, greedy)
+    owners = [task for task in tasks for _ in range(copies)]
+    answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
+    with policy.timed("execute"):
+        verdicts = is_correct(owners, answers, executor)
+    for rollout, task, answer, correct in zip(rollouts, owners, answers, verdicts):
+        rollout.task, rollout.well_formed = task, answer is not None
+        rollout.verdict = "correct" if correct else "wrong" if rollout.well_formed else (
+            "truncated" if rollout.truncated else "malformed")
+        rollout.reward = composite_reward(1.0 if correct else None, rollout.well_formed)
+    return rollouts
+
+
+# --- TRR++ -------------------------------------------------------------------------------------------
+
+def trr_update(policy, optimizer, rollouts, cfg):
+    """One policy-gradient step over all rollouts of a step, whose `.advantage` is set. → metrics
+
+    The loss is the PPO clip loss averaged over all response tokens of the batch (paper eq. 9 with
+    the official code's token mean), minus cfg.entropy_coef times the mean entropy; no KL term. The
+    batch is split into micro-batches of at most cfg.micro_tokens tokens (padding counted), and each
+    is divided by the whole batch's token count, so the split changes neither loss nor gradient.
+    Out of GPU memory: the micro-batch halves and the step is done again; no sample is dropped.
+
+    Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm).
+    """
+    policy.causal.train()
+    budget = cfg.micro_tokens
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, entropy = _accumulate_gradients(policy, rollouts, budget, cfg)
+            break
+        except torch.OutOfMemoryError:
+            longest = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+            if budget <= longest:  # already one row at a time
+                raise
+            cfg.micro_tokens = budget = max(longest, budget // 2)
+            warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
+        torch.cuda.empty_cache()
+    parameters = list(policy.trainable().values())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    if torch.isfinite(grad_norm):
+        optimizer.step()
+    else:  # fp16 can overflow; one step lost is better than all weights
+        warnings.warn("the gradient is not finite: this update is skipped")
+    optimizer.zero_grad(set_to_none=True)
+    policy.causal.eval()
+    return {"loss": loss, "entropy": entropy, "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None}
+
+
+def _accumulate_gradients(policy, rollouts, budget, cfg):
+    total = sum(len(rollout.response_ids) for rollout in rollouts)
+    loss_sum = entropy_sum = 0.0
+    for batch in micro_batches(rollouts, budget):
+        logps_N, entropies_N = response_logprobs(policy, batch, cfg.logit_chunk)
+        advantages_N = torch.tensor([r.advantage for r in batch for _ in r.response_ids],
+                                    dtype=logps_N.dtype, device=logps_N.device)
+        # One update a step: the policy that is trained is the one that sampled, so the old logprobs
+        # are these very numbers. (The sampler's own come from other kernels and would differ.)
+        losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
+        loss = (losses_N - cfg.entropy_coef * entropies_N).sum() / total
+        loss.backward()
+        loss_sum += float(loss.detach())
+        entropy_sum += float(entropies_N.detach().sum())
+    return loss_sum, entropy_sum / total
+
+
+def clipped_loss(logps_N, old_logps_N, advantages_N, clip):
+    """PPO's clipped surrogate a token, as a loss: −min(ρ·A, clip(ρ, 1−ε, 1+ε)·A), ρ = e^(new − old).
+
+    >>> clipped_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2)
+    tensor([-1.2000])
+    """
+    ratio_N = torch.exp(logps_N - old_logps_N)
+    return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip) * advantages_N)
+
+
+def micro_batches(rollouts, budget):
+    """Split into lists whose rows · longest row is at most `budget` tokens, longest rows first.
+
+    Sorting by length keeps padding small; a row over the budget gets a batch of its own.
+    """
+    batches, width = [], 0
+    for rollout in sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.response_ids)):
+        length = len(rollout.prompt_ids) + len(rollout.response_ids)
+        if batches and (len(batches[-1]) + 1) * width <= budget:
+            batches[-1].append(rollout)
+        else:
+            batches.append([rollout])
+            width = length  # the longest of its batch
+    return batches
+
+
+def response_logprobs(policy, rollouts, chunk=256):
+    """Logprob and entropy of every response token, given all before it. → logps_N, entropies_N
+
+    N runs over the response tokens of all rollouts, in order. Temperature 1, in nats, fp32, both
+    with gradients. Never holds logits for more than `chunk` tokens, forward or backward: the output
+    head runs chunk by chunk on the hidden states and is computed again in the backward pass.
+    """
+    width = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+    ids_BT = torch.full((len(rollouts), width), policy.pad_id)
+    mask_BT = torch.zeros((len(rollouts), width), dtype=torch.long)
+    trained_BT = torch.zeros((len(rollouts), width), dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        start, end = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.response_ids)
+        ids_BT[row, :end] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        mask_BT[row, :end] = 1
+        trained_BT[row, start:end] = True
+    ids_BT, mask_BT, trained_BT = (x.to(policy.device) for x in (ids_BT, mask_BT, trained_BT))
+    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, attention_mask=mask_BT,
+                                          use_cache=False).last_hidden_state
+    hidden_ND = hidden_BTD[:, :-1][trained_BT[:, 1:]]  # position t−1 predicts token t
+    targets_N = ids_BT[:, 1:][trained_BT[:, 1:]]
+    head = policy.causal.get_output_embeddings()
+    softcap = getattr(policy.causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+    parts = [checkpoint(_chunk_logprobs, head, hidden, targets, softcap, use_reentrant=False)
+             for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
+    return torch.cat([logps for logps, _ in parts]), torch.cat([entropies for _, entropies in parts])
+
+
+def _chunk_logprobs(head, hidden_ND, targets_N, softcap):
+    logits_NV = head(hidden_ND).float()
+    if softcap:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    logps_NV = torch.log_softmax(logits_NV, -1)
+    return logps_NV.gather(-1, targets_N[:, None])[:, 0], -(logps_NV.exp() * logps_NV).sum(-1)

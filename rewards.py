@@ -1,0 +1,109 @@
+"""Verdicts, rewards and advantages: everything between an answer and the policy gradient.
+
+    answer ──is_correct──▶ solve rates ──learnability──▶ r_propose ┐
+       └────is_correct──▶ r_solve (0 or 1) ────────────────────────┴─composite_reward──▶ R
+    R of a batch ──task_relative_advantages──▶ one advantage a rollout
+
+Plain Python numbers throughout: a batch has some hundred rewards, and floats are easy to check.
+"""
+
+import math
+from collections import defaultdict
+
+from executor import parse_literal, same
+from tasks import split_pairs
+
+# Equation 6. The official code gives −1 also to a well-formed proposal that does not validate.
+FAILED = -0.5      # well formed, but wrong (solver) or invalid (proposer)
+MALFORMED = -1.0   # not in the format that was asked for, also when cut off at the token limit
+
+
+def is_correct(tasks, answers, executor):
+    """Judge solver answers; the verdict needs no model and no trust in the text.
+
+    tasks: [Task]; answers: [str or None], None for a malformed response. → [bool], in order.
+
+    deduction: the answer is a literal equal to the output, with equal types all the way down
+               (True is not 1, 1 is not 1.0); it is parsed, never evaluated.
+    abduction: the program, run on the answer as input, returns the output; any such input counts
+               (the function need not be injective: section 3.2).
+    induction: the answer, a program, maps every hidden input to its output; at least one is hidden.
+
+    All runs of the batch go to the sandbox together. Expected outputs never enter the sandbox.
+    """
+    jobs, expected, owners = [], [], []
+    verdicts = [False] * len(tasks)
+    for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
+        if answer is None:
+            continue
+        if task.type == "deduction":
+            verdicts[index] = _equal_literals(answer, task.output)
+            continue
+        if task.type == "abduction":
+            runs = [(task.program, answer, task.output)]
+        else:
+            runs = [(answer, hidden, output) for hidden, output in split_pairs(task)[1]]
+        verdicts[index] = bool(runs)
+        for program, input, output in runs:
+            jobs.append((program, input))
+            expected.append(output)
+            owners.append(index)
+    for owner, run, output in zip(owners, executor.run(jobs), expected):
+        verdicts[owner] &= run.ok and _equal_literals(run.output, output)
+    return verdicts
+
+
+def _equal_literals(text, output):
+    try:
+        return same(parse_literal(text), parse_literal(output))
+    except ValueError:  # the answer is no literal: wrong, whatever it may evaluate to
+        return False
+
+
+def learnability(success_rate, zero=0.0):
+    """Equation 4: 1 − r̄ for a task that is solved sometimes, `zero` if always or never.
+
+    The official code pays −0.5 at both ends (`--zero-learnability official`).
+
+    >>> learnability(0.25), learnability(1.0)
+    (0.75, 0.0)
+    """
+    if not 0.0 <= success_rate <= 1.0:
+        raise ValueError(f"a success rate lies between 0 and 1, not at {success_rate}")
+    return zero if success_rate in (0.0, 1.0) else 1.0 - success_rate
+
+
+def composite_reward(reward, well_formed):
+    """Equation 6: the role's own reward, or the penalty for a failure or a malformed response.
+
+    reward: r_propose or r_solve, or None if the response is well formed but failed.
+
+    >>> composite_reward(0.75, True), composite_reward(None, True), composite_reward(None, False)
+    (0.75, -0.5, -1.0)
+    """
+    if not well_formed:
+        return MALFORMED
+    return FAILED if reward is None else float(reward)
+
+
+def task_relative_advantages(rewards, groups):
+    """Equation 8, TRR++: (r − mean) / std within each of the groups, normally six.
+
+    rewards: [float]; groups: one hashable a reward, normally (type, role). → [float], in order.
+    Mean and (population) std are over samples. The official code whitens over tokens, so that long
+    answers weigh more. A group whose rewards are all equal has nothing to say: advantage 0.
+
+    >>> task_relative_advantages([1.0, 0.0, 7.0], ["a", "a", "b"])
+    [1.0, -1.0, 0.0]
+    """
+    members = defaultdict(list)
+    for reward, group in zip(rewards, groups, strict=True):
+        members[group].append(float(reward))
+    moments = {}
+    for group, values in members.items():
+        mean = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        # min == max decides, not spread == 0: rounding leaves 1e-17 behind, and dividing by it is ±1
+        moments[group] = mean, (0.0 if min(values) == max(values) else spread)
+    return [(reward - moments[group][0]) / moments[group][1] if moments[group][1] else 0.0
+            for reward, group in zip(rewards, groups)]

@@ -1,0 +1,120 @@
+import math
+import random
+import statistics
+
+import pytest
+
+from rewards import composite_reward, is_correct, learnability, task_relative_advantages
+from tasks import Task
+
+DOUBLE = "def f(x):\n    return x * 2"
+
+
+def judge(executor, type, answer, **fields):
+    return is_correct([Task(type, **({"program": DOUBLE} | fields))], [answer], executor)[0]
+
+
+@pytest.mark.parametrize("output, answer, correct", [
+    ("4", "4", True), ("4", " 4 ", True), ("'a'", '"a"', True), ("[1, 2]", "[1,2]", True),
+    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", True), ("{1, 2}", "{2, 1}", True),
+    ("1", "True", False), ("True", "1", False), ("1", "1.0", False), ("(1,)", "[1]", False),
+    ("[1, [True]]", "[1, [1]]", False), ("{1: 2}", "{True: 2}", False), ("'1'", "1", False),
+    ("4", "2 + 2", False), ("4", "__import__('os').getpid()", False), ("4", "x", False), ("4", "", False),
+    ("4", None, False), ("nan", "nan", False), ("float('nan')", "float('nan')", False),
+    ("4", "[" * 100000, False), ("4", "9" * 5_000_000, False), ("4", "(" * 90 + ")" * 90, False),
+])
+def test_deduction_compares_literals_with_their_types(executor, output, answer, correct):
+    assert judge(executor, "deduction", answer, input="2", output=output) is correct
+
+
+@pytest.mark.parametrize("program, output, answer, correct", [
+    (DOUBLE, "4", "2", True), (DOUBLE, "4", "x=2", True), (DOUBLE, "4", "1 + 1", True),
+    (DOUBLE, "4", "3", False), (DOUBLE, "4", "2.0", False), (DOUBLE, "4", "", False), (DOUBLE, "4", "2, 3", False),
+    ("def f(x):\n    return x * x", "4", "-2", True),                     # any input that fits counts
+    (DOUBLE, "4", "type('L', (), {'__mul__': lambda s, o: 4})()", False),  # not a plain value
+    (DOUBLE, "4", "exec('import builtins')", False),
+    (DOUBLE, "4", "float('nan')", False), (DOUBLE, "4", None, False),
+    (DOUBLE, "4", "[" * 50000, False), (DOUBLE, "4", "2)\nimport os\n(", False),
+])
+def test_abduction_runs_the_program_on_the_answer(executor, program, output, answer, correct):
+    assert judge(executor, "abduction", answer, program=program, output=output) is correct
+
+
+PAIRS = {"inputs": ("1", "2", "3", "4"), "outputs": ("2", "4", "6", "8"), "message": "m"}
+
+
+@pytest.mark.parametrize("answer, correct", [
+    (DOUBLE, True), ("def f(x):\n    return x + x", True),
+    ("def f(x):\n    return {1: 2, 2: 4}[x]", False),                     # knows the shown half only
+    ("def f(x):\n    return x * 2.0", False), ("def f(x):\n    return 6", False),
+    ("class E:\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return E()", False),
+    ("class E(int):\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return E(x)", False),
+    ("import os\ndef f(x):\n    os._exit(0)", False), ("def f(x):\n    raise SystemExit(0)", False),
+    ("def g(x):\n    return x * 2", False), ("not python", False), ("", False), (None, False),
+])
+def test_induction_must_fit_every_hidden_pair(executor, answer, correct):
+    assert judge(executor, "induction", answer, **PAIRS) is correct
+
+
+def test_induction_with_nothing_hidden_cannot_be_solved(executor):
+    one = {"inputs": ("1",), "outputs": ("2",), "message": ""}
+    assert judge(executor, "induction", DOUBLE, **one) is False
+    assert judge(executor, "induction", DOUBLE, inputs=(), outputs=(), message="") is False
+
+
+def test_a_batch_keeps_its_order(executor):
+    tasks = [Task("deduction", DOUBLE, "1", "2"), Task("abduction", DOUBLE, "1", "2"), Task("induction", DOUBLE, **PAIRS)]
+    rng = random.Random(0)
+    good = {"deduction": "2", "abduction": "1", "induction": DOUBLE}
+    batch = [rng.choice(tasks) for _ in range(60)]
+    right = [rng.random() < 0.5 for _ in batch]
+    answers = [good[task.type] if ok else rng.choice(["7", None, "def f(x):\n    return 0"]) for task, ok in zip(batch, right)]
+    assert is_correct(batch, answers, executor) == right
+    with pytest.raises(ValueError):
+        is_correct(tasks, ["2"], executor)
+
+
+def test_learnability_is_equation_4():
+    for k in range(1, 8):
+        assert learnability(k / 8) == pytest.approx(1 - k / 8)
+    assert learnability(0.0) == learnability(1.0) == 0.0
+    assert learnability(0.0, zero=-0.5) == learnability(1.0, zero=-0.5) == -0.5
+    for nonsense in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError):
+            learnability(nonsense)
+
+
+def test_composite_reward_is_equation_6():
+    assert composite_reward(1, True) == 1.0
+    assert composite_reward(0.0, True) == 0.0                # valid but not learnable: no penalty
+    assert composite_reward(None, True) == -0.5
+    assert composite_reward(None, False) == composite_reward(1.0, False) == -1.0
+
+
+def test_advantages_against_a_slow_oracle():
+    rng = random.Random(0)
+    rewards = [rng.choice([-1.0, -0.5, 0.0, 0.25, 0.75, 1.0]) for _ in range(300)]
+    groups = [(rng.choice("abc"), rng.choice(["propose", "solve"])) for _ in rewards]
+    advantages = task_relative_advantages(rewards, groups)
+    for reward, group, advantage in zip(rewards, groups, advantages):
+        same = [r for r, g in zip(rewards, groups) if g == group]
+        assert advantage == pytest.approx((reward - statistics.mean(same)) / statistics.pstdev(same))
+    for group in set(groups):
+        ours = [a for a, g in zip(advantages, groups) if g == group]
+        assert statistics.mean(ours) == pytest.approx(0, abs=1e-12) and statistics.pstdev(ours) == pytest.approx(1)
+
+
+def test_groups_do_not_see_each_other():
+    alone = task_relative_advantages([1.0, 0.0, 0.0], "aaa")
+    assert task_relative_advantages([1.0, 0.0, 0.0, 100.0, -50.0], "aaabb")[:3] == alone
+
+
+@pytest.mark.parametrize("rewards", [[0.1] * 3, [0.1] * 7, [-0.5], [0.0, 0.0]])
+def test_a_group_of_equal_rewards_says_nothing(rewards):
+    assert task_relative_advantages(rewards, ["g"] * len(rewards)) == [0.0] * len(rewards)
+
+
+def test_advantages_of_nothing_and_of_mismatched_lengths():
+    assert task_relative_advantages([], []) == []
+    with pytest.raises(ValueError):
+        task_relative_advantages([1.0], [])

@@ -1,0 +1,219 @@
+import random
+from dataclasses import asdict, replace
+
+import json
+import pytest
+
+import tasks
+from tasks import (OUTPUT_LIMIT, TASK_TYPES, ZERO_TRIPLET, Task, TaskBuffer, edit_distance, fenced_blocks,
+                   final_answer, fingerprint, parse_answer, parse_proposal, propose_prompt, solve_prompt,
+                   split_pairs, within_limits)
+
+PROGRAM = "def f(a, b={'k': 1}):\n    return {**b, 'a': a}"
+INDUCTION = Task("induction", PROGRAM, inputs=("1", "2", "3", "4"), outputs=("A", "B", "C", "D"),
+                 message="look {program} \\1 here")
+
+
+def program(n):
+    return f"def f(x):\n    return x + {n}"
+
+
+def say(answer, thought="hm"):
+    return f" {thought}</think>\n<answer>\n{answer}\n</answer>"
+
+
+# --- prompts
+
+@pytest.mark.parametrize("type", TASK_TYPES)
+def test_solver_is_shown_all_but_what_it_must_find(type):
+    task = replace(INDUCTION, type=type, input="'in put'", output="'out put'")
+    prompt = solve_prompt(task)
+    sees = {"deduction": (PROGRAM, "'in put'"), "abduction": (PROGRAM, "'out put'"),
+            "induction": (task.message, "```input\n1\n```\n```output\nA\n```", "```input\n2\n```")}
+    hidden = {"deduction": ("'out put'",), "abduction": ("'in put'",), "induction": (PROGRAM, "\nC\n", "\nD\n", "\n3\n")}
+    assert all(text in prompt for text in sees[type])
+    assert not any(text in prompt for text in hidden[type])
+
+
+def test_contents_with_braces_and_backslashes_are_inserted_as_they_are():
+    nasty = Task("deduction", "def f(x):\n    return '{input} {pairs} \\g<0> {{}}'", "'{program}'", "''")
+    prompt = solve_prompt(nasty)
+    assert nasty.program in prompt and nasty.input in prompt
+
+
+def test_proposer_sees_references_and_the_limit_that_is_enforced():
+    prompt = propose_prompt("deduction", [ZERO_TRIPLET, INDUCTION])
+    assert prompt.count("Reference task:") == 2 and ZERO_TRIPLET.program in prompt
+    assert "Reference task:" not in propose_prompt("abduction")
+    assert f"at most {OUTPUT_LIMIT} characters" in prompt
+    assert "7 inputs" in propose_prompt("induction", program=PROGRAM, count=7)
+    assert PROGRAM in propose_prompt("induction", program=PROGRAM)
+    assert propose_prompt("deduction") != propose_prompt("abduction")
+
+
+def test_no_placeholder_is_left_in_any_prompt():
+    for type in TASK_TYPES:
+        for prompt in (propose_prompt(type, [ZERO_TRIPLET], "P", 5), solve_prompt(replace(INDUCTION, type=type, message="m", program="P"))):
+            assert not any("{" + name + "}" in prompt for name in ("program", "input", "output", "pairs", "message", "references", "count", "what_the_solver_does"))
+
+
+# --- parsing
+
+@pytest.mark.parametrize("response, answer", [
+    ("think</think><answer>4</answer>", "4"),
+    ("think</think>\n\n <answer>\n4\n</answer>\n", "4"),
+    ("</think><answer></answer>", ""),
+    ("think <answer>4</answer>", None),                      # the thought never ended
+    ("think</think><answer>4", None),                        # cut off
+    ("think</think>4", None),
+    ("think</think> so <answer>4</answer>", None),           # talks outside
+    ("think</think><answer>4</answer> there", None),
+    ("think</think><answer>4</answer><answer>5</answer>", None),
+    ("think</think><answer><answer>4</answer></answer>", None),
+    ("think</think><answer>", None),
+    ("think</think></answer><answer>", None),
+    ("think</think><answer>4</think><answer>5</answer>", None),
+    ("", None),
+])
+def test_final_answer(response, answer):
+    assert final_answer(response) == answer
+
+
+def test_fenced_blocks_by_tag():
+    text = "```python\na = 1\n```\ntext\n```input\n1\n```\n  ```input  \n2\n\n```\n```\n3\n```"
+    assert fenced_blocks(text, "python") == ["a = 1"]
+    assert fenced_blocks(text, "input") == ["1", "2"]
+    assert fenced_blocks("```input\n1", "input") == []       # never closed
+    assert fenced_blocks("```inputs\n1\n```", "input") == []
+
+
+def test_a_long_response_of_fences_is_parsed_in_linear_time():
+    assert fenced_blocks("```input\n" * 20000, "input") is not None
+
+
+def test_proposals():
+    good = f"```python\n{PROGRAM}\n```\n```input\n 3, b={{}} \n```"
+    assert parse_proposal("deduction", say(good)) == Task("deduction", PROGRAM, "3, b={}")
+    for bad in (f"```python\n{PROGRAM}\n```", "```input\n3\n```", good + "\n```input\n4\n```", good + good, "```python\n\n```\n```input\n3\n```"):
+        assert parse_proposal("abduction", say(bad)) is None
+    assert parse_proposal("deduction", good) is None         # right blocks, no tags
+
+
+def test_induction_proposals_keep_different_inputs_up_to_the_count():
+    blocks = "".join(f"```input\n{i}\n```\n" for i in (1, 2, 2, 3, 4)) + "```message\n add one \n```"
+    task = parse_proposal("induction", say(blocks), PROGRAM, count=3)
+    assert task == Task("induction", PROGRAM, inputs=("1", "2", "3"), message="add one")
+    assert parse_proposal("induction", say("```input\n1\n```\n```input\n1\n```\n```message\nm\n```"), PROGRAM) is None
+    assert parse_proposal("induction", say("```input\n1\n```\n```input\n2\n```"), PROGRAM) is None
+
+
+def test_answers():
+    assert parse_answer("deduction", say("```output\n[1]\n```")) == "[1]"
+    assert parse_answer("deduction", say("```output\n1\n```\n```output\n2\n```")) == "2"
+    assert parse_answer("deduction", say("[1]")) == "[1]"    # a bare value says the same
+    assert parse_answer("deduction", say("```input\n1\n```")) is None
+    assert parse_answer("deduction", say("")) is None
+    assert parse_answer("induction", say(f"```python\n{PROGRAM}\n```")) == PROGRAM
+    assert parse_answer("induction", "no tags") is None
+
+
+def test_split_pairs_hides_half():
+    assert split_pairs(INDUCTION) == ([("1", "A"), ("2", "B")], [("3", "C"), ("4", "D")])
+    one = replace(INDUCTION, inputs=("1",), outputs=("A",))
+    assert split_pairs(one) == ([("1", "A")], [])            # nothing hidden: invalid, not free
+    for n in range(2, 12):
+        shown, hidden = split_pairs(replace(INDUCTION, inputs=("1",) * n, outputs=("1",) * n))
+        assert len(shown) + len(hidden) == n and 0 <= len(shown) - len(hidden) <= 1
+
+
+def test_limits_reject_and_say_what():
+    task = Task("deduction", "p", "1", "x" * OUTPUT_LIMIT)
+    assert within_limits(task) == ""
+    assert "output has 401" in within_limits(replace(task, output="x" * 401))
+    assert "output" in within_limits(replace(INDUCTION, outputs=("x" * 401,)))
+    for name in ("program", "input", "message"):
+        assert name in within_limits(replace(task, **{name: "x" * 5000}))
+
+
+def test_tasks_survive_json():
+    for task in (ZERO_TRIPLET, INDUCTION):
+        assert Task.from_dict(json.loads(json.dumps(asdict(task)))) == task
+
+
+# --- syntax trees
+
+def test_fingerprint_sees_structure_only():
+    base = fingerprint("def f(x):\n    return x + 1")
+    assert base == fingerprint("def f( x ):\n    # comment\n    return (x+1)")
+    assert base == fingerprint('def f(x):\n    """doc"""\n    0\n    return x + 1')
+    assert base != fingerprint("def f(x):\n    return x + 2")
+    assert base != fingerprint("def f(y):\n    return y + 1")
+
+
+def test_edit_distance_orders_programs_as_a_person_would():
+    base = "def f(x):\n    return x + 1"
+    assert edit_distance(base, base) == 0
+    near, far = "def f(x):\n    return x + y", "def f(x):\n    s = []\n    for a in x:\n        if a > 2:\n            s.append(a)\n    return s"
+    assert 0 < edit_distance(base, near) < edit_distance(base, far) <= 1
+
+
+# --- the buffer
+
+def test_buffer_starts_with_the_identity_and_keeps_it_when_full():
+    buffer = TaskBuffer(4, random.Random(0))
+    for n in range(200):
+        buffer.add(Task("deduction", program(n), "1", "1"))
+    kept = buffer.tasks["deduction"]
+    assert len(kept) == 4 and kept[0].program == ZERO_TRIPLET.program
+    assert buffer.tasks["abduction"] == [replace(ZERO_TRIPLET, type="abduction")]
+    assert all(buffer.is_repeat(program(n)) for n in range(200)) and not buffer.is_repeat(program(200))
+
+
+def test_eviction_is_random_not_oldest_first():
+    survivors = set()
+    for seed in range(40):
+        buffer = TaskBuffer(10, random.Random(seed))
+        for n in range(30):
+            buffer.add(Task("induction", program(n), inputs=("1", "2"), outputs=("1", "2")))
+        survivors |= {task.program for task in buffer.tasks["induction"]}
+    assert program(0) in survivors and program(29) in survivors
+
+
+def test_references_are_different_and_from_both_buffers():
+    buffer = TaskBuffer(100, random.Random(0))
+    for n in range(5):
+        buffer.add(Task("deduction", program(n), "1", "1"))
+        buffer.add(Task("abduction", program(n), "1", "1"))
+        buffer.add(Task("abduction", program(100 + n), "1", "1"))
+    seen = set()
+    for _ in range(100):
+        chosen = buffer.references(6)
+        assert len({task.program for task in chosen}) == 6
+        seen |= {task.program for task in chosen}
+    assert seen == {program(n) for n in (0, 1, 2, 3, 4, 100, 101, 102, 103, 104)} | {ZERO_TRIPLET.program}
+    assert buffer.references(0) == [] and len(TaskBuffer(9, random.Random(0)).references(6)) == 1
+
+
+def test_fill_puts_new_tasks_first_and_is_never_short():
+    buffer = TaskBuffer(100, random.Random(0))
+    old = [Task("deduction", program(n), "1", "1") for n in range(5)]
+    new = [Task("deduction", program(n), "1", "1") for n in range(50, 53)]
+    for task in old + new:
+        buffer.add(task)
+    batch = buffer.fill("deduction", new, 6)
+    assert batch[:3] == new and len(set(batch)) == 6
+    assert len(buffer.fill("deduction", new, 30)) == 30      # more than there are: some twice
+    assert buffer.fill("deduction", new, 2) == new[:2]
+    assert buffer.fill("induction", [], 4) == []
+
+
+def test_buffer_state_restores_tasks_choices_and_memory():
+    buffer = TaskBuffer(5, random.Random(3))
+    for n in range(9):
+        buffer.add(Task("deduction", program(n), "1", "1"))
+    state = json.loads(json.dumps(buffer.state()))
+    twin = TaskBuffer(5, random.Random(0))
+    twin.restore(state)
+    twin.rng.setstate(buffer.rng.getstate())
+    assert twin.tasks == buffer.tasks and twin.seen == buffer.seen
+    assert [twin.references(3) for _ in range(5)] == [buffer.references(3) for _ in range(5)]
