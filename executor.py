@@ -1,20 +1,17 @@
 """A sandbox for Python programs written by language models: one file, standard library only."""
 
 import ast
-import base64
 import builtins
 import collections
 import ctypes
 import gc
 import importlib
 import json
-import math
 import os
 import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import time
 import types
@@ -330,47 +327,57 @@ def _name(kind):
 
 _SEEDS = (1, 2, 3, 4)          # hash seeds; run uses the first, so its results can be repeated
 _PATIENCE = 100                # a worker silent for this many timeouts, and a minute, is dead
+_HERE = os.path.abspath(__file__)
+_BOOT = ("import sys; sys.path[:] = [p for p in sys.path if p]; "
+         "source = open(sys.argv[1], encoding='utf-8').read(); "
+         "scope = {'__name__': 'sandbox', '__file__': sys.argv[1]}; "
+         "exec(compile(source, 'sandbox', 'exec'), scope); scope['_work'](sys.argv[2])")
 
 
 class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core).
 
-    timeout    seconds of one run, counted from its own start; time spent waiting for a core is
-               not counted
+    timeout    seconds of one run, counted from its own start; time that it spends waiting for a
+               core does not count, so that a busy machine gives the same verdicts as an idle one
     memory_mb  memory of one run, on top of the interpreter's
 
-    Use it as a context manager, or call close(). Not for use by several threads at once.
+    Use it as a context manager, or call close(). Not for several threads at once. Warns once, at
+    the start, if this system denies the sandbox a wall; raises OSError where there is no fork.
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, _layers=None):
         if not hasattr(os, "fork"):
             raise OSError("the sandbox needs os.fork, which this system lacks")
-        self._size = workers or len(os.sched_getaffinity(0)
-                                    if hasattr(os, "sched_getaffinity") else "x" * os.cpu_count())
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        self._size = cores if workers is None else workers
         if self._size < 1 or timeout <= 0 or memory_mb < 1:
             raise ValueError("workers, timeout and memory_mb must be positive")
-        self.timeout, self.memory_mb, self._layers = timeout, memory_mb, _layers
+        self._timeout = timeout
+        self._config = [timeout, memory_mb, _LAYERS if _layers is None else _layers]
         self._pools = {seed: [] for seed in _SEEDS}
         self._closed = False
-        pool = self._pool(_SEEDS[0], self._size)
-        weak = sorted({promise for worker in pool for promise in worker.weak()})
+        weak = set()
+        for worker in self._pool(_SEEDS[0], self._size):
+            if not worker.ready():
+                self.close()
+                raise RuntimeError("a sandbox worker did not start")
+            weak.update(worker.weak)
         if weak:
-            warnings.warn("this system denies the sandbox some of its walls; weaker: "
-                          + "; ".join(weak), RuntimeWarning, stacklevel=2)
+            warnings.warn("this system denies the sandbox some of its walls; programs could: "
+                          + "; ".join(sorted(weak)), RuntimeWarning, stacklevel=2)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exception):
         self.close()
 
     def close(self):
-        """Ends the workers and all they run. May be called twice."""
+        """Ends the workers and all that they run. May be called again; nothing else may."""
         self._closed = True
         for pool in self._pools.values():
-            for worker in pool:
-                worker.kill()
-            pool.clear()
+            while pool:
+                pool.pop().kill()
 
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
@@ -378,15 +385,18 @@ class Executor:
         program  the text of a Python program that defines f
         input    what stands between the parentheses of the call: positional and keyword
                  arguments, literals or expressions. Expressions are evaluated once, in a process
-                 of their own that knows the builtins but not the program, to literal values; only
+                 of their own that knows the builtins and not the program, to literal values; only
                  those reach the program, which cannot see the text.
+
+        Both are text from anywhere; what they do wrong is told by the status. Raises TypeError
+        if they are not str, RuntimeError if the Executor is closed.
         """
         return [execution for execution, _ in self._run(jobs, _SEEDS[0])]
 
     def validate(self, jobs):
         """Like run, but ok only if f(<input>) returns the same value in fresh processes with
         other hash seeds, addresses, clocks and random states: two of them, or four if the
-        program uses what can show the order of a hash table."""
+        program uses what can show the order of a hash table or an address."""
         jobs = list(jobs)
         results = self._run(jobs, _SEEDS[0])
         for seed in _SEEDS[1:]:
@@ -394,109 +404,108 @@ class Executor:
                      if execution.ok and (suspect or seed == _SEEDS[1])]
             for i, (second, _) in zip(again, self._run([jobs[i] for i in again], seed)):
                 first, suspect = results[i]
-                if first.output != second.output and not (
-                        second.ok and same(parse_literal(first.output),
-                                           parse_literal(second.output))):
-                    if second.status in ("ok", "error", "unrepresentable"):
-                        second = Execution("nondeterministic", "", "two runs of it differ",
-                                           second.seconds)
-                    results[i] = second, suspect
+                if second.status in ("ok", "error", "unrepresentable"):
+                    if second.output == first.output or second.ok and same(
+                            parse_literal(first.output), parse_literal(second.output)):
+                        continue
+                    second = Execution("nondeterministic", "", "two runs of it differ",
+                                       second.seconds)
+                results[i] = second, suspect
         return [execution for execution, _ in results]
 
     def _pool(self, seed, size):
-        """The pool of workers with this hash seed, of at least `size`, all alive and ready."""
+        """The workers with this hash seed: all alive, and at least `size`."""
         if self._closed:
             raise RuntimeError("this Executor is closed")
         pool = self._pools[seed]
-        pool[:] = [worker for worker in pool if worker.process.poll() is None]
+        for worker in [worker for worker in pool if worker.process.poll() is not None]:
+            self._discard(worker, seed)
         while len(pool) < size:
-            pool.append(_Worker(seed, self.timeout, self.memory_mb, self._layers))
+            pool.append(_Worker(self._config + [seed]))
         return pool
 
+    def _discard(self, worker, seed):
+        self._pools[seed].remove(worker)
+        worker.kill()
+
     def _run(self, jobs, seed):
+        """[(Execution, whether it is suspect of showing an order or an address)]"""
         jobs = list(jobs)
         results = [None] * len(jobs)
         queue = collections.deque()
         for i, (program, text) in enumerate(jobs):
             if not (isinstance(program, str) and isinstance(text, str)):
-                raise TypeError("a job is a (program, input) pair of str")
-            if len(program) > MAX_TEXT or len(text) > MAX_TEXT:
+                raise TypeError("a job is a pair of str: program, input")
+            if max(len(program), len(text)) > MAX_TEXT:
                 results[i] = Execution("syntax", "", f"over {MAX_TEXT} characters", 0.0), False
             else:
                 queue.append(i)
+        idle = list(self._pool(seed, min(self._size, len(queue))))
+        busy = {}                                     # worker: (job, when to give the worker up)
         tried = set()
-        busy = {}                                          # worker: (job, when it is given up)
         try:
             while queue or busy:
-                idle = [worker for worker in self._pool(seed, min(self._size, len(queue)))
-                        if worker not in busy] if queue else []
-                for worker in idle[:self._size - len(busy)]:
-                    if queue:
-                        i = queue.popleft()
-                        busy[worker] = i, time.monotonic() + _PATIENCE * self.timeout + 60
-                        worker.send(jobs[i])
-                ready = select.select([worker.replies for worker in busy], [], [], 5)[0]
-                for worker in [w for w in busy if w.replies in ready or w.gone(busy[w][1])]:
-                    i = busy[worker][0]
-                    reply = worker.receive() if worker.replies in ready else None
-                    del busy[worker]
+                while queue and len(busy) < self._size:
+                    worker = idle.pop() if idle else self._pool(seed, len(busy) + 1)[-1]
+                    i = queue.popleft()
+                    busy[worker] = i, time.monotonic() + _PATIENCE * self._timeout + 60
+                    worker.send(jobs[i])
+                heard = select.select(list(busy), [], [], 10)[0]
+                for worker in heard or [w for w in busy if time.monotonic() > busy[w][1]]:
+                    i, reply = busy[worker][0], worker.receive() if heard else None
                     if reply:
-                        status, output, error, seconds, suspect = reply
-                        results[i] = Execution(status, output, error, seconds), suspect
-                        continue
-                    self._pools[seed].remove(worker)
-                    worker.kill()
-                    if i in tried:
-                        results[i] = Execution("killed", "", "its worker died, twice", 0.0), False
-                    else:
-                        queue.append(i)
-                    tried.add(i)
-        finally:                                           # Ctrl-C: nothing stale may stay
+                        results[i] = Execution(*reply[:4]), reply[4]
+                        idle.append(worker)
+                    else:                             # it died; its job gets a second chance
+                        self._discard(worker, seed)
+                        if i in tried:
+                            results[i] = Execution("killed", "", "its worker died, twice", 0), False
+                        else:
+                            tried.add(i)
+                            queue.append(i)
+                    del busy[worker]
+        finally:                                      # Ctrl-C: no stale reply may stay behind
             for worker in busy:
-                worker.kill()
                 if worker in self._pools[seed]:
-                    self._pools[seed].remove(worker)
+                    self._discard(worker, seed)
         return results
 
 
 class _Worker:
     """The caller's handle on a worker process."""
 
-    def __init__(self, seed, timeout, memory_mb, layers):
-        # Only the interpreter, this file, and what a lean start needs: not the caller's
-        # environment, directory, descriptors, terminal, site-packages, or memory.
-        config = json.dumps([timeout, memory_mb, layers, seed])
-        environment = {"PYTHONHASHSEED": str(seed)}
-        if "LD_LIBRARY_PATH" in os.environ:                # some interpreters need it to start
+    def __init__(self, config):
+        import subprocess                             # not in the workers: it makes forks slower
+        # A lean start: not the caller's environment, directory, descriptors, terminal or
+        # memory, and no site-packages.
+        environment = {"PYTHONHASHSEED": str(config[-1])}
+        if "LD_LIBRARY_PATH" in os.environ:           # some interpreters do not start without
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE, config],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/",
-            env=environment, start_new_session=True)
-        self.replies = self.process.stdout.fileno()
-        self._weak = None
+            [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
+             json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            cwd="/", env=environment, start_new_session=True)
+        self.weak = None
 
-    def weak(self):
-        """The promises that the worker could not secure; waits until it is ready."""
-        if self._weak is None:
-            self._weak = _receive(self.replies)
-            if self._weak is None:
-                raise RuntimeError("a sandbox worker did not start")
-        return self._weak
+    def fileno(self):
+        return self.process.stdout.fileno()
+
+    def ready(self):
+        """Waits for the end of its start; False if it died."""
+        if self.weak is None:
+            self.weak = _receive(self.fileno())
+        return self.weak is not None
 
     def send(self, job):
-        self.weak()
         try:
-            _send(self.process.stdin.fileno(), job)
+            if self.ready():
+                _send(self.process.stdin.fileno(), job)
         except BrokenPipeError:
-            pass                                           # it is dead: receive will say so
+            pass                                      # it died: receive will say so
 
     def receive(self):
-        """The reply, or None if the worker is dead."""
-        return _receive(self.replies)
-
-    def gone(self, deadline):
-        return time.monotonic() > deadline
+        """Its reply, or None if it died."""
+        return _receive(self.fileno())
 
     def kill(self):
         self.process.kill()
@@ -507,7 +516,10 @@ class _Worker:
 
 def _send(fd, message):
     data = json.dumps(message).encode()
-    data = struct.pack(">I", len(data)) + data
+    _write_all(fd, struct.pack(">I", len(data)) + data)
+
+
+def _write_all(fd, data):
     while data:
         data = data[os.write(fd, data):]
 
@@ -530,39 +542,204 @@ def _read(fd, size):
 
 
 # ---------------------------------------------------------------------------------------------
-# The worker: a lean interpreter that forks one fresh process for each run, and judges its end.
+# The worker: a lean interpreter inside the walls, which forks a fresh process for each run.
 
-_HERE = os.path.abspath(__file__)
-_BOOT = ("import sys; sys.path[:] = [p for p in sys.path if p]; "
-         "source = open(sys.argv[1], encoding='utf-8').read(); "
-         "scope = {'__name__': 'sandbox', '__file__': sys.argv[1]}; "
-         "exec(compile(source, 'sandbox', 'exec'), scope); scope['_work'](sys.argv[2])")
-_STDLIB = os.path.dirname(os.path.realpath(os.__file__))
+_LAYERS = ("namespaces", "landlock", "seccomp", "guards")
+_NOBODY = 65534
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
+_LAZY = {"statistics"}         # imports random, which makes each fork a quarter slower
+_LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# System calls open to a run, x86-64 and arm64 (None: does not exist there). It can compute, get
+# memory, read the library, and write its result; all the rest fails with EPERM.
+_SYSCALLS = dict(
+    read=(0, 63), write=(1, 64), close=(3, 57), stat=(4, None), fstat=(5, 80), lstat=(6, None),
+    lseek=(8, 62), mmap=(9, 222), mprotect=(10, 226), munmap=(11, 215), brk=(12, 214),
+    rt_sigaction=(13, 134), rt_sigprocmask=(14, 135), rt_sigreturn=(15, 139), pread64=(17, 67),
+    access=(21, None), sched_yield=(24, 124), mremap=(25, 216), madvise=(28, 233),
+    getpid=(39, 172), exit=(60, 93), getcwd=(79, 17), gettimeofday=(96, 169),
+    getrusage=(98, 165), getuid=(102, 174), getgid=(104, 176), geteuid=(107, 175),
+    getegid=(108, 177), sigaltstack=(131, 132), gettid=(186, 178), time=(201, None),
+    futex=(202, 98), getdents64=(217, 61), clock_gettime=(228, 113), clock_getres=(229, 114),
+    exit_group=(231, 94), openat=(257, 56), newfstatat=(262, 79), readlinkat=(267, 78),
+    faccessat=(269, 48), getrandom=(318, 278), statx=(332, 291), rseq=(334, 293))
 
 
 def _work(config):
     """The whole life of a worker process."""
-    timeout, memory_mb, layers, seed = json.loads(config)
     requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
     os.environ.clear()
-    _Sandbox(requests, replies, timeout, memory_mb, seed, layers).serve()
+    _Sandbox(requests, replies, *json.loads(config)).serve()
 
 
 class _Sandbox:
 
-    def __init__(self, requests, replies, timeout, memory_mb, seed, layers):
-        self.requests, self.replies = requests, replies
+    def __init__(self, requests, replies, timeout, memory_mb, layers, seed):
+        import resource                               # of Unix only
+        self.requests, self.replies, self.layers = requests, replies, layers
         self.timeout, self.memory, self.seed = timeout, memory_mb << 20, seed
-        for name in sorted(ALLOWED - {"__future__"}):
-            importlib.import_module(name)
-        warnings.simplefilter("ignore")
+        self.setrlimit, self.cpu = resource.setrlimit, resource.RLIMIT_CPU
+        self.processes = resource.RLIMIT_NPROC
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.linux = sys.platform == "linux"
+        self.proc = os.open("/proc", os.O_RDONLY) if os.path.isdir("/proc/self") else None
+        self.alone = self.mounted = False             # in a pid namespace; in a root of our own
+        root = os.geteuid() == 0
+        if self.linux and "namespaces" in layers:
+            self.enter_namespaces()
+        self.warm_up()
+        if self.alone:
+            self.mounted = self.attempt(self.enter_root)
+        self.ruleset, self.scoped = self.landlock() if "landlock" in layers else (None, False)
+        self.filter = self.seccomp() if "seccomp" in layers else None
+        limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0),
+                  (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_STACK, 8 << 20),
+                  (resource.RLIMIT_AS, self.memory + self.mapped())]
+        bounded = [self.attempt(self.limit, *each) for each in limits][-1]
+        self.drop_privileges(root)
         gc.collect()
         gc.freeze()
-        _send(replies, [])
+        quiet = self.alone or self.filter
+        _send(replies, [promise for promise, kept in [
+            ("reach the network", quiet), ("use more memory than its limit", bounded),
+            ("read files of this user", self.mounted or self.ruleset is not None),
+            ("change files of this user", self.mounted or self.ruleset is not None),
+            ("signal processes of this user", quiet or self.scoped),
+            ("leave processes behind", quiet or self.linux)] if not kept])
+
+    # -- walls ------------------------------------------------------------------------------
+
+    def attempt(self, step, *arguments):
+        """Whether a step that a system may refuse was done."""
+        try:
+            step(*arguments)
+        except (OSError, ValueError, AttributeError):
+            return False
+        return True
+
+    def call(self, name, *arguments):
+        """A C function that answers -1, with errno, when it is refused."""
+        arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+        result = getattr(self.libc, name)(*arguments)
+        if result == -1:
+            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+        return result
+
+    def prctl(self, option, value):
+        self.call("prctl", option, value, 0, 0, 0)
+
+    def limit(self, what, value):
+        import resource
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        self.setrlimit(what, (value, value))
+
+    def mapped(self):
+        """Address space in use before a run, which its limit comes on top of."""
+        if self.proc is None:
+            return 0
+        with open(os.open("self/statm", os.O_RDONLY, dir_fd=self.proc)) as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+    def enter_namespaces(self):
+        """Own process ids, network, mounts and ipc. Goes on in a child, which is process 1 of
+        the new pid namespace: when it ends, the kernel kills all that is left in there."""
+        everything = 0x20000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
+        uid, gid = os.geteuid(), os.getegid()
+        if not self.attempt(self.call, "unshare", everything):
+            if not self.attempt(self.call, "unshare", everything | 0x10000000):
+                return
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
+                               ("gid_map", f"{gid} {gid} 1")):
+                self.attempt(self.write_own, name, text)
+        self.attempt(self.prctl, 1, signal.SIGKILL)   # PR_SET_PDEATHSIG: not without the caller
+        pid = os.fork()
+        if pid:
+            os.closerange(3, 64)                      # its ends of the pipes tell of the child
+            os.waitpid(pid, 0)
+            os._exit(0)
+        self.alone = True
+
+    def write_own(self, name, text):
+        fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+    def enter_root(self):
+        """A root directory with nothing in it but the library, read-only."""
+        keep = 2 | 4 | (os.statvfs(_LIBRARY).f_flag & (8 | 1024 | 2048 | 4096))
+        mount = lambda *a: self.call("mount", *[x.encode() if isinstance(x, str) else x
+                                                for x in a])  # noqa: E731
+        mount(None, "/", None, 0x4000 | 0x40000, None)                    # private, all of it
+        mount("none", "/proc", "tmpfs", 2 | 4 | 8, "size=256k,mode=755")
+        os.makedirs("/proc" + _LIBRARY)
+        mount(_LIBRARY, "/proc" + _LIBRARY, None, 0x1000 | 0x4000, None)     # bind
+        mount(None, "/proc" + _LIBRARY, None, 0x1000 | 0x20 | 1 | keep, None)
+        mount(None, "/proc", None, 0x1000 | 0x20 | 1 | 2 | 4 | 8, None)
+        os.chdir("/proc")
+        self.call("pivot_root", b".", b".")
+        self.call("umount2", b".", 2)                                        # detach
+        os.chdir("/")
+
+    def landlock(self):
+        """(ruleset, whether it also holds signals back); each run restricts itself with it."""
+        try:
+            abi = self.call("syscall", 444, None, 0, 1)
+            files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+            attributes = struct.pack("QQQ", files, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]
+            ruleset = self.call("syscall", 444, attributes, len(attributes), 0)
+            library = os.open(_LIBRARY, os.O_RDONLY)
+            beneath = struct.pack("=Qi", 4 | 8, library)                     # read file, dir
+            self.call("syscall", 445, ruleset, 1, beneath, 0)
+            os.close(library)
+        except OSError:
+            return None, False
+        return ruleset, abi >= 6
+
+    def seccomp(self):
+        """The filter of system calls, for each run to enter; None if the system has none."""
+        machine = os.uname().machine
+        if not self.linux or machine not in _AUDIT_ARCH or sys.maxsize < 1 << 32:
+            return None
+        numbers = [pair[machine == "aarch64"] for pair in _SYSCALLS.values()]
+        numbers = [number for number in numbers if number is not None]
+        code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _AUDIT_ARCH[machine]),
+                (0x20, 0, 0, 0)]
+        code += [(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+        code += [(0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]         # EPERM, allow
+        self.code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
+        return ctypes.create_string_buffer(
+            struct.pack("HxxxxxxQ", len(code), ctypes.addressof(self.code)))
+
+    def drop_privileges(self, root):
+        if root:
+            for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
+                self.attempt(step, value)
+        if self.linux:
+            self.attempt(self.call, "capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+            self.attempt(self.prctl, 38, 1)           # PR_SET_NO_NEW_PRIVS
+            self.attempt(self.prctl, 4, 0)            # PR_SET_DUMPABLE: no ptrace
+            self.attempt(self.prctl, 36, 1)           # PR_SET_CHILD_SUBREAPER: no orphans
+            self.attempt(self.prctl, 1, signal.SIGKILL)   # PR_SET_PDEATHSIG
+
+    def warm_up(self):
+        """Imports and first uses, once and not in each run."""
+        for name in sorted(ALLOWED - _LAZY - {"__future__"}):
+            importlib.import_module(name)
+        warnings.simplefilter("ignore")
+        # Different addresses and free lists in each worker, also where addresses are not random.
+        size = int.from_bytes(os.urandom(2), "big")
+        self.ballast = [bytes(size * i % 487) for i in range(2000 + size % 2000)]
+        call = _parse_call("'a', b=[1, {2: 3.5}]")
+        _parse(f"def f(a, b):\n    return {{a}}, {literal(call)}", "exec")
+
+    # -- runs -------------------------------------------------------------------------------
 
     def serve(self):
         while True:
@@ -572,102 +749,295 @@ class _Sandbox:
             _send(self.replies, self.job(*job))
 
     def job(self, program, text):
+        """(status, output, error, seconds, suspect)"""
+        spent = 0.0
         try:
             call = _parse_call(text)
-        except ValueError:
-            status, output, error, seconds, _ = self.supervise(_evaluate, (text, self.seed))
+        except ValueError:                            # not literals: an expression
+            status, output, error, spent, _ = self.supervise(_evaluate, text, 0.0)
             if status != "ok":
-                return status, "", "input: " + error, seconds, False
+                return status, "", "input: " + error, spent, False
             call = parse_literal(output)
         del text
-        return self.supervise(_execute, (program, call, self.seed))
+        return self.supervise(_execute, (program, call), spent)
 
-    def supervise(self, what, arguments):
+    def supervise(self, what, argument, spent):
+        """Forks a run of `what`, waits for its end, and judges it."""
         nonce = os.urandom(16)
         source, sink = os.pipe()
-        start = time.monotonic()
+        start = time.monotonic() - spent
         pid = os.fork()
         if pid == 0:
-            self.child(what, arguments, sink, nonce)
+            self.child(what, argument, sink, nonce)
         os.close(sink)
-        data, late = self.collect(source, start)
+        data = self.collect(source, start)
         os.close(source)
         seconds = time.monotonic() - start
-        os.kill(pid, signal.SIGKILL)
-        _, code, usage = os.wait4(pid, 0)
-        if late:
-            return "timeout", "", f"no value within {self.timeout:g} s", seconds, False
-        if data.startswith(nonce):
-            status, suspect, error, output = data[16:].decode().split("\0", 3)
-            if status == "ok":
-                assert literal(parse_literal(output)) == output
-            return status, output, error, seconds, bool(suspect)
-        if os.waitstatus_to_exitcode(code) == _OUT_OF_MEMORY:
-            return "memory", "", "out of memory", seconds, False
-        return "killed", "", "its process ended without a result", seconds, False
+        code, cpu = self.sweep(pid)
+        status, output, error, suspect = "killed", "", "", False
+        if data is None or code == -signal.SIGKILL and cpu >= self.timeout:
+            status, error = "timeout", f"no value within {self.timeout:g} s"
+        elif data.startswith(nonce):
+            status, output, error, suspect = self.open(data[16:])
+        elif data:
+            status, error = "unsafe", "wrote on the pipe of its result"
+        elif code == _OUT_OF_MEMORY:
+            status, error = "memory", "out of memory"
+        elif code < 0:
+            error = f"its process died of {signal.Signals(-code).name}"
+        else:
+            error = f"its process ended without a result (exit status {code})"
+        return status, output, error, seconds, suspect
+
+    def open(self, data):
+        """Reads a run's report, believing nothing that it can check."""
+        try:
+            status, suspect, error, output = data.decode().split("\0", 3)
+            if status == "ok" and literal(parse_literal(output)) != output:
+                raise ValueError("not canonical")
+        except ValueError:
+            return "unsafe", "", "forged its result", False
+        return status, output, error, bool(suspect)
 
     def collect(self, source, start):
-        data = b""
+        """What a run reports until it closes its pipe; None if its time is over before."""
+        data, waited = b"", 0.0
         poller = select.poll()
         poller.register(source, select.POLLIN)
-        poller.register(self.requests, 0)
-        while True:
-            left = start + self.timeout - time.monotonic()
-            events = dict(poller.poll(max(left, 0) * 1000))
-            if self.requests in events:
+        poller.register(self.requests, 0)             # only its end is of interest
+        while len(data) <= 10 * MAX_TEXT:
+            left = start + self.timeout + waited - time.monotonic()
+            ready = dict(poller.poll(max(left, 0) * 1000))
+            if self.requests in ready:                # the caller is gone
+                self.kill_children()
                 os._exit(0)
-            if not events:
-                return data, True
-            more = os.read(source, 1 << 16)
-            data += more
-            if not more or len(data) > 10 * MAX_TEXT:
-                return data, False
+            if ready:
+                more = os.read(source, 1 << 16)
+                if not more:
+                    return data
+                data += more
+            elif left <= 0:
+                before, waited = waited, self.waited()
+                if waited < before + 0.01:
+                    return None
+        return data
 
-    def child(self, what, arguments, sink, nonce):
+    def children(self):
+        """Process ids of the children, as /proc knows them (which may be another namespace)."""
+        own = os.readlink("self", dir_fd=self.proc)
+        for name in os.listdir(self.proc):
+            if name.isdigit():
+                try:
+                    with open(os.open(name + "/stat", os.O_RDONLY, dir_fd=self.proc)) as file:
+                        if file.read().rpartition(")")[2].split()[1] == own:
+                            yield name
+                except OSError:                       # it ended meanwhile
+                    pass
+
+    def waited(self):
+        """Seconds that the run was ready to run and had to wait for a core."""
+        waited = 0.0
+        for name in self.children() if self.proc is not None else ():
+            try:
+                with open(os.open(name + "/schedstat", os.O_RDONLY, dir_fd=self.proc)) as file:
+                    waited += int(file.read().split()[1]) / 1e9
+            except OSError:                           # a kernel that does not tell
+                pass
+        return waited
+
+    def kill_children(self):
+        if self.alone:
+            self.attempt(os.kill, -1, signal.SIGKILL)
+        elif self.proc is not None:
+            for name in self.children():
+                self.attempt(os.kill, int(name), signal.SIGKILL)
+
+    def sweep(self, pid):
+        """Kills the run and all that it started; (exit code, cpu seconds) of the run."""
+        os.kill(pid, signal.SIGKILL)
+        self.attempt(os.killpg, pid, signal.SIGKILL)
+        _, code, usage = os.wait4(pid, 0)
+        while True:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    self.kill_children()
+            except ChildProcessError:
+                return os.waitstatus_to_exitcode(code), usage.ru_utime + usage.ru_stime
+
+    def child(self, what, argument, sink, nonce):
+        """The whole life of a run."""
         try:
-            import resource
-            resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory))
-            status, suspect, error, output = what(*arguments)
-            error = " ".join(error.split())[:300].encode("utf-8", "replace").decode()
-            message = "\0".join([status, suspect, error.replace("\0", ""), output])
-            os.write(sink, nonce + message.encode())
+            if self.linux:
+                self.libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+            os.setsid()
+            os.dup2(sink, 3) if sink != 3 else None
+            seconds = int(self.timeout) + 2
+            self.setrlimit(self.cpu, (seconds, seconds))
+            self.setrlimit(self.processes, (0, 0))
+            if self.ruleset is not None:
+                self.call("syscall", 446, self.ruleset, 0)
+            os.closerange(4, 64)
+            if self.filter:
+                self.call("prctl", 22, 2, self.filter, 0, 0)
+            what(argument, _Report(nonce), self.seed, "guards" in self.layers)
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         finally:
-            os._exit(0)
+            os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------
 # The run: what happens in the forked process.
 
-def _evaluate(text, seed):
-    """Evaluates an input to the literal of (args, kwargs)."""
-    tree = ast.parse(f"f(\n{text}\n)", mode="eval")
-    name = tree.body.func = ast.Name(id="<call>", ctx=ast.Load(), lineno=1, col_offset=0,
-                                     end_lineno=1, end_col_offset=1)
-    call = eval(compile(tree, "<input>", "eval"),
-                {"__builtins__": dict(vars(builtins)), "<call>": lambda *a, **k: (a, k)})
-    return "ok", "", "", literal(call)
+
+class _Report:
+    """Tells the worker how the run ended, and ends it."""
+
+    def __init__(self, nonce):
+        self.nonce = nonce
+
+    def __call__(self, status, error="", output="", suspect="", write=_write_all, leave=os._exit):
+        error = " ".join(error.replace("\0", " ").split())[:300]
+        text = "\0".join([status, suspect, error, output])
+        write(3, self.nonce + text.encode("utf-8", "backslashreplace"))
+        leave(0)
 
 
-def _execute(program, call, seed):
-    args, kwargs = call
+# Attributes by which programs walk out of their namespace, and functions that hand out modules.
+_WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
+    __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
+    ag_frame""".split())
+# Names that make the order of a hash table, or an address, visible.
+_ORDERS = frozenset("set frozenset hash id keys items object repr vars dir".split())
+# What the interpreter's audit events say of a program that no task may do; a prefix each.
+_EVENTS = ("os.", "open", "subprocess.", "socket.", "ctypes.", "shutil.", "signal.", "pty.",
+           "fcntl.", "resource.", "mmap.", "syslog.", "gc.", "sys.settrace", "sys.setprofile",
+           "sys._current", "sys.addaudithook", "builtins.input", "builtins.breakpoint",
+           "time.sleep", "tempfile.", "glob.", "pathlib.", "sqlite3.", "urllib.", "webbrowser.")
+
+
+def _allowed(name):
+    return name.partition(".")[0] in ALLOWED
+
+
+def _parse(text, mode):
+    """(code, what makes it unsafe or None, whether it is suspect), from one walk of its tree."""
+    tree = ast.parse(text, "<program>", mode)
+    if mode == "eval":                                # f(…) alone: the text cannot leave the call
+        function = getattr(tree.body, "func", None)
+        if not (isinstance(function, ast.Name) and function.lineno == 1):
+            raise SyntaxError("not the arguments of one call")
+        function.id = "<call>"                        # a name that the text cannot use
+    unsafe, suspect = None, False
+    for node in ast.walk(tree):
+        kind, modules = type(node), ()
+        if kind is ast.Import:
+            modules = [alias.name for alias in node.names]
+        elif kind is ast.ImportFrom:
+            modules = ["." if node.level else node.module]
+            modules += [alias.name for alias in node.names
+                        if alias.name in sys.stdlib_module_names]
+        elif kind is ast.Name or kind is ast.Attribute:
+            name = node.id if kind is ast.Name else node.attr
+            if name in _WALKS:
+                unsafe = unsafe or f"uses {name}"
+            suspect = suspect or name in _ORDERS
+        elif kind is ast.Set or kind is ast.SetComp:
+            suspect = True
+        for name in modules:
+            if not _allowed(name):
+                unsafe = unsafe or f"imports {name}"
+    return compile(tree, "<program>", mode), unsafe, suspect
+
+
+def _has_set(value):
+    kind = type(value)
+    return kind is set or kind in (list, tuple, dict) and any(
+        map(_has_set, value.values() if kind is dict else value))
+
+
+def _describe(error):
+    """One line on an exception, without calling code of its class."""
+    arguments = BaseException.args.__get__(error)
+    text = arguments[0] if arguments else ""
+    if type(text) is not str:
+        try:
+            text = literal(text, 200)
+        except ValueError:
+            text = ""
+    return _name(type(error)) + (": " + text[:200] if text else "")
+
+
+def _namespace(report, seed, guards):
+    """The builtins of a program. id() differs between seeds even where addresses do not."""
+    mask = (seed % 2) * ((1 << 47) - 1)
+    names = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
+    if guards:
+        load = builtins.__import__
+
+        def import_(name, globals=None, locals=None, fromlist=(), level=0):
+            if level or not _allowed(name):
+                report("unsafe", f"imports {name}")
+            return load(name, globals, locals, fromlist, level)
+
+        def watch(event, arguments):
+            if event.startswith(_EVENTS):
+                if event in ("open", "os.listdir", "os.scandir"):     # a lazy import
+                    path = arguments[0]
+                    if type(path) is str and path.startswith(_LIBRARY) and ".." not in path:
+                        return
+                report("unsafe", f"attempted {event}")
+
+        names["__import__"] = import_
+        sys.addaudithook(watch)
+    return names
+
+
+def _attempt(report, unsafe, action):
+    """Does what hostile code says, and reports every way in which it can fail."""
+    if unsafe:
+        report("unsafe", unsafe)
     try:
-        tree = ast.parse(program)
-        code = compile(tree, "<program>", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return "syntax", "", str(error), ""
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
-    module.__dict__["__builtins__"] = dict(vars(builtins))
-    try:
-        exec(code, module.__dict__)
-        value = module.__dict__["f"](*args, **kwargs)
+        return action()
     except MemoryError:
-        return "memory", "", "out of memory", ""
-    except BaseException as error:
-        return "error", "", f"{type(error).__name__}: {error}", ""
+        os._exit(_OUT_OF_MEMORY)
+    except BaseException as error:     # SystemExit and KeyboardInterrupt are no way out either
+        report("error", _describe(error))
+
+
+def _compiled(report, text, mode):
     try:
-        return "ok", "", "", literal(value)
+        return _parse(text, mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        report("syntax", _describe(error))
+
+
+def _returned(report, value, suspect):
+    try:
+        report("ok", "", literal(value), suspect and "suspect")
     except ValueError as error:
-        return "unrepresentable", "", str(error), ""
+        report("unrepresentable", str(error))
+
+
+def _evaluate(text, report, seed, guards):
+    """Reports the literal of (args, kwargs), for an input."""
+    code, unsafe, _ = _compiled(report, f"f(\n{text}\n)", "eval")
+    scope = {"__builtins__": _namespace(report, seed, guards), "<call>": lambda *a, **k: (a, k)}
+    _returned(report, _attempt(report, unsafe, lambda: eval(code, scope)), "")
+
+
+def _execute(job, report, seed, guards):
+    """Reports the value of f, for a program and (args, kwargs)."""
+    program, (args, kwargs) = job
+    code, unsafe, suspect = _compiled(report, program, "exec")
+    module = types.ModuleType("program")              # classes look their module up
+    sys.modules["program"] = module
+    scope = vars(module)
+    scope["__builtins__"] = _namespace(report, seed, guards)
+
+    def action():
+        exec(code, scope)
+        return scope["f"](*args, **kwargs)
+
+    suspect = "suspect" if suspect or _has_set((args, tuple(kwargs.values()))) else ""
+    _returned(report, _attempt(report, unsafe if guards else None, action), suspect)
