@@ -31,7 +31,8 @@ def make_random_model(folder, seed=0, vocab_size=None, **changes):
     config = Qwen2Config(**{
         "vocab_size": vocab_size or len(tokenizer), "hidden_size": 48, "intermediate_size": 96,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True, "initializer_range": 0.1,
+        "max_position_embeddings": 8192,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **changes})
     model = Qwen2ForCausalLM(config)
     model.generation_config.update(do_sample=True, temperature=0.2, top_k=3, top_p=0.5, repetition_penalty=1.5)

@@ -1,0 +1,420 @@
+"""The policy and the update against oracles that are slow and obvious, on a small random model."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import azr
+from azr import (Rollout, UsageError, clipped_loss, generate, load_policy, micro_batches, propose, resolve_model,
+                 response_logprobs, solve, trr_update)
+from rewards import task_relative_advantages
+from tasks import ZERO_TRIPLET, Task, TaskBuffer
+from conftest import make_random_model
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
+
+
+def config(**changes):
+    return SimpleNamespace(**{
+        "micro_tokens": 400, "logit_chunk": 7, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
+        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "zero": 0.0} | changes)
+
+
+def rollouts_of(policy, advantages, seed=0, max_tokens=20):
+    torch.manual_seed(seed)
+    prompts = [[3, 1, 4, 1, 5][: 1 + i % 5] for i in range(len(advantages))]
+    responses = generate(policy, prompts, max_tokens)
+    return [Rollout("solve", "deduction", prompt, ids, "", advantage=advantage)
+            for prompt, ids, advantage in zip(prompts, responses, advantages)]
+
+
+def naive_logprobs(policy, rollout):
+    """One row alone, no padding, no cache, all logits at once."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    logps_TV = torch.log_softmax(policy.causal(input_ids=ids).logits[0].float(), -1)
+    n = len(rollout.prompt_ids)
+    logps_TV = logps_TV[n - 1:-1]
+    return logps_TV.gather(-1, ids[0, n:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
+
+
+def gradients(policy):
+    return {name: p.grad.clone() for name, p in policy.trainable().items()}
+
+
+def sgd(policy, lr=1.0):
+    return torch.optim.SGD(policy.trainable().values(), lr=lr)
+
+
+# --- sampling
+
+def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
+    def plain(prompt):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < 60:
+            with torch.no_grad():
+                ids.append(int(policy.causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in policy.end_ids:
+                break
+        return ids[len(prompt):]
+
+    expected = [plain(prompt) for prompt in PROMPTS]
+    assert generate(policy, PROMPTS, 60, greedy=True) == expected
+    policy.rows = 2  # several groups, and copies split over several calls
+    copies = generate(policy, PROMPTS, 60, copies=3, greedy=True)
+    assert copies == [response for response in expected for _ in range(3)]
+
+
+def test_samples_come_from_the_distribution_that_is_trained(policy):
+    """A chi-square test of 4000 first tokens against the model's own probabilities.
+
+    The model's generation_config asks for temperature 0.2, top-k 3 and a repetition penalty; with
+    any of them left in, the statistic is in the thousands.
+    """
+    torch.manual_seed(0)
+    prompt = [5, 6, 7]
+    counts = torch.zeros(policy.causal.config.vocab_size)
+    for ids in generate(policy, [prompt], 1, copies=4000):
+        counts[ids[0]] += 1
+    with torch.no_grad():
+        expected = torch.softmax(policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1], -1) * 4000
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    degrees = len(expected) - 1
+    assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_sampled_continuations_agree_with_the_logprobs_of_training(policy):
+    """E[−log p(sample)] is the entropy: over 600 samples of 12 tokens both estimates must agree."""
+    torch.manual_seed(0)
+    rollouts = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 12, copies=600)]
+    logps_N, entropies_N = response_logprobs(policy, rollouts)
+    surprise = (-logps_N - entropies_N).detach()
+    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
+
+
+def test_response_ends_at_the_answer_or_the_end_token(policy, monkeypatch):
+    end = policy.tokenizer.eos_token_id
+    encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    closed = encode("a</answer>")
+    assert azr._end_of(policy, closed + encode("bcd"), 0) == len(closed)
+    assert azr._end_of(policy, closed + encode("bcd"), 5) == len(closed)   # the tag straddles segments
+    assert azr._end_of(policy, closed + [end], 0) == len(closed)
+    assert azr._end_of(policy, encode("ab") + [end, end, end], 0) == 3     # the end token is trained
+    assert azr._end_of(policy, encode("abc"), 0) is None
+
+
+def test_trained_tokens_are_the_sampled_ones_when_text_would_not_round_trip(policy):
+    """Half a character decodes to a replacement character; ids made from text would differ."""
+    rollouts = rollouts_of(policy, [1.0] * 8)
+    assert any(policy.tokenizer(policy.text(r.response_ids)).input_ids != r.response_ids for r in rollouts)
+    logps_N, _ = response_logprobs(policy, rollouts)
+    assert len(logps_N) == sum(len(r.response_ids) for r in rollouts)
+    assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
+
+
+# --- logprobs and loss
+
+@pytest.mark.parametrize("chunk", [1, 7, 10000])
+def test_chunked_logprobs_and_entropies_against_log_softmax(policy, chunk):
+    rollouts = rollouts_of(policy, [1.0] * 9)
+    weights = torch.randn(sum(len(r.response_ids) for r in rollouts), generator=torch.Generator().manual_seed(0))
+    found = []
+    for chunked in (True, False):
+        policy.causal.zero_grad()
+        if chunked:
+            logps_N, entropies_N = response_logprobs(policy, rollouts, chunk)
+        else:
+            pairs = [naive_logprobs(policy, r) for r in rollouts]
+            logps_N, entropies_N = (torch.cat(parts) for parts in zip(*pairs))
+        ((logps_N + 0.3 * entropies_N) * weights).sum().backward()
+        found.append((logps_N.detach(), entropies_N.detach(), gradients(policy)))
+    (a, b, grads), (c, d, oracle) = found
+    assert torch.allclose(a, c, atol=1e-5) and torch.allclose(b, d, atol=1e-5)
+    for name in oracle:
+        assert torch.allclose(grads[name], oracle[name], atol=1e-4), name
+
+
+def test_logits_are_never_there_for_more_than_a_chunk(policy, monkeypatch):
+    seen = []
+    head = policy.causal.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
+    rollouts = rollouts_of(policy, [1.0] * 9)
+    seen.clear()
+    response_logprobs(policy, rollouts, 16)[0].sum().backward()
+    assert max(seen) == 16 and len(seen) > 4
+
+
+def test_clip_cuts_on_the_correct_side():
+    """Good responses gain nothing beyond 1 + ε, bad ones lose nothing beyond 1 − ε; the other way stays free."""
+    for advantage, ratio, free in ((1.0, 1.5, False), (1.0, 0.5, True), (-1.0, 0.5, False), (-1.0, 1.5, True),
+                                   (1.0, 1.1, True), (-1.0, 0.9, True)):
+        new = torch.tensor([math.log(ratio)], requires_grad=True)
+        loss = clipped_loss(new, torch.zeros(1), torch.tensor([advantage]), 0.2)
+        loss.sum().backward()
+        assert (new.grad.item() != 0) == free, (advantage, ratio)
+        assert loss.item() == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+
+
+def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy):
+    """With old = new the loss is −mean A and its gradient that of −A · log p, token by token."""
+    rollouts = rollouts_of(policy, [1.0, -1.0, 0.5, 2.0])
+    before = {n: p.detach().clone() for n, p in policy.trainable().items()}
+    metrics = trr_update(policy, sgd(policy), rollouts, config())
+    step = {n: before[n] - p.detach() for n, p in policy.trainable().items()}
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    assert metrics["loss"] == pytest.approx(-sum(r.advantage * len(r.response_ids) for r in rollouts) / tokens, abs=1e-6)
+
+    with torch.no_grad():
+        for name, p in policy.trainable().items():
+            p.copy_(before[name])
+    policy.causal.zero_grad()
+    (-sum(r.advantage * naive_logprobs(policy, r)[0].sum() for r in rollouts) / tokens).backward()
+    for name, grad in gradients(policy).items():
+        assert torch.allclose(step[name], grad, atol=1e-5), name
+    norm = math.sqrt(sum(float((g ** 2).sum()) for g in gradients(policy).values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_entropy_bonus_raises_entropy(policy):
+    rollouts = rollouts_of(policy, [0.0] * 4)
+    first = trr_update(policy, sgd(policy, 0.05), rollouts, config(entropy_coef=1.0))
+    second = trr_update(policy, sgd(policy, 0.05), rollouts, config(entropy_coef=1.0))
+    assert second["entropy"] > first["entropy"]
+    assert first["entropy"] == pytest.approx(-first["loss"], rel=1e-4)
+
+
+def test_micro_batching_changes_neither_loss_nor_gradient(policy):
+    rollouts = rollouts_of(policy, [1.0, -1.0, 0.5, 2.0, -0.3, 0.1, 0.0])
+    results = []
+    for budget in (1, 60, 10 ** 6):
+        policy.causal.zero_grad()
+        loss, entropy = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
+        results.append((len(micro_batches(rollouts, budget)), loss, entropy, gradients(policy)))
+    assert results[0][0] == 7 and results[2][0] == 1 and 1 < results[1][0] < 7
+    for _, loss, entropy, grads in results[:2]:
+        assert loss == pytest.approx(results[2][1], abs=1e-6) and entropy == pytest.approx(results[2][2], abs=1e-5)
+        for name, grad in results[2][3].items():
+            assert torch.allclose(grads[name], grad, atol=1e-6), name
+
+
+def test_micro_batches_keep_every_rollout_and_the_budget():
+    rng = random.Random(0)
+    rollouts = [Rollout("solve", "deduction", [0] * rng.randint(1, 50), [0] * rng.randint(1, 50), "") for _ in range(100)]
+    batches = micro_batches(rollouts, 300)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, rollouts))
+    for batch in batches:
+        widest = max(len(r.prompt_ids) + len(r.response_ids) for r in batch)
+        assert len(batch) == 1 or len(batch) * widest <= 300
+
+
+def test_one_step_makes_good_responses_likelier_and_bad_ones_less(policy):
+    rollouts = rollouts_of(policy, [1.0, -1.0, 1.0, -1.0])
+    before = [naive_logprobs(policy, r)[0].sum().item() for r in rollouts]
+    trr_update(policy, sgd(policy, 0.02), rollouts, config())
+    after = [naive_logprobs(policy, r)[0].sum().item() for r in rollouts]
+    for rollout, old, new in zip(rollouts, before, after):
+        assert (new > old) == (rollout.advantage > 0)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_drops_nothing(policy, monkeypatch):
+    rollouts = rollouts_of(policy, [1.0, -1.0, 0.5, 2.0])
+    policy.causal.zero_grad()
+    azr._accumulate_gradients(policy, rollouts, 10 ** 6, config())
+    expected = gradients(policy)
+    before = {n: p.detach().clone() for n, p in policy.trainable().items()}
+    real, sizes = azr.response_logprobs, []
+
+    def scarce(policy, batch, chunk):
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(policy, batch, chunk)
+
+    monkeypatch.setattr(azr, "response_logprobs", scarce)
+    cfg = config(micro_tokens=10 ** 3)
+    with pytest.warns(UserWarning, match="out of GPU memory"):
+        trr_update(policy, sgd(policy), rollouts, cfg)
+    assert sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] and cfg.micro_tokens < 10 ** 3
+    for name, p in policy.trainable().items():
+        assert torch.allclose(before[name] - p.detach(), expected[name], atol=1e-6), name
+
+
+def test_a_fixed_pattern_is_learned_from_its_reward(random_model):
+    """The whole path, sampled and updated: reward ids under 64, a quarter of all at first."""
+    policy = load_policy(random_model, lora_rank=0, device="cpu")
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+    torch.manual_seed(0)
+    shares = []
+    for _ in range(16):
+        responses = generate(policy, [[3, 1]], 8, copies=64)
+        rewards = [sum(i < 64 for i in ids) / len(ids) for ids in responses]
+        shares.append(sum(rewards) / len(rewards))
+        advantages = task_relative_advantages(rewards, ["g"] * len(rewards))
+        trr_update(policy, optimizer, [Rollout("solve", "deduction", [3, 1], ids, "", advantage=a)
+                                       for ids, a in zip(responses, advantages)], config(micro_tokens=10 ** 4, max_grad_norm=1.0))
+    assert 0.15 < shares[0] < 0.35 and shares[-1] > 0.8
+
+
+# --- propose and solve, with scripted responses and the real sandbox
+
+def answer(text):
+    return f" ...</think>\n<answer>\n{text}\n</answer>"
+
+
+def script(policy, monkeypatch, reply):
+    """Let `reply(prompt, copy)` say what the model answers; everything else stays real."""
+    def scripted(policy, prompts, max_tokens, copies=1, greedy=False):
+        return [policy.tokenizer(reply(policy.decode(prompt), copy)).input_ids
+                for prompt in prompts for copy in range(copies)]
+    monkeypatch.setattr(azr, "generate", scripted)
+
+
+def propose_once(policy, executor, monkeypatch, proposals, solver, cfg=None, buffer=None):
+    """proposals: what the proposer says, one after the other; solver(copy) → its answer's text."""
+    queue = iter(proposals)
+    script(policy, monkeypatch, lambda prompt, copy: solver(copy) if "Invent" not in prompt else next(queue))
+    buffer = buffer or TaskBuffer(100, random.Random(0))
+    cfg = cfg or config(types=("deduction",), batch=len(proposals))
+    return buffer, *propose(policy, executor, buffer, cfg)
+
+
+def block(program, input):
+    return answer(f"```python\n{program}\n```\n```input\n{input}\n```")
+
+
+ADD = "def f(x):\n    return x + 1"
+
+
+@pytest.mark.parametrize("correct_copies, reward", [((), 0.0), ((0,), 0.75), ((0, 2, 3), 0.25), ((0, 1, 2, 3), 0.0)])
+def test_proposer_reward_is_learnability(policy, executor, monkeypatch, correct_copies, reward):
+    buffer, rollouts, tasks, estimates = propose_once(
+        policy, executor, monkeypatch, [block(ADD, "2")],
+        lambda copy: answer("```output\n3\n```" if copy in correct_copies else "```output\n4\n```"))
+    (rollout,) = rollouts
+    assert (rollout.verdict, rollout.reward, rollout.solve_rate) == ("valid", reward, len(correct_copies) / 4)
+    assert tasks == [Task("deduction", ADD, "2", "3")] and tasks[0] in buffer.tasks["deduction"]
+    assert len(estimates) == 4 and all(r.role == "solve" and r.estimate for r in estimates)
+    assert [r.reward for r in estimates] == [1.0 if copy in correct_copies else -0.5 for copy in range(4)]
+
+
+def test_official_zero_learnability(policy, executor, monkeypatch):
+    _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: answer("3"),
+                                       config(types=("deduction",), batch=1, zero=-0.5))
+    assert rollout.solve_rate == 1.0 and rollout.reward == -0.5
+
+
+@pytest.mark.parametrize("response, reward, verdict", [
+    ("no tags at all", -1.0, "truncated"), (answer("no blocks"), -1.0, "malformed"),
+    (block("def f(x):\n    return y", "1"), -0.5, "error"), (block("def f(x)\n    return 1", "1"), -0.5, ""),
+    (block("import os\ndef f(x):\n    return os.getcwd()", "1"), -0.5, "unsafe"),
+    (block("import random\ndef f(x):\n    return random.random()", "1"), -0.5, ""),
+    (block("def f(x):\n    return id([])", "1"), -0.5, "nondeterministic"),
+    (block("def f(x):\n    return hash('a' + x)", "'b'"), -0.5, "nondeterministic"),
+    (block("def f(x):\n    return lambda: x", "1"), -0.5, "unrepresentable"),
+    (block("def f(x):\n    return 'a' * x", "401"), -0.5, "too long"),
+    (block("def f(x):\n    while True: pass", "1"), -0.5, "timeout"),
+])
+def test_invalid_proposals_are_penalised_and_not_kept(policy, executor, monkeypatch, response, reward, verdict):
+    buffer, (rollout,), tasks, estimates = propose_once(policy, executor, monkeypatch, [response], lambda copy: "")
+    assert rollout.reward == reward and verdict in rollout.verdict and rollout.task is None
+    assert tasks == estimates == [] and len(buffer.tasks["deduction"]) == 1
+
+
+def test_repeated_programs_earn_nothing_unless_asked(policy, executor, monkeypatch):
+    twice = [block(ADD, "2"), block("def f(x):\n    # again\n    return (x + 1)", "5")]
+    solver = lambda copy: answer("3" if copy else "4")  # noqa: E731
+    buffer, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver)
+    assert [r.verdict for r in rollouts] == ["valid", "repeat"] and rollouts[1].reward == 0.0 and len(tasks) == 1
+    _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver,
+                                         config(types=("deduction",), batch=2, dedup=False))
+    assert [r.verdict for r in rollouts] == ["valid", "valid"] and len(tasks) == 2
+
+
+def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypatch):
+    cfg = config(types=("induction",), batch=2, inputs=4)
+    def inputs(*texts):
+        return answer("".join(f"```input\n{t}\n```\n" for t in texts) + "```message\nsame\n```")
+    good, bad = inputs("1", "1/0", "2", "3"), inputs("1", "x", "1/0")
+    buffer, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, [good, bad],
+                                                lambda copy: answer("```python\ndef f(y):\n    return y\n```"), cfg)
+    assert task == Task("induction", ZERO_TRIPLET.program, inputs=("1", "2", "3"), outputs=("1", "2", "3"), message="same")
+    assert [r.reward for r in rollouts] == [0.0, -0.5] and rollouts[0].solve_rate == 1.0
+
+
+def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypatch):
+    buffer = TaskBuffer(100, random.Random(0))
+    for n in range(10):
+        buffer.add(Task("deduction", f"def f(x):\n    return x + {n}" + " " * 500 + "# ", "1", "1"))
+    fits = len(policy.encode(azr.propose_prompt("deduction"))) + 900
+    _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: "",
+                                       config(types=("deduction",), batch=1, references=6, max_prompt=fits), buffer)
+    assert len(rollout.references) == 1 and len(rollout.prompt_ids) <= fits
+
+
+def test_solve_rewards_and_verdicts(policy, executor, monkeypatch):
+    replies = iter([answer("```output\n3\n```"), answer("```output\n4\n```"), answer(""), "cut off"])
+    script(policy, monkeypatch, lambda prompt, copy: next(replies))
+    rollouts = solve(policy, executor, [Task("deduction", ADD, "2", "3")] * 4, config())
+    assert [(r.verdict, r.reward) for r in rollouts] == [("correct", 1.0), ("wrong", -0.5), ("malformed", -1.0), ("truncated", -1.0)]
+
+
+# --- loading
+
+def test_model_names():
+    assert resolve_model("Qwen2.5-3B") == "Qwen/Qwen2.5-3B" and resolve_model("Qwen3-4B-Base") == "Qwen/Qwen3-4B-Base"
+    assert resolve_model("Llama-3.1-8B") == "meta-llama/Llama-3.1-8B" and resolve_model("gemma-2-2b") == "google/gemma-2-2b"
+    assert resolve_model("me/mine") == "me/mine" and resolve_model("tiny").endswith("tiny")
+
+
+def test_a_model_that_cannot_be_had_says_so_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="cannot load the model.*--model PATH") as error:
+        load_policy(str(tmp_path / "nothing/here"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="4-bit weights cannot be trained"):
+        load_policy("whatever", quantize="4bit", lora_rank=0)
+
+
+def test_base_weights_switch_the_adapter_off(policy):
+    before = generate(policy, PROMPTS, 10, greedy=True)
+    with azr.base_weights(policy):
+        base = generate(policy, PROMPTS, 10, greedy=True)
+    assert base != before and generate(policy, PROMPTS, 10, greedy=True) == before
+
+
+def test_lora_is_on_every_linear_layer_but_the_head(policy):
+    touched = {name.split(".lora_")[0].split(".")[-1] for name in policy.trainable()}
+    assert touched == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_full_fine_tuning_trains_every_weight(random_model):
+    policy = load_policy(random_model, lora_rank=0, device="cpu")
+    assert len(policy.trainable()) == len(list(policy.causal.parameters()))
+    before = generate(policy, PROMPTS, 8, greedy=True)
+    trr_update(policy, sgd(policy, 5.0), rollouts_of(policy, [1.0, -1.0]), config())
+    assert generate(policy, PROMPTS, 8, greedy=True) != before
+
+
+def test_a_tokenizer_without_pad_token_and_a_model_with_several_end_tokens(tmp_path):
+    import json
+    folder = make_random_model(tmp_path)
+    for name, changes in (("tokenizer_config.json", {"pad_token": None}), ("generation_config.json", {"eos_token_id": [256, 65], "pad_token_id": None})):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    policy = load_policy(folder, lora_rank=4, device="cpu")
+    assert policy.end_ids == {256, 65}
+    rollouts = rollouts_of(policy, [1.0] * 6, max_tokens=200)
+    assert any(r.response_ids[-1] == 65 for r in rollouts) and all(65 not in r.response_ids[:-1] for r in rollouts)
+    logps_N, _ = response_logprobs(policy, rollouts)
+    assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
+
+
+def test_instruct_models_get_their_chat_template_and_an_open_thought(policy):
+    policy.tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                                      "{% if add_generation_prompt %}[assistant]{% endif %}")
+    policy.chat = True
+    text = policy.decode(policy.encode("What {question}?"))
+    assert text.startswith("[user]") and text.endswith("What {question}?[assistant]<think>")
+    policy.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    assert policy.decode(policy.encode("Q")).count("[assistant]<think>\n") == 1
