@@ -139,7 +139,12 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     adapter: a PEFT folder to start from instead of fresh LoRA weights.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device {device} is no device that torch knows; give cuda, cuda:1 or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA GPU here; leave --device out to use the CPU")
     on_gpu = device.type == "cuda"
     quantize = ("4bit" if on_gpu and lora_rank else "none") if quantize == "auto" else quantize
     if quantize == "4bit" and not lora_rank and not adapter:

@@ -5,6 +5,7 @@ Read `train` first: it is Algorithm 1 of the paper (Zhao et al. 2025, arXiv 2505
 """
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from azr import UsageError, draft, load_policy, propose, solve, trr_update
 from eval import HELDOUT, heldout_accuracy, load_heldout, mean_score, table
 from executor import Executor
+from report import draw_curves
 from rewards import task_relative_advantages
 from tasks import TASK_TYPES, TaskBuffer, edit_distance
 
@@ -52,6 +54,7 @@ KNOBS = {  #              tiny   24 GB   paper   what it is
     "eval_every":        (  10,     20,     20, "steps between held-out evaluations; 0: only before and after"),
     "save_every":        (   5,      5,      5, "steps between checkpoints"),
     "timeout":           ( 5.0,   10.0,   10.0, "seconds a sandboxed run may take"),
+    "threads":           (   1,      0,      0, "CPU threads of torch; 0 leaves torch's choice (one is fastest for tiny)"),
 }
 DEFAULT, CARD, PAPER = range(3)
 
@@ -60,6 +63,8 @@ DEFAULT, CARD, PAPER = range(3)
 
 def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, rows=cfg.generate_batch)
@@ -284,7 +289,7 @@ class Run:
     def resume_hint(self):
         if self.state_file.exists():
             return f"the checkpoint is whole, go on with: python train.py --resume {self.folder}"
-        return f"no checkpoint was written yet in {self.folder}"
+        return f"no checkpoint was written yet; start again with: python train.py --resume {self.folder}"
 
     def save(self, step, policy, optimizer, buffer, rng):
         """Write everything that the next step depends on, then the adapter for others to load."""
@@ -293,12 +298,9 @@ class Run:
                  "python_rng": json.dumps(rng.getstate()), "torch_rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
         self.state_file.parent.mkdir(exist_ok=True)
-        fresh = self.state_file.with_suffix(".new")
-        with open(fresh, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.state_file)
+        content = io.BytesIO()
+        torch.save(state, content)
+        replace_file(self.state_file, content.getbuffer())
         name = "model" if policy.model is policy.causal else "adapter"
         self._save_pretrained(policy, name)
 
@@ -381,7 +383,8 @@ class Run:
                                and key.startswith(prefix) and key.endswith(suffix))
                     for name, prefix, suffix in (("solver", "solve/", "/accuracy"), ("valid", "propose/", "/valid"),
                                                  ("learnable", "propose/", "/learnable"))}
-        return {"held-out": f"{heldout:.2f}", **{name: f"{value:.2f}" for name, value in averages.items()},
+        return {"held-out": f"{heldout:.2f}",
+                **{name: f"{value:.2f}" for name, value in averages.items() if value is not None},
                 "tok/s": f"{metrics['tokens_per_second']:.0f}"}
 
     def finish(self):
@@ -435,45 +438,6 @@ class Interrupt:
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def draw_curves(metrics, path):
-    """curves.png: six panels over steps, held-out accuracy with a band of one standard error."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def series(key):
-        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-        return [step for step, _ in points], [value for _, value in points]
-
-    panels = (
-        ("held-out accuracy (greedy)", {type: f"heldout/{type}" for type in (*TASK_TYPES, "mean")}),
-        ("solver accuracy in training", {type: f"solve/{type}/accuracy" for type in TASK_TYPES}),
-        ("learnable share of proposals", {type: f"propose/{type}/learnable" for type in TASK_TYPES}),
-        ("solver response length (tokens)", {type: f"response_tokens/solve/{type}" for type in TASK_TYPES}),
-        ("new programs and structure", {"unique programs": "diversity/unique_ast",
-                                        "edit distance": "diversity/edit_distance", "trivial": "diversity/trivial"}),
-        ("entropy (nats a token)", {"entropy": "entropy"}))
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels):
-        for label, key in curves.items():
-            steps, values = series(key)
-            line, = axis.plot(steps, values, label=label, marker="o" if key.startswith("heldout") else None,
-                              markersize=3, color="black" if label == "mean" else None)
-            if key.startswith("heldout"):
-                _, errors = series(key.replace("heldout", "heldout_stderr"))
-                axis.fill_between(steps, [v - e for v, e in zip(values, errors)],
-                                  [v + e for v, e in zip(values, errors)], color=line.get_color(), alpha=0.15)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    fresh = path.with_suffix(".new.png")
-    figure.savefig(fresh, dpi=110)
-    pyplot.close(figure)
-    os.replace(fresh, path)
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -549,7 +513,7 @@ def check(cfg):
     at_least = {"steps": 1, "batch": 1, "references": 0, "inputs": 2, "seed_factor": 1, "buffer": 2,
                 "max_prompt": 1, "max_response": 1, "lora_rank": 0, "micro_tokens": 1, "logit_chunk": 1,
                 "eval_every": 0, "save_every": 1, "generate_batch": 0, "samples": 0, "entropy_coef": 0,
-                "solve_weight": 0}
+                "solve_weight": 0, "threads": 0}
     for name, least in at_least.items():
         if getattr(cfg, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least {least}")
