@@ -208,12 +208,13 @@ FIRST_SEGMENT = 16  # tokens before the batch is looked through for finished row
 
 
 @torch.no_grad()
-def generate(policy, prompts, max_tokens, copies=1, greedy=False):
-    """Sample `copies` responses to each prompt at temperature 1, untruncated distribution.
+def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.0):
+    """Sample `copies` responses to each prompt from the whole distribution (no top-k, no top-p).
 
     prompts: [[id]]; → [[id]], len(prompts) · copies of them, prompt by prompt; each at most
     max_tokens long and ended by an end token, by the token that completes `</answer>`, or by the
-    limit. greedy=True takes the likeliest token instead.
+    limit. greedy=True takes the likeliest token instead. Training samples at temperature 1, where
+    the sampling distribution is the one whose logprobs are trained.
 
     >>> generate(policy, [[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
     [[9, 1], [8, 8, 8], [9, 9, 1], [1]]
@@ -222,6 +223,9 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False):
     growing segments, and finished rows leave it in between, so stragglers do not pay for the rest.
     """
     policy.causal.eval()
+    # every sampling field explicit: none is left for a model's own configuration to fill in
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": 1.0,
+                                               "top_k": 0, "repetition_penalty": 1.0}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     responses = [None] * (len(prompts) * copies)
     while order:
@@ -230,13 +234,13 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False):
         group, order = order[:max(1, rows // share)], order[max(1, rows // share):]
         for first in range(0, copies, share):
             count = min(share, copies - first)
-            decoded = _generate_group(policy, [prompts[i] for i in group], count, max_tokens, greedy)
+            decoded = _generate_group(policy, [prompts[i] for i in group], count, max_tokens, how)
             for position, response in enumerate(decoded):
                 responses[group[position // count] * copies + first + position % count] = response
     return responses
 
 
-def _generate_group(policy, prompts, copies, max_tokens, greedy):
+def _generate_group(policy, prompts, copies, max_tokens, how):
     width = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), width), policy.pad_id)
     mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -254,9 +258,6 @@ def _generate_group(policy, prompts, copies, max_tokens, greedy):
     ids_BT, mask_BT = ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
 
     responses = [None] * len(ids_BT)
-    # every sampling field explicit: none is left for a model's own configuration to fill in
-    how = {"do_sample": False} if greedy else {
-        "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     alive, length, segment = list(range(len(ids_BT))), 0, FIRST_SEGMENT
     while alive:
         ids_BT = policy.causal.generate(
