@@ -528,8 +528,8 @@ def response_logprobs(policy, rollouts, chunk=256):
     """Logprob and entropy of every response token, given all before it. → logps_N, entropies_N
 
     N runs over the response tokens of all rollouts, in order. Temperature 1, in nats, fp32, both
-    with gradients. Never holds logits for more than `chunk` tokens, forward or backward: the output
-    head runs chunk by chunk on the hidden states and is computed again in the backward pass.
+    with gradients. Logits never exist for more than `chunk` tokens, forward or backward: the output
+    head runs on the hidden states chunk by chunk.
     """
     width = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
     ids_BT = torch.full((len(rollouts), width), policy.pad_id)
@@ -547,14 +547,56 @@ def response_logprobs(policy, rollouts, chunk=256):
     targets_N = ids_BT[:, 1:][trained_BT[:, 1:]]
     head = policy.causal.get_output_embeddings()
     softcap = getattr(policy.causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-    parts = [checkpoint(_chunk_logprobs, head, hidden, targets, softcap, use_reentrant=False)
+    if not head.weight.requires_grad:
+        return _FrozenHead.apply(hidden_ND, targets_N, head, softcap, chunk)
+    parts = [checkpoint(_head_logprobs, head, hidden, targets, softcap, use_reentrant=False)
              for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
     return torch.cat([logps for logps, _ in parts]), torch.cat([entropies for _, entropies in parts])
 
 
-def _chunk_logprobs(head, hidden_ND, targets_N, softcap):
+def _logits(head, hidden_ND, softcap):
     logits_NV = head(hidden_ND).float()
-    if softcap:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    logps_NV = torch.log_softmax(logits_NV, -1)
+    return softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+
+
+def _head_logprobs(head, hidden_ND, targets_N, softcap):
+    logps_NV = torch.log_softmax(_logits(head, hidden_ND, softcap), -1)
     return logps_NV.gather(-1, targets_N[:, None])[:, 0], -(logps_NV.exp() * logps_NV).sum(-1)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`_head_logprobs` chunk by chunk, for a head that is not trained: LoRA's case, and the fast one.
+
+    Each token's logprob depends on its own hidden state alone, so its gradient is one vector of
+    width D times the number that arrives from above. The vectors are computed while the chunk's
+    logits are there anyway: nothing is computed twice, and what is kept is N × D, not N × V.
+
+        ∂ logp / ∂ logits    = onehot(target) − p
+        ∂ entropy / ∂ logits = −p · (log p + entropy)
+    """
+
+    @staticmethod
+    def forward(context, hidden_ND, targets_N, head, softcap, chunk):
+        logps, entropies = [], []
+        by_logp_ND, by_entropy_ND = torch.empty_like(hidden_ND), torch.empty_like(hidden_ND)
+        for start in range(0, len(hidden_ND), chunk):
+            rows = slice(start, start + chunk)
+            logits_NV = _logits(head, hidden_ND[rows], softcap)
+            slope_NV = 1 - (logits_NV / softcap) ** 2 if softcap else 1.0  # of the cap itself
+            logps_NV = torch.log_softmax(logits_NV, -1)
+            del logits_NV
+            p_NV, at_target = logps_NV.exp(), targets_N[rows, None]
+            logps.append(logps_NV.gather(-1, at_target)[:, 0])
+            entropies.append(-(p_NV * logps_NV).sum(-1))
+            logps_NV.add_(entropies[-1][:, None]).mul_(p_NV).neg_().mul_(slope_NV)
+            by_entropy_ND[rows] = logps_NV.to(head.weight.dtype) @ head.weight
+            p_NV.neg_().scatter_add_(-1, at_target, torch.ones_like(p_NV[:, :1])).mul_(slope_NV)
+            by_logp_ND[rows] = p_NV.to(head.weight.dtype) @ head.weight
+        context.save_for_backward(by_logp_ND, by_entropy_ND)
+        return torch.cat(logps), torch.cat(entropies)
+
+    @staticmethod
+    def backward(context, logps_grad_N, entropies_grad_N):
+        by_logp_ND, by_entropy_ND = context.saved_tensors
+        grad_ND = logps_grad_N[:, None] * by_logp_ND + entropies_grad_N[:, None] * by_entropy_ND
+        return grad_ND.to(by_logp_ND.dtype), None, None, None, None

@@ -31,10 +31,11 @@ def rollouts_of(policy, advantages, seed=0, max_tokens=20):
             for prompt, ids, advantage in zip(prompts, responses, advantages)]
 
 
-def naive_logprobs(policy, rollout):
+def naive_logprobs(policy, rollout, softcap=None):
     """One row alone, no padding, no cache, all logits at once."""
     ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-    logps_TV = torch.log_softmax(policy.causal(input_ids=ids).logits[0].float(), -1)
+    logits_TV = policy.causal(input_ids=ids).logits[0].float()
+    logps_TV = torch.log_softmax(softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV, -1)
     n = len(rollout.prompt_ids)
     logps_TV = logps_TV[n - 1:-1]
     return logps_TV.gather(-1, ids[0, n:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
@@ -117,7 +118,15 @@ def test_trained_tokens_are_the_sampled_ones_when_text_would_not_round_trip(poli
 # --- logprobs and loss
 
 @pytest.mark.parametrize("chunk", [1, 7, 10000])
-def test_chunked_logprobs_and_entropies_against_log_softmax(policy, chunk):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rank", [4, 0])  # 0: the head is trained as well, which takes another way
+def test_chunked_logprobs_and_entropies_against_log_softmax(random_model, chunk, softcap, rank):
+    policy = load_policy(random_model, lora_rank=rank, device="cpu")
+    with torch.no_grad():
+        for name, weight in policy.trainable().items():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    policy.causal.config.final_logit_softcapping = softcap
     rollouts = rollouts_of(policy, [1.0] * 9)
     weights = torch.randn(sum(len(r.response_ids) for r in rollouts), generator=torch.Generator().manual_seed(0))
     found = []
@@ -126,14 +135,14 @@ def test_chunked_logprobs_and_entropies_against_log_softmax(policy, chunk):
         if chunked:
             logps_N, entropies_N = response_logprobs(policy, rollouts, chunk)
         else:
-            pairs = [naive_logprobs(policy, r) for r in rollouts]
+            pairs = [naive_logprobs(policy, r, softcap) for r in rollouts]
             logps_N, entropies_N = (torch.cat(parts) for parts in zip(*pairs))
         ((logps_N + 0.3 * entropies_N) * weights).sum().backward()
         found.append((logps_N.detach(), entropies_N.detach(), gradients(policy)))
     (a, b, grads), (c, d, oracle) = found
     assert torch.allclose(a, c, atol=1e-5) and torch.allclose(b, d, atol=1e-5)
     for name in oracle:
-        assert torch.allclose(grads[name], oracle[name], atol=1e-4), name
+        assert torch.allclose(grads[name], oracle[name], atol=2e-4), name
 
 
 def test_logits_are_never_there_for_more_than_a_chunk(policy, monkeypatch):
