@@ -2,9 +2,9 @@
 
     load_policy   base model (4-bit on a GPU) + LoRA
     generate      sampled token ids, the prompt's cache shared by all samples of a prompt
-    propose       Algorithm 1, lines 3–12: new tasks, validated, with their learnability
-    solve         Algorithm 1, lines 13–16: answers, judged
-    trr_update    Algorithm 1, line 18: one clipped policy-gradient step over all rollouts
+    propose       Algorithm 1, first half of a step: new tasks, validated, with their learnability
+    solve         Algorithm 1, second half: answers, judged
+    trr_update    Algorithm 1, last line: one clipped policy-gradient step over all rollouts
 
 Tensors carry their axes as a suffix: B rows of a (micro-)batch, P prompt tokens, T prompt and
 response tokens, N response tokens of all rows laid end to end, D hidden width, V vocabulary.

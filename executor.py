@@ -601,6 +601,7 @@ class _Sandbox:
                   (resource.RLIMIT_AS, self.memory + self.mapped())]
         bounded = [self.attempt(self.limit, *each) for each in limits][-1]
         self.drop_privileges(root)
+        self.guards = _Guards(seed, "guards" in layers)
         gc.collect()
         gc.freeze()
         quiet = self.alone or self.filter
@@ -879,7 +880,8 @@ class _Sandbox:
             os.closerange(4, 64)
             if self.filter:
                 self.call("prctl", 22, 2, self.filter, 0, 0)
-            what(argument, _Report(nonce), self.seed, "guards" in self.layers)
+            self.guards.report = report = _Report(nonce)
+            what(argument, report, self.guards)
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         finally:
@@ -909,6 +911,8 @@ _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loade
     ag_frame""".split())
 # Names that make the order of a hash table, or an address, visible.
 _ORDERS = frozenset("set frozenset hash id keys items object repr vars dir".split())
+# A text of ASCII without any of this has nothing that the walk over its tree would find.
+_NEEDS_WALK = re.compile(r"import|__|frame|\bf_|\{|[^\x00-\x7f]|\b(?:%s)\b" % "|".join(_ORDERS))
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = ("os.", "open", "subprocess.", "socket.", "ctypes.", "shutil.", "signal.", "pty.",
            "fcntl.", "resource.", "mmap.", "syslog.", "gc.", "sys.settrace", "sys.setprofile",
@@ -922,6 +926,8 @@ def _allowed(name):
 
 def _parse(text, mode):
     """(code, what makes it unsafe or None, whether it is suspect), from one walk of its tree."""
+    if mode == "exec" and not _NEEDS_WALK.search(text):
+        return compile(text, "<program>", mode), None, False
     tree = ast.parse(text, "<program>", mode)
     if mode == "eval":                                # f(…) alone: the text cannot leave the call
         function = getattr(tree.body, "func", None)
@@ -968,29 +974,35 @@ def _describe(error):
     return _name(type(error)) + (": " + text[:200] if text else "")
 
 
-def _namespace(report, seed, guards):
-    """The builtins of a program. id() differs between seeds even where addresses do not."""
-    mask = (seed % 2) * ((1 << 47) - 1)
-    names = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
-    if guards:
-        load = builtins.__import__
+class _Guards:
+    """Made in the worker, since it is cheaper than in each run; each run arms its own copy."""
 
-        def import_(name, globals=None, locals=None, fromlist=(), level=0):
-            if level or not _allowed(name):
-                report("unsafe", f"imports {name}")
-            return load(name, globals, locals, fromlist, level)
+    def __init__(self, seed, guards):
+        # id() differs between seeds even where addresses do not.
+        mask = (seed % 2) * ((1 << 47) - 1)
+        self.builtins = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
+        self.report = None
+        self.on = guards
+        if guards:
+            self.builtins["__import__"] = self.load
+            sys.addaudithook(self.watch)
 
-        def watch(event, arguments):
-            if event.startswith(_EVENTS):
-                if event in ("open", "os.listdir", "os.scandir"):     # a lazy import
-                    path = arguments[0]
-                    if type(path) is str and path.startswith(_LIBRARY) and ".." not in path:
-                        return
-                report("unsafe", f"attempted {event}")
+    def load(self, name, globals=None, locals=None, fromlist=(), level=0):
+        """The program's own import statement; modules that it loads use another."""
+        if level or not _allowed(name):
+            self.report("unsafe", f"imports {name}")
+        return builtins.__import__(name, globals, locals, fromlist, level)
 
-        names["__import__"] = import_
-        sys.addaudithook(watch)
-    return names
+    def watch(self, event, arguments):
+        if self.report and event.startswith(_EVENTS):
+            if event in ("open", "os.listdir", "os.scandir"):         # a lazy import
+                path = arguments[0]
+                if type(path) is str and path.startswith(_LIBRARY) and ".." not in path:
+                    return
+            self.report("unsafe", f"attempted {event}")
+
+    def attempt(self, unsafe, action):
+        return _attempt(self.report, unsafe if self.on else None, action)
 
 
 def _attempt(report, unsafe, action):
@@ -1019,25 +1031,25 @@ def _returned(report, value, suspect):
         report("unrepresentable", str(error))
 
 
-def _evaluate(text, report, seed, guards):
+def _evaluate(text, report, guards):
     """Reports the literal of (args, kwargs), for an input."""
     code, unsafe, _ = _compiled(report, f"f(\n{text}\n)", "eval")
-    scope = {"__builtins__": _namespace(report, seed, guards), "<call>": lambda *a, **k: (a, k)}
-    _returned(report, _attempt(report, unsafe, lambda: eval(code, scope)), "")
+    scope = {"__builtins__": guards.builtins, "<call>": lambda *a, **k: (a, k)}
+    _returned(report, guards.attempt(unsafe, lambda: eval(code, scope)), "")
 
 
-def _execute(job, report, seed, guards):
+def _execute(job, report, guards):
     """Reports the value of f, for a program and (args, kwargs)."""
     program, (args, kwargs) = job
     code, unsafe, suspect = _compiled(report, program, "exec")
     module = types.ModuleType("program")              # classes look their module up
     sys.modules["program"] = module
     scope = vars(module)
-    scope["__builtins__"] = _namespace(report, seed, guards)
+    scope["__builtins__"] = guards.builtins
 
     def action():
         exec(code, scope)
         return scope["f"](*args, **kwargs)
 
     suspect = "suspect" if suspect or _has_set((args, tuple(kwargs.values()))) else ""
-    _returned(report, _attempt(report, unsafe if guards else None, action), suspect)
+    _returned(report, guards.attempt(unsafe, action), suspect)

@@ -26,7 +26,7 @@ def is_correct(tasks, answers, executor):
     deduction: the answer is a literal equal to the output, with equal types all the way down
                (True is not 1, 1 is not 1.0); it is parsed, never evaluated.
     abduction: the program, run on the answer as input, returns the output; any such input counts
-               (the function need not be injective: section 3.2).
+               (the function need not be injective).
     induction: the answer, a program, maps every hidden input to its output; at least one is hidden.
 
     All runs of the batch go to the sandbox together. Expected outputs never enter the sandbox.

@@ -1,7 +1,7 @@
 """The three task types of the Absolute Zero Reasoner: what the model is asked, and what it answered.
 
 A task is made of a program p (a Python function `f`), an input i and the output o = p(i). The three
-types hide one of the three (paper, section 3.2):
+types hide one of the three (paper, section 3):
 
     deduction   given p and i, find o          deduction  = running code in the head
     abduction   given p and o, find some i     abduction  = searching backwards
@@ -48,12 +48,12 @@ class Task:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-# The one task that exists before the model has said anything: the identity (paper, figure 5).
+# The one task that exists before the model has said anything: the identity, as in the paper.
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
 def split_pairs(task):
-    """Induction: (shown pairs, hidden pairs), half and half in the order proposed (section 3.2).
+    """Induction: (shown pairs, hidden pairs), half and half in the order proposed.
 
     Pairs are (input, output) texts. An odd pair is shown, so that a single pair leaves nothing
     hidden, and such a task is invalid: it could be solved by copying.
@@ -306,7 +306,7 @@ def fingerprint(program):
 def edit_distance(program, other):
     """How different two programs are in structure: 0.0 same sequence of node types … 1.0 nothing shared.
 
-    A cheap stand-in for the tree edit distance of the paper's appendix C.4: the sequences of node
+    A cheap stand-in for the tree edit distance of the paper: the sequences of node
     types in tree order are compared as strings would be.
     """
     ours, theirs = ([type(node).__name__ for node in ast.walk(_nodes(p))] for p in (program, other))
@@ -344,7 +344,7 @@ class TaskBuffer:
         return fingerprint(program) in self.seen
 
     def references(self, k):
-        """At most k different tasks, uniform over deduction ∪ abduction (section 3.3.1)."""
+        """At most k different tasks, uniform over deduction ∪ abduction."""
         pool = list({task.program: task for task in self._programs()}.values())
         return self.rng.sample(pool, min(k, len(pool)))
 
@@ -355,7 +355,7 @@ class TaskBuffer:
     def fill(self, type, fresh, size):
         """`size` tasks to solve: this step's `fresh` ones first, the rest uniform from the buffer.
 
-        So a batch is never short (Algorithm 1, line 14); a buffer with too few tasks repeats some.
+        So a batch is never short; a buffer with too few tasks repeats some.
         Only an empty buffer of the type gives fewer.
         """
         fresh = list(fresh)[:size]

@@ -32,7 +32,7 @@ from rewards import task_relative_advantages
 from tasks import TASK_TYPES, TaskBuffer, edit_distance
 
 # Every number that shapes a run. Three columns: the shipped tiny model on a CPU, a model of 3B on one
-# 24 GB GPU, and the paper's values (--paper; its tables 3 and 6). A flag beats its column.
+# 24 GB GPU, and the paper's values (--paper). A flag beats its column.
 KNOBS = {  #              tiny   24 GB   paper   what it is
     "steps":             (  60,    200,    500, "updates"),
     "batch":             (  16,     16,     64, "B: proposals, and solutions, for each type in a step"),
@@ -74,7 +74,7 @@ def train(cfg, run):
 
     with Executor(cfg.workers, cfg.timeout) as executor, Interrupt() as interrupt:
         done = run.restore(policy, optimizer, buffer, rng)
-        if done is None:  # line 1: a seed set from the identity triplet and the model itself
+        if done is None:  # a seed set from the identity triplet and the model itself
             seed_buffers(policy, executor, buffer, cfg, interrupt)
             done = 0
             run.record(0, measure(policy, executor, heldout, cfg, buffer), tasks=all_tasks(buffer))
@@ -85,17 +85,17 @@ def train(cfg, run):
             started = time.perf_counter()
             policy.clock.clear()
 
-            # lines 3–12: the proposer invents tasks; valid ones join the buffer and are tried n times
+            # PROPOSE: the model invents B tasks of each type; valid ones join the buffer and are tried n times
             bar.set_description("propose")
             proposals, new_tasks, estimates = propose(policy, executor, buffer, cfg)
 
-            # lines 13–16: the solver answers B tasks of each type, the new ones first
+            # SOLVE: the model answers B tasks of each type, the new ones first
             bar.set_description("solve")
             batch = [task for type in cfg.types
                      for task in buffer.fill(type, [t for t in new_tasks if t.type == type], cfg.batch)]
             solutions = solve(policy, executor, batch, cfg)
 
-            # lines 17–18: rewards are in; task-relative advantages and one TRR++ update
+            # LEARN: task-relative advantages over all rollouts, and one TRR++ update
             bar.set_description("update")
             rollouts = (proposals * cfg.train_proposer + solutions + estimates * cfg.train_on_estimates)
             set_advantages(rollouts, cfg, rng)
@@ -135,7 +135,7 @@ def set_advantages(rollouts, cfg, rng):
 def seed_buffers(policy, executor, buffer, cfg, interrupt):
     """Fill the buffers with B·S valid tasks of the untrained model, starting from the identity.
 
-    Both deduction and abduction start with the same triplets (paper, section 3.3.1); induction tasks
+    Both deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper); induction tasks
     are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds.
     """
     target = cfg.batch * cfg.seed_factor
