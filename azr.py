@@ -32,6 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
                           GenerationConfig)
+from transformers.cache_utils import DynamicLayer
 
 from rewards import composite_reward, is_correct, learnability
 from tasks import (CHAT_FRAME, FRAME, THINK, Task, parse_answer, parse_proposal, propose_prompt,
@@ -204,7 +205,55 @@ def base_weights(policy):
 
 # --- sampling ----------------------------------------------------------------------------------------
 
-FIRST_SEGMENT = 16  # tokens before the batch is looked through for finished rows for the first time
+SEGMENT = 16  # tokens between two looks at the batch, at least
+
+
+@dataclass
+class _Batch:
+    """Rows that are being sampled: left-padded ids, their mask, and a cache of all but the last column."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    cache: DynamicCache
+    owners: list   # row → index of its response
+    lengths: list  # row → response tokens so far, the last columns of ids_BT
+
+    def layers(self):
+        return [layer for layer in self.cache.layers if layer.keys is not None]
+
+    def can_grow(self):
+        """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def pad_left(self, columns):
+        """Shift all rows right by so many masked columns."""
+        self.ids_BT, self.mask_BT = (torch.nn.functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
+        for layer in self.layers():  # keys and values are [row, head, column, feature]
+            layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, columns, 0))
+            layer.values = torch.nn.functional.pad(layer.values, (0, 0, columns, 0))
+
+    def keep(self, rows):
+        """Drop all other rows, and the columns that only they needed."""
+        index = torch.tensor(rows, device=self.ids_BT.device)
+        self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
+        self.cache.batch_select_indices(index)
+        self.owners, self.lengths = [self.owners[r] for r in rows], [self.lengths[r] for r in rows]
+        idle = int(self.mask_BT.any(0).int().argmax())
+        if idle and self.can_grow():
+            self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
+            for layer in self.layers():
+                layer.keys, layer.values = layer.keys[:, :, idle:], layer.values[:, :, idle:]
+
+    def join(self, other):
+        """Take in the rows of another batch."""
+        gap = self.ids_BT.shape[1] - other.ids_BT.shape[1]
+        (other if gap > 0 else self).pad_left(abs(gap))
+        self.ids_BT, self.mask_BT = (torch.cat(pair) for pair in (
+            (self.ids_BT, other.ids_BT), (self.mask_BT, other.mask_BT)))
+        for ours, theirs in zip(self.layers(), other.layers()):
+            ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
+        self.owners += other.owners
+        self.lengths += other.lengths
 
 
 @torch.no_grad()
@@ -219,67 +268,66 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
     >>> generate(policy, [[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
     [[9, 1], [8, 8, 8], [9, 9, 1], [1]]
 
-    Prompts are sorted by length and each is read once for all its copies; then the batch goes on in
-    growing segments, and finished rows leave it in between, so stragglers do not pay for the rest.
+    A prompt is read once for all its copies. Then transformers' own `generate` goes on in short
+    segments; in between finished rows leave and waiting prompts take their places, so that the
+    rows that memory allows are always busy and nobody waits for the longest response.
     """
     policy.causal.eval()
     # every sampling field explicit: none is left for a model's own configuration to fill in
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": 1.0,
                                                "top_k": 0, "repetition_penalty": 1.0}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     responses = [None] * (len(prompts) * copies)
-    while order:
-        rows = policy.rows or _rows_that_fit(policy, len(prompts[order[0]]) + max_tokens)
-        share = min(copies, rows)  # of a prompt's copies; all of them unless memory is very short
-        group, order = order[:max(1, rows // share)], order[max(1, rows // share):]
-        for first in range(0, copies, share):
-            count = min(share, copies - first)
-            decoded = _generate_group(policy, [prompts[i] for i in group], count, max_tokens, how)
-            for position, response in enumerate(decoded):
-                responses[group[position // count] * copies + first + position % count] = response
+    waiting = [i * copies + copy for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+               for copy in range(copies)]  # longest prompts first, so that later ones fit in beside them
+    rows = policy.rows or _rows_that_fit(policy, max(map(len, prompts), default=0) + max_tokens)
+    batch = None
+    while waiting or batch:
+        if waiting and (batch is None or batch.can_grow() and len(batch.owners) <= rows * 3 // 4):
+            places = rows - len(batch.owners) if batch else rows
+            fresh = _prefill(policy, prompts, copies, waiting[:places])
+            waiting = waiting[places:]
+            batch.join(fresh) if batch else (batch := fresh)
+        segment = max(SEGMENT, min(batch.lengths) // 4)
+        segment = min(segment, max_tokens - max(batch.lengths))
+        width = batch.ids_BT.shape[1]
+        batch.ids_BT = policy.causal.generate(
+            batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache, max_new_tokens=segment,
+            eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, **how)
+        added = batch.ids_BT.shape[1] - width
+        batch.mask_BT = torch.nn.functional.pad(batch.mask_BT, (0, added), value=1)
+        alive = []
+        for row, ids in enumerate(batch.ids_BT.tolist()):
+            length = batch.lengths[row] = batch.lengths[row] + added
+            end = _end_of(policy, ids[-length:], length - added)
+            if end is None and length < max_tokens:
+                alive.append(row)
+            else:
+                responses[batch.owners[row]] = ids[-length:][:end]
+        if not alive:
+            batch = None
+        elif len(alive) < len(batch.owners):
+            batch.keep(alive)
     return responses
 
 
-def _generate_group(policy, prompts, copies, max_tokens, how):
-    width = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), width), policy.pad_id)
-    mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt):] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt):] = 1
+def _prefill(policy, prompts, copies, owners):
+    """Read the prompts of these responses, each prompt once, into a batch with a row a response."""
+    counts = Counter(owner // copies for owner in owners)  # in order: copies of a prompt are neighbours
+    width = max(len(prompts[i]) for i in counts)
+    ids_BT = torch.full((len(counts), width), policy.pad_id)
+    mask_BT = torch.zeros((len(counts), width), dtype=torch.long)
+    for row, i in enumerate(counts):
+        ids_BT[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+        mask_BT[row, width - len(prompts[i]):] = 1
     ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
-
     cache = DynamicCache(config=policy.causal.config)
-    if width > 1:  # all but the last prompt token: generate reads that one itself
+    if width > 1:  # all but the last token: generate reads that one itself
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                       position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(copies)
-    ids_BT, mask_BT = ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
-
-    responses = [None] * len(ids_BT)
-    alive, length, segment = list(range(len(ids_BT))), 0, FIRST_SEGMENT
-    while alive:
-        ids_BT = policy.causal.generate(
-            ids_BT, attention_mask=mask_BT, past_key_values=cache, **how,
-            max_new_tokens=min(segment, max_tokens - length),
-            eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id)
-        fresh = ids_BT[:, width:].tolist()
-        keep = []
-        for row, (index, ids) in enumerate(zip(alive, fresh)):
-            end = _end_of(policy, ids, length)
-            if end is None and len(ids) < max_tokens:
-                keep.append(row)
-            else:
-                responses[index] = ids[:end]
-        segment, length = max(FIRST_SEGMENT, len(fresh[0]) // 4), len(fresh[0])
-        alive = [alive[row] for row in keep]
-        if alive:
-            kept = torch.tensor(keep, device=policy.device)
-            cache.batch_select_indices(kept)
-            mask_BT = torch.nn.functional.pad(mask_BT[kept], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
-            ids_BT = ids_BT[kept]
-    return responses
+    rows = torch.tensor([row for row, i in enumerate(counts) for _ in range(counts[i])], device=policy.device)
+    cache.batch_select_indices(rows)
+    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [0] * len(owners))
 
 
 def _end_of(policy, ids, checked):

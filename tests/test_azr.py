@@ -52,6 +52,7 @@ def sgd(policy, lr=1.0):
 # --- sampling
 
 def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
+    policy.end_ids = frozenset(range(0, 258, 16))  # so that lengths differ
     def plain(prompt):
         ids = list(prompt)
         while len(ids) - len(prompt) < 60:
@@ -62,10 +63,25 @@ def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
         return ids[len(prompt):]
 
     expected = [plain(prompt) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, 60, greedy=True) == expected
-    policy.rows = 2  # several groups, and copies split over several calls
-    copies = generate(policy, PROMPTS, 60, copies=3, greedy=True)
-    assert copies == [response for response in expected for _ in range(3)]
+    for rows in (0, 2, 4, 7):  # all at once; rows that leave make room for others, copies are split
+        policy.rows = rows
+        assert generate(policy, PROMPTS, 60, greedy=True) == expected
+        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == [r for r in expected for _ in range(3)]
+    assert len(set(map(len, expected))) > 1 and generate(policy, [], 60) == []
+    assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
+
+
+def test_rows_are_always_busy(policy, monkeypatch):
+    """Half of the responses are short; waiting prompts must take the places of the finished."""
+    policy.end_ids = frozenset(range(8))  # of 258 ids of nearly equal probability: mean length 32
+    busy, real = [], policy.causal.generate
+    monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: busy.append(len(ids)) or real(ids, **how))
+    torch.manual_seed(0)
+    policy.rows = 16
+    responses = generate(policy, [[i, i] for i in range(100)], 256)
+    assert len(responses) == 100 and all(responses) and max(busy) == 16
+    while_waiting = busy[:-8]
+    assert sum(while_waiting) / len(while_waiting) > 0.75 * 16
 
 
 def test_samples_come_from_the_distribution_that_is_trained(policy):
