@@ -218,9 +218,6 @@ class _Batch:
     owners: list   # row → index of its response
     lengths: list  # row → response tokens so far, the last columns of ids_BT
 
-    def layers(self):
-        return [layer for layer in self.cache.layers if layer.keys is not None]
-
     def can_grow(self):
         """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
@@ -228,7 +225,7 @@ class _Batch:
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
         self.ids_BT, self.mask_BT = (torch.nn.functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
-        for layer in self.layers():  # keys and values are [row, head, column, feature]
+        for layer in self.cache.layers:  # keys and values are [row, head, column, feature]
             layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, columns, 0))
             layer.values = torch.nn.functional.pad(layer.values, (0, 0, columns, 0))
 
@@ -241,7 +238,7 @@ class _Batch:
         idle = int(self.mask_BT.any(0).int().argmax())
         if idle and self.can_grow():
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
-            for layer in self.layers():
+            for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, idle:], layer.values[:, :, idle:]
 
     def join(self, other):
@@ -250,7 +247,7 @@ class _Batch:
         (other if gap > 0 else self).pad_left(abs(gap))
         self.ids_BT, self.mask_BT = (torch.cat(pair) for pair in (
             (self.ids_BT, other.ids_BT), (self.mask_BT, other.mask_BT)))
-        for ours, theirs in zip(self.layers(), other.layers()):
+        for ours, theirs in zip(self.cache.layers, other.cache.layers):
             ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
         self.owners += other.owners
         self.lengths += other.lengths
@@ -313,7 +310,7 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
 def _prefill(policy, prompts, copies, owners):
     """Read the prompts of these responses, each prompt once, into a batch with a row a response."""
     counts = Counter(owner // copies for owner in owners)  # in order: copies of a prompt are neighbours
-    width = max(len(prompts[i]) for i in counts)
+    width = max(2, max(len(prompts[i]) for i in counts))  # at least one column for the cache
     ids_BT = torch.full((len(counts), width), policy.pad_id)
     mask_BT = torch.zeros((len(counts), width), dtype=torch.long)
     for row, i in enumerate(counts):
@@ -321,10 +318,9 @@ def _prefill(policy, prompts, copies, owners):
         mask_BT[row, width - len(prompts[i]):] = 1
     ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
     cache = DynamicCache(config=policy.causal.config)
-    if width > 1:  # all but the last token: generate reads that one itself
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
-                      position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],  # generate reads the last one itself
+                  position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
     rows = torch.tensor([row for row, i in enumerate(counts) for _ in range(counts[i])], device=policy.device)
     cache.batch_select_indices(rows)
     return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [0] * len(owners))
