@@ -25,9 +25,9 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,9 +38,9 @@ from rewards import is_correct
 from tasks import ANSWER_TAG, TASK_TYPES, Task, fenced_blocks, parse_answer, solve_prompt
 
 HELDOUT = Path(__file__).resolve().parent / "tiny" / "heldout.jsonl"
-TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
-MODULES = "sys io os random time datetime hashlib threading secrets calendar queue".split()
 EVERYTHING = 1 << 30             # characters: no limit but memory
+TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
+MODULES = "sys io os random time datetime hashlib threading secrets calendar queue".split()  # that they need
 
 
 def usage_error(message):
@@ -96,7 +96,7 @@ def heldout_accuracy(policy, executor, tasks, cfg, greedy=True):
 # --- figures ----------------------------------------------------------------------------------------
 
 def mean_error(values):
-    """(mean, its standard error) of independent values: of hits and misses, the binomial one."""
+    """(mean, its standard error) of independent values; of hits and misses, the binomial one."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
 
@@ -118,104 +118,144 @@ def pass_at_k(n, correct, k):
 
 
 def table(columns, title="held-out accuracy", markdown=False, means=None):
-    """{column: {row: (accuracy, error, …)}} as text, with a row for each mean in {name: rows}."""
+    """{column: {row: (accuracy, error, …)}} as text, with a further row for each mean in {name: rows}."""
     rows = list(dict.fromkeys(row for scores in columns.values() for row in scores))
     means = {"mean": rows} if means is None else means
     lines = [[title, *columns]]
-    for row in [*rows, *means]:
-        cells = [row]
-        for scores in columns.values():
-            members = {name: scores[name] for name in means.get(row, [row]) if name in scores}
-            score, error = mean_score(members) if len(members) == len(means.get(row, [row])) else (None, 0)
-            cells.append("–" if score is None else f"{100 * score:.1f} ± {100 * error:.1f}")
-        lines.append(cells)
+    for row, members in {**{row: [row] for row in rows}, **means}.items():
+        cells = [mean_score({name: scores[name] for name in members}) if all(name in scores for name in members)
+                 else None for scores in columns.values()]
+        lines.append([row, *(f"{100 * cell[0]:.1f} ± {100 * cell[1]:.1f}" if cell else "–" for cell in cells)])
     return layout(lines, markdown)
 
 
 def layout(rows, markdown):
     """Rows of cells as a Markdown table, or with padded columns for a terminal."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = [[str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-              for i, (cell, width) in enumerate(zip(row, widths))] for row in rows]
+    rows = [[str(cell).rjust(width) if i else str(cell).ljust(width) for i, (cell, width) in
+             enumerate(zip(row, widths))] for row in rows]
     if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+        return "\n".join("  ".join(row).rstrip() for row in rows)
+    rule = ["-" * (width - bool(i)) + ":" * bool(i) for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def score(problems, rows, verdicts):
+    """The figures of one benchmark. A problem without an answer counts as answered wrong."""
+    samples = defaultdict(list)
+    for row, verdict in zip(rows, verdicts, strict=True):
+        samples[row["id"]].append(verdict)
+    n = min(map(len, samples.values()), default=1)
+    wrong = [{"correct": False, "base": False, "well_formed": False}] * n
+    answers = {problem.id: samples.get(problem.id, wrong) for problem in problems}
+    flat = [verdict for verdicts in answers.values() for verdict in verdicts]
+
+    def mean(name, items):
+        values = [item[name] for item in items if item.get(name) is not None]
+        return sum(values) / len(values) if values else None
+    passes = {k: mean_error([pass_at_k(len(flags), sum(flag["correct"] for flag in flags), k)
+                             for flags in answers.values()])
+              for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
+    return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
+            "unanswered": len(answers) - len(samples), "pass@k": {k: list(value) for k, value in passes.items()},
+            "base_tests": mean("base", flat), "well_formed": mean("well_formed", flat),
+            "truncated": mean("truncated", rows), "response_tokens": mean("tokens", rows),
+            "response_characters": sum(len(row["response"]) for row in rows) / max(1, len(rows)),
+            "tokens": sum(row.get("tokens", 0) for row in rows),
+            "seconds": round(sum(row.get("seconds", 0) for row in rows), 1),
+            "correct": {key: [flag["correct"] for flag in flags] for key, flags in answers.items()}}
+
+
+def report(results, markdown=False):
+    """{column: {benchmark: score}} as two tables: accuracies side by side, and the rest."""
+    columns = {column: {name: (s["accuracy"], s["stderr"]) for name, s in scores.items()}
+               for column, scores in results.items()}
+    if len(columns) == 2:  # both answered the same problems: the error of the mean of differences is smaller
+        base, other = results.values()
+        columns["difference"] = {name: mean_error([
+            sum(other[name]["correct"][key]) / len(other[name]["correct"][key]) - sum(flags) / len(flags)
+            for key, flags in base[name]["correct"].items()]) for name in base}
+    names = list(next(iter(results.values())))
+    means = {group: [name for name in names if BENCHMARKS[name].group == group] for group in ("heldout", *GROUPS)}
+    means = {f"mean of {group}": members for group, members in means.items() if len(members) > 1}
+    lines = [["", "model", "tasks", "unanswered", "samples", "pass@k, %", "base tests", "well formed", "truncated",
+              "length", "tokens", "seconds"]]
+    for name, (column, scores) in itertools.product(names, results.items()):
+        s = scores[name]
+        shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
+                  for key in ("base_tests", "well_formed", "truncated")]
+        length = f"{s['response_tokens']:.0f} tokens" if s["tokens"] else f"{s['response_characters']:.0f} chars"
+        passes = ", ".join(f"{k}: {100 * value:.1f}" for k, (value, _) in s["pass@k"].items())
+        lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares, length, s["tokens"],
+                      s["seconds"]])
+    return table(columns, "pass@1, %", markdown, means) + "\n\n" + layout(lines, markdown)
 
 
 # --- published formats ------------------------------------------------------------------------------
 
 @dataclass
 class Problem:
-    id: str
+    id: str            # "": the place in the file, or the column that the benchmark's entry names
     question: str
-    gold: object      # a Task; a Program; or the gold answer of a mathematical problem
-    strict: bool = False
+    gold: object       # a Task; a Program; or [answer, rough] for mathematics (see same_math)
+    strict: bool = False  # whether the answer must have the form that training asks for
 
 
 @dataclass
 class Program:
     """What a program has to do. cases() → {"base" and "plus": [(suffix, entry, [(arguments, expected)])]}
 
-    suffix: code that goes behind the answer; entry: an expression that is called with the arguments
-    (a literal list); None: the arguments are the text on standard input. Expected is a value, or UNKNOWN:
-    what the benchmark's own solution returns.
+    suffix: code behind the answer; entry: an expression that is called with the arguments (the text of a
+    list), or None: the arguments are the text on standard input. expected: a value, or UNKNOWN: whatever
+    the benchmark's own solution returns.
     """
-    name: str          # that the program must define; "" if it reads standard input
-    prelude: str       # code that goes before an answer
-    solution: str      # the benchmark's own, "" if it has none
+    name: str      # what the program must define; "" if it reads standard input
+    prelude: str   # code before the answer
+    solution: str  # the benchmark's own; "" if it gives none
     cases: object
-    agree: object      # (output, expected, arguments) → bool
+    agree: object  # (output, expected, arguments) → whether the output is right
 
 
 UNKNOWN = object()
-BLOCK = "Give the whole program in one fenced block that starts with ```python."
-
-
-def read_heldout(type, row):
-    task = Task.from_dict({name: row[name] for name in Task.__dataclass_fields__ if name in row})
-    return Problem("", solve_prompt(task), task, strict=True)
+FENCE = "Give the whole program in one fenced block that starts with ```python."
 
 
 def read_io(type, row):
-    """CRUXEval: code, input, output. LiveCodeBench's execution set calls its function by name."""
-    code, input = row["code"], row["input"]
-    if row.get("function_name", "f") != "f":
-        code += f"\n\n\nf = {row['function_name']}"
-        input = input.strip().removeprefix(row["function_name"]).strip()[1:-1]
-    hidden = {"input": ""} if type == "abduction" else {"output": row["output"]}
-    task = Task(type, code, **({"input": input, "output": row["output"]} | hidden))
+    """CRUXEval has code, input and output; LiveCodeBench's execution set calls its function by name."""
+    code, input, name = row["code"], row["input"], row.get("function_name", "f")
+    if name != "f":
+        code, input = f"{code}\n\n\nf = {name}", input.strip().removeprefix(name).strip()[1:-1]
+    task = Task(type, code, "" if type == "abduction" else input, row["output"])
     return Problem("", solve_prompt(task), task)
 
 
-def read_function(_, row):
-    """HumanEval+ and MBPP+: EvalPlus' release, its hub datasets, and the original HumanEval."""
-    prompt, test = row["prompt"], row.get("test") or ""
-    name = row.get("entry_point") or re.search(r"^\s*assertion\((\w+)\(\*inp\)", test, re.M)[1]
-    own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
+def read_function(row):
+    """HumanEval+ and MBPP+: EvalPlus' release and its hub datasets, and the original HumanEval."""
+    prompt, test, id = row["prompt"], row.get("test") or "", str(row["task_id"])
+    name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
     opening = f"def {name}(" in prompt
-    question = (f"Complete the Python function below. {BLOCK}\n\n```python\n{prompt.strip()}\n```" if opening
-                else f"Write a Python function `{name}`. {BLOCK}\n\n"
-                + "\n".join([prompt.strip().strip('"').strip(), *(row.get("test_list") or [])[:1]]))
-    atol = row.get("atol")
-    if atol is None:
-        found = re.findall(r"^ *(?:assertion\(.*, |assert _poly\(.*<= )([\d.e-]+)\)?$", test, re.M)
-        atol = float(found[-1]) if found else 0
-    agree = partial(ORACLES.get(name, close), atol=atol)
-    return Problem(f"Mbpp/{row['task_id']}" if str(row["task_id"]).isdigit() else str(row["task_id"]), question,
-                   Program(name, prompt if opening else "", own, partial(function_cases, row, name, test), agree))
+    if opening:
+        question = f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```"
+    else:
+        hints = [prompt.strip().strip('"').strip(), *(row.get("test_list") or [])[:1]]
+        question = f"Write a Python function `{name}`. {FENCE}\n\n" + "\n".join(hints)
+    atol = row.get("atol") or max(map(float, re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)), default=0)
+    own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
+    return Problem(f"Mbpp/{id}" if id.isdigit() else id, question, Program(
+        name, prompt if opening else "", own, partial(function_cases, row, name, test),
+        partial(ORACLES.get(name, close), atol=atol)))
 
 
 def function_cases(row, name, test):
-    if "base_input" in row:
-        shape = next((shape for ids, shape in MBPP_SHAPES if str(row["task_id"])[5:] in ids.split()
-                      and str(row["task_id"]).startswith("Mbpp/")), list)
-        return {part: [("", name, [(literal(shape(arguments), EVERYTHING), UNKNOWN)
-                                   for arguments in row[f"{part}_input"] or ()])] for part in ("base", "plus")}
-    inputs = re.search(r"^ *inputs = (.*)$", test, re.M)
-    if not inputs:  # the original HumanEval: one call of check
+    if "base_input" in row:  # EvalPlus' release
+        family, _, number = row["task_id"].partition("/")
+        shape = next((f for ids, f in MBPP_SHAPES if family == "Mbpp" and number in ids.split()), list)
+        return {part: [("", name, [(literal(shape(x), EVERYTHING), UNKNOWN) for x in row[f"{part}_input"] or ()])]
+                for part in ("base", "plus")}
+    inputs, results = (re.search(rf"^ *{what} = (.*)$", test, re.M) for what in ("inputs", "results"))
+    if not inputs:           # the original HumanEval
         return {"base": [("\n" + test, f"lambda: check({name})", [("[]", None)])], "plus": []}
-    inputs, results = read_values(inputs[1]), re.search(r"^ *results = (.*)$", test, re.M)
+    inputs = read_values(inputs[1])
     expected = read_values(results[1]) if results else [UNKNOWN] * len(inputs)
     asserts = "\n".join(["", *(row.get("test_imports") or []), *(row.get("test_list") or [])])
     return {"base": [(asserts, "lambda: None", [("[]", None)])] if asserts.strip() else [],
@@ -226,105 +266,103 @@ def read_values(text):
     return parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", text), EVERYTHING)
 
 
-def read_contest(_, row):
-    """LiveCodeBench, code generation: functions of a class Solution, or programs that read and print."""
+def read_contest(row):
+    """LiveCodeBench's generation set: functions of a class Solution, or programs that read and print."""
     name = json.loads(row["metadata"] or "{}").get("func_name", "")
-    question = f"{row['question_content'].strip()}\n\n"
-    if name:
-        question += f"Complete this program. {BLOCK}\n\n```python\n{row['starter_code'].rstrip()}\n```"
-    else:
-        question += f"Write a Python program that reads from standard input and prints the answer. {BLOCK}"
+    task = (f"Complete this program. {FENCE}\n\n```python\n{row['starter_code'].rstrip()}\n```" if name else
+            f"Write a Python program that reads from standard input and prints the answer. {FENCE}")
     cases = partial(contest_cases, name, row["public_test_cases"], row["private_test_cases"])
-    return Problem(row["question_id"], question,
+    return Problem(row["question_id"], f"{row['question_content'].strip()}\n\n{task}",
                    Program(name, PRELUDE, "", cases, same_value if name else same_print))
 
 
 def contest_cases(name, public, private):
     def group(tests):
-        pairs = [(test["input"], test["output"]) for test in tests]
-        if name:
-            pairs = [(literal([json.loads(line) for line in i.split("\n")], EVERYTHING), json.loads(o))
-                     for i, o in pairs]
-        return [("", name or None, pairs)]
-    return {"base": group(json.loads(public)), "plus": group(json.loads(unpack(private)))}
+        pairs = [(test["input"], test["output"]) for test in json.loads(tests)]
+        if not name:
+            return [("", None, pairs)]
+        return [("", f"Solution().{name} if 'Solution' in globals() else {name}", [
+            (literal([json.loads(line) for line in i.split("\n")], EVERYTHING), json.loads(o)) for i, o in pairs])]
+    return {"base": group(public), "plus": group(unpack(private))}
 
 
-class TextUnpickler(pickle.Unpickler):
-    """Of a pickle, only what needs no class: find_class is how a pickle runs code."""
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles that need no class or function; the others can run code."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"a test file asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"a file of tests asks for {module}.{name}")
 
 
 def unpack(text):
     """LiveCodeBench's private tests: JSON, or base64 of zlib of a pickle of one str of JSON."""
     if text.lstrip().startswith("["):
         return text
-    tests = TextUnpickler(io.BytesIO(zlib.decompressobj().decompress(base64.b64decode(text), EVERYTHING))).load()
+    data = zlib.decompressobj().decompress(base64.b64decode(text), EVERYTHING)
+    tests = PlainUnpickler(io.BytesIO(data)).load()
     if not isinstance(tests, str):
         raise ValueError("the private tests are no text")
     return tests
 
 
-def read_math(rough, row):
+def read_math(row, rough=False):
     answer = row.get("final_answer", row.get("answer"))
-    if answer is None:  # Minerva's original file
-        answer = boxed(row["solution"])
+    if answer is None:  # Minerva's own file has only solutions
+        answer = boxed(row["solution"]) if "solution" in row else row["answer"]
     if isinstance(answer, list):
         answer = ", ".join(map(str, answer))
-    if isinstance(answer, float) and answer == int(answer):
+    if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return Problem("", f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", [str(answer), bool(rough)])
+    return Problem("", f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", [str(answer), rough])
 
 
 @dataclass(frozen=True)
 class Benchmark:
     group: str
-    read: object       # row → Problem
-    variant: object    # first argument of read
-    repo: str
+    kind: str        # of its answers: value, program or math
+    read: object     # row → Problem
+    repo: str        # on the Hugging Face hub
     revision: str
-    aliases: str       # other names, also of local files; without capitals and punctuation
-    id: str = "id"     # the column of a problem's own name; if there is none, its place counts
+    aliases: str     # other names, also those of local files; without capitals and punctuation
+    id: str = "id"   # the column of a problem's own name; where there is none, its place counts
     split: str = "test"
     config: str | None = None
-    files: tuple = ()  # where the repository's files must be named
+    files: tuple = ()  # in the repository, where it does not say itself which files are the split
 
 
+GROUPS = ("io", "code", "math")  # the paper's: in-distribution and out; heldout is ours
 BENCHMARKS = {
-    **{f"heldout-{type}": Benchmark("heldout", read_heldout, type, "", "", "") for type in TASK_TYPES},
-    "CRUXEval-I": Benchmark("io", read_io, "abduction", "cruxeval-org/cruxeval",
+    **{f"heldout-{type}": Benchmark("heldout", "value", type, "", "", "") for type in TASK_TYPES},
+    "CRUXEval-I": Benchmark("io", "value", partial(read_io, "abduction"), "cruxeval-org/cruxeval",
                             "e536997e8381421cb107d285b4ae542aa12c6c31", "cruxeval"),
-    "CRUXEval-O": Benchmark("io", read_io, "deduction", "cruxeval-org/cruxeval",
+    "CRUXEval-O": Benchmark("io", "value", partial(read_io, "deduction"), "cruxeval-org/cruxeval",
                             "e536997e8381421cb107d285b4ae542aa12c6c31", "cruxeval"),
-    "LCB-Execution": Benchmark("io", read_io, "deduction", "livecodebench/execution-v2",
+    "LCB-Execution": Benchmark("io", "value", partial(read_io, "deduction"), "livecodebench/execution-v2",
                                "e3bbac6d5da0043c4a0b4e4f4b678f1f6497cc86",
-                               "executionv2 livecodebenchexecution lcbexec execution"),
-    "HumanEval+": Benchmark("code", read_function, None, "evalplus/humanevalplus",
-                            "d32357cf319e50e9c8d8dab5ea876c72b0fd321b", "humaneval", id="task_id",
+                               "lcbexec livecodebenchexecution execution executionv2"),
+    "HumanEval+": Benchmark("code", "program", read_function, "evalplus/humanevalplus",
+                            "d32357cf319e50e9c8d8dab5ea876c72b0fd321b", "humaneval",
                             files=("data/test-00000-of-00001-5973903632b82d40.parquet",)),
-    "MBPP+": Benchmark("code", read_function, None, "evalplus/mbppplus",
-                       "b2d74c91837c3f2a20c1299ae98133cbe7cfa077", "mbpp", id="task_id"),
-    "LCB-Generation": Benchmark("code", read_contest, None, "livecodebench/code_generation_lite",
+    "MBPP+": Benchmark("code", "program", read_function, "evalplus/mbppplus",
+                       "b2d74c91837c3f2a20c1299ae98133cbe7cfa077", "mbpp"),
+    "LCB-Generation": Benchmark("code", "program", read_contest, "livecodebench/code_generation_lite",  # v1 to v5
                                 "0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
-                                "codegenerationlite livecodebenchgeneration codegeneration livecodebench lcb lcbgen",
-                                id="question_id", files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),
-    "AIME24": Benchmark("math", read_math, False, "HuggingFaceH4/aime_2024",
+                                "lcb livecodebench lcbgen livecodebenchgeneration codegeneration codegenerationlite",
+                                files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),
+    "AIME24": Benchmark("math", "math", read_math, "HuggingFaceH4/aime_2024",
                         "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "aime2024", split="train"),
-    "AIME25": Benchmark("math", read_math, False, "math-ai/aime25",
+    "AIME25": Benchmark("math", "math", read_math, "math-ai/aime25",
                         "563bb8404243c5f09de6ec262f2db674fe5bce9b", "aime2025"),
-    "AMC23": Benchmark("math", read_math, False, "math-ai/amc23",
-                       "80815d37005feb82cd7f8fbc6901d5d3eff43057", "amc2023 amc"),
-    "MATH500": Benchmark("math", read_math, False, "HuggingFaceH4/MATH-500",
+    "AMC23": Benchmark("math", "math", read_math, "math-ai/amc23",
+                       "80815d37005feb82cd7f8fbc6901d5d3eff43057", "amc amc2023"),
+    "MATH500": Benchmark("math", "math", read_math, "HuggingFaceH4/MATH-500",
                          "ff5b20257d8185524591543f8ff5993951537bb8", "math500", id="unique_id"),
-    "Minerva": Benchmark("math", read_math, True, "math-ai/minervamath",
-                         "ee46ddc498933b1977577953250ca5c66be64f96", "minervamath minerva", id="idx"),
-    "OlympiadBench": Benchmark("math", read_math, False, "Hothan/OlympiadBench",
-                               "3b426ee1d587c71b495146dde9f3e995ee7ac59f", "olympiadbench olympiad",
-                               split="train", config="OE_TO_maths_en_COMP"),
+    "Minerva": Benchmark("math", "math", partial(read_math, rough=True), "math-ai/minervamath",
+                         "ee46ddc498933b1977577953250ca5c66be64f96", "minervamath", id="idx"),
+    "OlympiadBench": Benchmark("math", "math", read_math, "Hothan/OlympiadBench",
+                               "3b426ee1d587c71b495146dde9f3e995ee7ac59f", "olympiad", split="train",
+                               config="OE_TO_maths_en_COMP"),
 }
-GROUPS = ("io", "code", "math")  # the paper's; heldout is ours
 
 
 def squash(text):
@@ -333,21 +371,19 @@ def squash(text):
 
 def names_of(name):
     """What a benchmark and its files may be called, best first."""
-    own = squash(name)
-    return [own, own.removesuffix("plus"), *BENCHMARKS[name].aliases.split()]
+    return [squash(name), squash(name).removesuffix("plus"), *BENCHMARKS[name].aliases.split()]
 
 
 def chosen(text):
     """'code,AIME 2024' → the names of benchmarks, in the order of the table."""
     names = set()
     for part in text.split(","):
-        wanted = squash(part)
-        found = [name for name, benchmark in BENCHMARKS.items() if benchmark.group in
-                 (GROUPS if wanted == "all" else ("io",) if wanted == "indistribution" else (wanted,))]
-        found = found or [name for name in BENCHMARKS if wanted in names_of(name)]
+        wanted = {"all": GROUPS, "indistribution": ("io",)}.get(squash(part), (squash(part),))
+        found = [name for name, benchmark in BENCHMARKS.items() if benchmark.group in wanted]
+        found = found or [name for name in BENCHMARKS if wanted[0] in names_of(name)]
         if not found:
             raise usage_error(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the groups "
-                              "heldout, io, code, math and all")
+                              "heldout, io (in-distribution), code, math and all")
         names.update(found)
     return [name for name in BENCHMARKS if name in names]
 
@@ -357,43 +393,44 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
     files, problems, missing = local_files(data) if data else {}, {}, {}
     for name in names:
         benchmark = BENCHMARKS[name]
+        if benchmark.group == "heldout":
+            splits = load_heldout(heldout, limit)
+            if split not in splits:
+                raise usage_error(f"no split {split!r} in {heldout}; it has {', '.join(splits)}")
+            tasks = [task for task in splits[split] if task.type == benchmark.read]
+            problems[name] = [Problem(str(i), solve_prompt(task), task, strict=True) for i, task in enumerate(tasks)]
+            continue
         try:
-            if benchmark.group == "heldout":
-                rows = (row for row in read_rows(Path(heldout))
-                        if row["split"] == split and row["type"] == benchmark.variant)
-            elif data:
-                rows = itertools.chain.from_iterable(map(read_rows, files[name]))
-            else:
-                rows = hub_rows(benchmark)
-            problems[name] = found = []
+            if data and name not in files:
+                raise ValueError("no file there has its name")
+            rows = itertools.chain.from_iterable(map(read_rows, files[name])) if data else hub_rows(benchmark)
+            found = []
             for place, row in enumerate(itertools.islice(rows, limit)):
-                found.append(benchmark.read(benchmark.variant, row))
-                found[-1].id = found[-1].id or str(row.get(benchmark.id, row.get("id", place)))
+                found.append(benchmark.read(row))
+                found[-1].id = found[-1].id or str(row.get(benchmark.id, place))
             if not found:
                 raise ValueError("there are no tasks in it")
-        except Exception as error:  # the hub's client, parquet and the formats have hundreds of ways to fail
-            problems.pop(name, None)
-            reason = "no file there has its name" if data and name not in files else \
-                f"a task lacks {error}" if isinstance(error, KeyError) else str(error).strip().split("\n")[0]
-            missing[name] = reason + ("" if benchmark.group == "heldout" else (
-                f"\n  Get it with: hf download --repo-type dataset {benchmark.repo} --revision "
-                f"{benchmark.revision} --local-dir DIR/{names_of(name)[-1]}\n  and give --data DIR (JSON lines or "
-                "parquet; the name of a file or of its folder says whose it is)"))
+            problems[name] = found
+        except Exception as error:  # the hub's client, parquet and JSON have a hundred ways to fail
+            reason = f"a task lacks {error}" if isinstance(error, KeyError) else str(error).strip().split("\n")[0]
+            missing[name] = (f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repo} --revision "
+                             f"{benchmark.revision} --local-dir DIR/{names_of(name)[-1]}\n  and give --data DIR "
+                             "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
     return problems, missing
 
 
 def local_files(data):
-    """{benchmark: its files in a folder}, by the benchmark's name in the path: the last one in it counts."""
+    """{benchmark: its files}: whose a file is, the last name of a benchmark in its path says."""
     if not Path(data).is_dir():
         raise usage_error(f"--data {data}: no such folder")
     aliases, files = {alias for name in BENCHMARKS for alias in names_of(name)}, defaultdict(list)
     for path in sorted(Path(data).rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")):
             key = squash(str(Path(data).resolve().name / path.relative_to(data)).split(".json")[0])
-            found = max((key.rfind(a) + len(a), len(a), a) for a in aliases if a in key or a == "lcb")
-            if found[2] in key:
-                files[found[2]].append(path)
-    best = {name: next((alias for alias in names_of(name) if files.get(alias)), None) for name in BENCHMARKS}
+            found = max(((key.rfind(alias) + len(alias), len(alias), alias) for alias in aliases if alias in key),
+                        default=(0, 0, None))
+            files[found[2]].append(path)
+    best = {name: next((alias for alias in names_of(name) if alias in files), None) for name in BENCHMARKS}
     return {name: files[alias] for name, alias in best.items() if alias}
 
 
@@ -423,67 +460,67 @@ def hub_rows(benchmark):
 def answer_text(response):
     """What stands behind the thought, and in <answer> tags if there are any."""
     text = response.rpartition("</think>")[2]
-    return text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in text else text.strip()
+    return (text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text).strip()
 
 
 def value_answer(problem, response):
     """The literal or the input that a response gives, or None."""
     type = problem.gold.type
     answer = parse_answer(type, response)
-    if answer is None and not problem.strict:  # made elsewhere, in another form
+    if problem.strict:
+        return answer
+    if answer is None:  # made elsewhere, in another form
         text = answer_text(response)
         blocks = (fenced_blocks(text, ANSWER_TAG[type]) or fenced_blocks(text, r"\w*")
                   or re.findall(r"\[ANSWER\](.*?)\[/ANSWER\]", text, re.S))
         answer = blocks[-1].strip() if blocks else text.strip("` ") if text and "\n" not in text else None
-        called = answer and re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
-        if called and (type == "abduction" or called[2]):  # f(input) == output
-            answer = called[1 if type == "abduction" else 2]
+    called = answer and re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
+    if called and (type == "abduction" or called[2]):  # f(input) == output
+        answer = called[1 if type == "abduction" else 2]
     return answer
 
 
 def program_answer(problem, response):
-    """The program that a response gives, ready to run, or None."""
-    text, goal = answer_text(response), problem.gold
+    """The program that a response gives, ready to run, or None: the last block that defines what it must."""
+    text, name = answer_text(response), problem.gold.name
     blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
     if not blocks and "```" not in text and re.search(r"^ *(def|import|from|class|return|print)\b", text, re.M):
         blocks = [text]
-    defines = rf"^(?:async +)?(?:def|class) +{goal.name}\b|^{goal.name} *=|^ +def +{goal.name}\b" if goal.name else ""
-    named = [block for block in blocks if re.search(defines, block, re.M)]
     if not blocks:
         return None
+    named = [block for block in blocks if name and re.search(rf"\b(?:def|class) +{name}\b|^{name} *=", block, re.M)]
     code = (named or blocks)[-1]
     future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
-    return f"{future}\n{goal.prelude}\n{code.replace(future, '') if future else code}"
+    return f"{future}\n{problem.gold.prelude}\n{code.replace(future, '') if future else code}"
 
 
 def math_answer(_, response):
-    """The last box; without one, what is tagged as the answer or called so, or a response of one line."""
+    """The last box; without one, what is tagged as the answer or called so, or a response of one formula."""
     text = answer_text(response)
     answer = boxed(text)
     if answer is None:
         said = re.findall(r"(?i:answer(?: is|:))[ *]*(.+)", text)
-        answer = text if "<answer>" in response or "\n" not in text else said[-1] if said else ""
-        answer = said[-1] if said and answer is text else answer
+        plain = "<answer>" in response or "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
+        answer = said[-1] if said else text if plain else ""
     return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
 
 
 def boxed(text):
     """The content of the last \\boxed{…}, braces balanced, or None."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    opening = text.find("{", start) if start >= 0 else -1
-    depth = 0
-    for place in range(opening, len(text)) if opening >= 0 else ():
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    opening, depth = text.find("{", start), 0
+    for place in range(opening, len(text)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1] != "\\" else 0
         if depth == 0:
             return text[opening + 1:place]
     return None
 
 
-# --- judges: [Problem], [answer or None], executor → yields one {"correct": …, "base": …} a problem -----
+# --- judges: ([Problem], [answer or None], executor) → one {"correct", "base"} for each, as they come ---
 
 def judge_values(problems, answers, executor):
-    for correct in is_correct([problem.gold for problem in problems], answers, executor):
-        yield {"correct": correct}
+    yield from ({"correct": correct} for correct in
+                is_correct([problem.gold for problem in problems], answers, executor))
 
 
 CALL = '''
@@ -537,7 +574,6 @@ def f(source, text):
     sys.stdout.flush()
     return sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")
 '''
-# What contest programs are written against: the site has these names in scope.
 PRELUDE = """\
 import bisect, collections, copy, functools, heapq, itertools, json, math, operator, re, string
 from bisect import *
@@ -547,16 +583,17 @@ from heapq import *
 from itertools import *
 from math import ceil, comb, dist, factorial, floor, gcd, hypot, inf, isqrt, lcm, log, log2, log10, perm, pi, sqrt
 from typing import *
-"""
+"""  # contest programs are written where these names are known
 
 
 def run_programs(executor, jobs):
-    """[(source, entry, [arguments])] → [[value] or None]: None if a call of them gives no value.
+    """[(source, entry, [arguments])] → [[value] or None]: None if one of its calls gives no value.
 
-    All calls of a job share a process, up to 100 of them; when one of many takes too much time or
-    room, the halves get a process each. A job that has failed once is not run further.
+    A hundred calls share a process. If they take too much time or room, the first is tried alone, so that
+    a program that never ends is soon given up, and then the halves of the rest. No job is run further once
+    a call of it has failed.
     """
-    results, failed = [[None] * len(cases) for *_, cases in jobs], set()
+    results, failed, slow = [[None] * len(cases) for *_, cases in jobs], set(), set()
     waiting = [[] for _ in jobs]
     for pieces, (_, entry, cases) in zip(waiting, jobs):
         start = size = 0
@@ -566,16 +603,21 @@ def run_programs(executor, jobs):
                 pieces.append((start, stop))
                 start, size = stop, 0
     while any(waiting):
-        now = [(i, *pieces.pop(0)) for i, pieces in enumerate(waiting) for _ in range(min(8, len(pieces)))]
-        runs = executor.run([job_text(*jobs[i][:2], jobs[i][2][start:stop]) for i, start, stop in now])
-        for (i, start, stop), run in zip(now, runs):
-            value = parse_literal(run.output, EVERYTHING) if run.ok else None
-            value = [value] if run.ok and jobs[i][1] is None else value
-            if run.ok and isinstance(value, list) and len(value) == stop - start:
-                results[i][start:stop] = value
+        now = [(i, *pieces.pop(0)) for i, pieces in enumerate(waiting)
+               for _ in range(min(1 if i in slow else 8, len(pieces)))]
+        texts = [(CALL, f"{literal(source, EVERYTHING)}, {literal(entry)}, [{', '.join(cases[start:stop])}]")
+                 if entry else (READ, f"{literal(source, EVERYTHING)}, {literal(cases[start], EVERYTHING)}")
+                 for (source, entry, cases), start, stop in ((jobs[i], start, stop) for i, start, stop in now)]
+        for (i, start, stop), run in zip(now, executor.run(texts)):
+            values = parse_literal(run.output, EVERYTHING) if run.ok else None
+            values = values if jobs[i][1] else [values]
+            if run.ok and isinstance(values, list) and len(values) == stop - start:
+                results[i][start:stop] = values
             elif run.status in ("timeout", "unrepresentable") and stop - start > 1:
-                middle = (start + stop) // 2
-                waiting[i][:0] = [(start, middle), (middle, stop)]
+                middle = (start + 1 + stop) // 2
+                waiting[i][:0] = [piece for piece in ((start, start + 1), (start + 1, middle), (middle, stop))
+                                  if piece[0] < piece[1]]
+                slow.add(i)
             else:
                 failed.add(i)
         for i in failed:
@@ -583,46 +625,36 @@ def run_programs(executor, jobs):
     return [None if i in failed else result for i, result in enumerate(results)]
 
 
-def job_text(source, entry, cases):
-    source = literal(source, EVERYTHING)
-    return (READ, f"{source}, {literal(cases[0], EVERYTHING)}") if entry is None else \
-        (CALL, f"{source}, {literal(entry)}, [{', '.join(cases)}]")
-
-
 def judge_programs(problems, answers, executor):
     """By the benchmark's base tests; then, for those that pass, by the others."""
-    cases = {id(problem): problem.gold.cases() for problem in problems}
-    passed = [answer is not None for answer in answers]
-    verdicts = [{"base": None} for _ in problems]
+    cases = {problem.id: problem.gold.cases() for problem in problems}
+    passed, base = [answer is not None for answer in answers], []
     for part in ("base", "plus"):
         expected = {}
-        for problem in {id(problem): problem for problem in problems}.values():
-            for number, (suffix, entry, pairs) in enumerate(cases[id(problem)][part]):
-                expected[id(problem), number] = [value for _, value in pairs]
-                if any(value is UNKNOWN for _, value in pairs):
-                    own, = run_programs(executor, [(problem.gold.solution + suffix, entry, [x for x, _ in pairs])])
-                    if own is None:
-                        tqdm.write(f"{problem.id}: the benchmark's own solution fails in the sandbox; so does "
-                                   "every answer", file=sys.stderr)
-                    expected[id(problem), number] = own
+        for problem in {problem.id: problem for problem, good in zip(problems, passed) if good}.values():
+            for number, (suffix, entry, pairs) in enumerate(cases[problem.id][part]):
+                arguments, values = [x for x, _ in pairs], [value for _, value in pairs]
+                if any(value is UNKNOWN for value in values):
+                    values, = run_programs(executor, [(problem.gold.solution + suffix, entry, arguments)])
+                    if values is None:
+                        tqdm.write(f"{problem.id}: the benchmark's own solution does not run in the sandbox, so "
+                                   "every answer counts as wrong", file=sys.stderr)
+                expected[problem.id, number] = values
         jobs = [(i, number, (answers[i] + suffix, entry, [x for x, _ in pairs]))
                 for i, problem in enumerate(problems) if passed[i]
-                for number, (suffix, entry, pairs) in enumerate(cases[id(problem)][part])]
-        for (i, number, (_, _, arguments)), outputs in zip(jobs, run_programs(executor, [job for *_, job in jobs])):
-            values = expected[id(problems[i]), number]
-            passed[i] &= outputs is not None and values is not None and all(
-                map(partial(agrees, problems[i].gold.agree), outputs, values, arguments))
-        if part == "base":
-            for verdict, problem, good in zip(verdicts, problems, passed):
-                verdict["base"] = good if cases[id(problem)]["base"] else None
-    for verdict, good in zip(verdicts, passed):
-        yield verdict | {"correct": good}
+                for number, (suffix, entry, pairs) in enumerate(cases[problem.id][part])]
+        outcomes = run_programs(executor, [job for *_, job in jobs])
+        for (i, number, (*_, arguments)), outputs in zip(jobs, outcomes):
+            values, agree = expected[problems[i].id, number], partial(agrees, problems[i].gold.agree)
+            passed[i] &= None not in (outputs, values) and all(map(agree, outputs, values, arguments))
+        base = base or [good if cases[problem.id]["base"] else None for problem, good in zip(problems, passed)]
+    yield from ({"correct": good, "base": simple} for good, simple in zip(passed, base))
 
 
 def agrees(agree, output, expected, arguments):
     try:
-        return bool(agree(output, expected, arguments))
-    except (TypeError, ValueError, ArithmeticError, AttributeError):  # a value of another kind than was asked for
+        return output == expected or bool(agree(output, expected, arguments))
+    except (TypeError, ValueError, ArithmeticError):  # a value of another kind than was asked for
         return False
 
 
@@ -630,13 +662,70 @@ def close(output, expected, arguments, atol=0):
     """EvalPlus' rule: equal; or floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
     atol = atol or (1e-6 if flat and all(type(value) is float for value in flat) else 0)
-    return output == expected or atol and type(output) is type(expected) and near(output, expected, atol)
+    return output == expected or atol > 0 and type(output) is type(expected) and near(output, expected, atol)
 
 
 def near(a, b, atol):
     if isinstance(b, (list, tuple)):
         return isinstance(a, (list, tuple)) and len(a) == len(b) and all(near(x, y, atol) for x, y in zip(a, b))
-    return a == b or not isinstance(b, str) and abs(a - b) <= atol + 1e-7 * abs(b)
+    return a == b or abs(a - b) <= atol + 1e-7 * abs(b)
+
+
+def as_set(output, expected, arguments, atol):
+    return set(output) == set(expected)
+
+
+def is_some(output, expected, arguments, atol):  # a match object or a bool, either will do
+    return len({value if isinstance(value, bool) else value is not None for value in (output, expected)}) == 1
+
+
+def root(output, expected, arguments, atol):
+    (coefficients,), x = parse_literal(arguments), float(output)
+    return abs(sum(c * x ** power for power, c in enumerate(coefficients))) <= (atol or 1e-4)
+
+
+def or_else(other):
+    """Also right by another reading of the task, by which the value is other(*arguments)."""
+    return lambda output, expected, arguments, atol: (
+        close(output, expected, arguments, atol) or close(output, other(*parse_literal(arguments)), "", atol))
+
+
+def all_divisors(n):
+    return sum(d + (n // d if d * d != n else 0) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+
+
+# The tasks that EvalPlus does not compare by value, by their functions' names. Of are_equivalent it takes
+# any answer; we take both readings of 'divisors', with and without the number itself.
+ORACLES = dict(
+    find_zero=root, sum_div=or_else(lambda n: 0),
+    **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
+                    "intersection_array find_dissimilar Diff".split(), as_set),
+    **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_some),
+    are_equivalent=or_else(lambda a, b: all_divisors(a) == all_divisors(b)),
+    surface_Area=or_else(lambda base, height: round(base ** 2 + 2 * base * math.hypot(base / 2, height))),
+    digit_distance_nums=or_else(lambda a, b: sum(abs(int(x) - int(y)) for x, y in itertools.zip_longest(
+        str(a)[::-1], str(b)[::-1], fillvalue=0))))
+
+# EvalPlus' release holds tuples and sets as lists, and complex numbers as text: how to restore them.
+MBPP_SHAPES = [
+    ("2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
+     lambda a: [tuple(x) for x in a]),
+    ("63 64 70 94 120 237 272 299 400 409 417 438 473 614 780", lambda a: [[tuple(y) for y in x] for x in a]),
+    ("75 413 444 753", lambda a: [[tuple(y) for y in a[0]], a[1]]),
+    ("106 750", lambda a: [a[0], tuple(a[1])]),
+    ("115", lambda a: [[set(x) if x and type(x) is list else {} for x in a[0]]]),
+    ("124", lambda a: [float(a[0]), complex(a[1])]),
+    ("250 307 405 446 617 720 763 808", lambda a: [tuple(a[0]), *a[1:]]),
+    ("252", lambda a: [complex(a[0])]),
+    ("259 401 445", lambda a: [tuple(tuple(y) for y in x) for x in a]),
+    ("278", lambda a: [tuple(tuple(y) if type(y) is list else y for y in a[0])]),
+    ("580 615 791", lambda a: [tuples(x) for x in a]),
+    ("722", lambda a: [{key: tuple(x) for key, x in a[0].items()}, *a[1:]]),
+]
+
+
+def tuples(value):
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def same_value(output, expected, arguments):
@@ -648,96 +737,37 @@ def lists(value):
 
 
 def same_print(output, expected, arguments):
-    """Line by line, without spaces around; or the same numbers in a line."""
+    """Line by line, without the spaces around; or the same numbers in a line."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
     return len(ours) == len(theirs) and all(
-        a == b or len(a) < EVERYTHING and list(map(Decimal, a.split())) == list(map(Decimal, b.split()))
-        for a, b in zip(ours, theirs))
-
-
-def as_set(output, expected, arguments, atol):
-    return set(output) == set(expected)
-
-
-def is_some(output, expected, arguments, atol):  # their outputs are match objects, or True
-    output, expected = (x if isinstance(x, bool) else x is not None for x in (output, expected))
-    return output == expected
-
-
-def or_else(other):
-    """Also right by another reading of the task: other(arguments) is the value by that reading."""
-    return lambda output, expected, arguments, atol: (
-        close(output, expected, arguments, atol) or close(output, other(*parse_literal(arguments)), "", atol))
-
-
-def root(output, expected, arguments, atol):
-    (coefficients,), x = parse_literal(arguments), float(output)
-    return abs(sum(c * x ** power for power, c in enumerate(coefficients))) <= (atol or 1e-4)
-
-
-def divisor_sums(a, b, own=0):
-    return [sum(d + (n // d if d * d != n else 0) for d in range(1, math.isqrt(n) + 1) if n % d == 0) - own * n
-            for n in (a, b)]
-
-
-# The tasks that EvalPlus does not compare by value, by the name of their function.
-ORACLES = dict(
-    find_zero=root,
-    **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                    "intersection_array find_dissimilar Diff".split(), as_set),
-    **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_some),
-    are_equivalent=or_else(lambda a, b: len(set(divisor_sums(a, b))) == 1),
-    sum_div=or_else(lambda n: 0),
-    surface_Area=or_else(lambda base, height: round(
-        base ** 2 + 2 * base * math.sqrt((base / 2) ** 2 + height ** 2))),
-    digit_distance_nums=or_else(lambda a, b: sum(abs(int(x) - int(y)) for x, y in zip(
-        *(str(n).zfill(max(len(str(a)), len(str(b)))) for n in (a, b))))))
-
-# EvalPlus' release holds tuples and sets as lists, and complex numbers as text: how to restore them.
-MBPP_SHAPES = [
-    ("2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
-     lambda a: [tuple(x) for x in a]),
-    ("63 64 70 94 120 237 272 299 400 409 417 438 473 614 780", lambda a: [[tuple(y) for y in x] for x in a]),
-    ("75 413 444 753", lambda a: [[tuple(y) for y in a[0]], a[1]]),
-    ("106 750", lambda a: [a[0], tuple(a[1])]),
-    ("115", lambda a: [[set(x) if x and type(x) is list else {} for x in a[0]]]),
-    ("124", lambda a: [float(a[0]), complex(a[1])]),
-    ("250 405 446 617 720 763 808 307", lambda a: [tuple(a[0]), *a[1:]]),
-    ("259 401 445", lambda a: [tuple(tuple(y) for y in x) for x in a]),
-    ("278", lambda a: [tuple(tuple(y) if type(y) is list else y for y in a[0])]),
-    ("722", lambda a: [{key: tuple(x) for key, x in a[0].items()}, *a[1:]]),
-    ("252", lambda a: [complex(a[0])]),
-    ("580 615 791", lambda a: [tuples(x) for x in a]),
-]
-
-
-def tuples(value):
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
+        a == b or list(map(Decimal, a.split())) == list(map(Decimal, b.split())) for a, b in zip(ours, theirs))
 
 
 # --- mathematics ------------------------------------------------------------------------------------
 
+def judge_math(problems, answers, executor):
+    with contextlib.closing(MathJudge()) as judge:
+        for problem, answer in zip(problems, answers):
+            yield {"correct": answer is not None and judge(problem.gold[0], answer, problem.gold[1])}
+
+
 class MathJudge:
-    """same_math in a process of its own: what hangs in there, or eats memory, is killed."""
+    """same_math in a process of its own: what hangs in there or eats memory is killed, and is wrong."""
 
-    def __init__(self):
-        self.process = None
+    process = None
 
-    def __call__(self, gold, answer, rough):
+    def __call__(self, gold, answer, rough=False):
         if not self.process:
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import eval; eval.serve_math()"
-            self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, bufsize=0)
+            self.process = subprocess.Popen([sys.executable, "-c", code], bufsize=0, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE)
             self.process.stdout.readline()  # it is ready
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([gold, answer, rough]).encode() + b"\n")
-            if select.select([self.process.stdout], [], [], TIMEOUT)[0]:
-                line = self.process.stdout.readline()
-                if line:
-                    return json.loads(line)
-        except BrokenPipeError:
-            pass
-        self.close()  # too long, or dead of its memory limit: not the gold answer
+            if select.select([self.process.stdout], [], [], TIMEOUT / 2)[0]:
+                if verdict := self.process.stdout.readline():
+                    return json.loads(verdict)
+        self.close()
         return False
 
     def close(self):
@@ -751,73 +781,79 @@ def serve_math():
     """The life of that process: a line [gold, answer, rough] in, a line true or false out."""
     import logging
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
     logging.disable(logging.CRITICAL)
     results, sys.stdout = sys.stdout, sys.stderr
-    same_math("1", "1.0")  # imports
+    same_math("a", "b")  # imports
     print(flush=True, file=results)
     for line in sys.stdin:
         try:
             verdict = same_math(*json.loads(line))
-        except (Exception, RecursionError, MemoryError):  # math-verify and sympy raise whatever there is
+        except Exception:  # math-verify and sympy raise whatever there is on formulas that make no sense
             verdict = False
         print(json.dumps(verdict), flush=True, file=results)
 
 
+WORDS = r"\\(?:text|mbox|mathrm|textbf|textit|textrm|operatorname)(?![a-z])\s*"
 UNITS = {alias: names.split()[0] for names in (  # other units must agree by the letter
     "degree degrees", "percent %", "dollar dollars", "cm centimeter centimeters", "m meter meters",
     "km kilometer kilometers", "mm millimeter millimeters", "inch inches in", "foot feet ft", "mile miles",
     "min minute minutes", "h hour hours hr", "s second seconds sec", "day days", "year years", "unit units",
     "km/h kmh kph", "kg kilogram kilograms", "g gram grams") for alias in names.split()}
-WORDS = r"\\(?:text|mbox|mathrm|textbf|textit|textrm|operatorname)\s*"
 
 
 def same_math(gold, answer, rough=False):
-    """Whether two answers in LaTeX are the same. rough: decimals may differ by rounding (Minerva)."""
+    """Whether two answers in LaTeX say the same. rough: decimals may differ by rounding, as Minerva's do.
+
+    Tuples, intervals, sets and lists are compared part by part here, texts by the letter, and single
+    formulas by math-verify, which takes (1, 2) for an interval and words for products of letters.
+    """
     gold, answer = tidy(gold), tidy(answer)
-    if re.sub(r"[\s{}]", "", gold) == re.sub(r"[\s{}]", "", answer):
-        return True
-    if not gold or not answer:
-        return False
-    said, meant = words(answer), words(gold)
-    if re.fullmatch(WORDS + r"\{[^{}]*\}\.?|[A-Za-z][a-z]{3,}[a-z ,'-]*", gold):
+    if not gold or not answer or squeeze(gold) == squeeze(answer):
+        return gold != "" and answer != ""
+    sides = [re.fullmatch(r"([a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=([^=<>]+)", text) for text in (gold, answer)]
+    if all(sides) or any(sides) and (gold + answer).count("=") == 1:  # x = 5 is 5, and it is not y = 5
+        return (not all(sides) or squeeze(sides[0][1]) == squeeze(sides[1][1])) and same_math(
+            *(side[2] if side else text for side, text in zip(sides, (gold, answer))), rough)
+    if re.fullmatch(WORDS + r"\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*", gold):
+        said, meant = (re.sub(r"[^a-z0-9]", "", re.sub(WORDS, "", text).lower()) for text in (answer, gold))
         return said == meant
     (gold, unit), (answer, other) = split_unit(gold), split_unit(answer)
     if unit and other and unit != other:
         return False
+    if "percent" in (unit, other) and unit != other:  # 15% is 15 or 0.15
+        shares = [f"({text})/100" if of == "percent" else text for text, of in ((gold, unit), (answer, other))]
+        return same_math(gold, answer, rough) or same_math(*shares, rough)
     ours, theirs = parts(gold), parts(answer)
-    if bool(ours) != bool(theirs):  # 13,535 is one number if the other side has no comma
+    if bool(ours) != bool(theirs):  # 13,535 is one number if the other side is one
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
         ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
         return same_parts(*ours, *theirs, rough)
-    if (ours or theirs) and not re.search(r"[<>]|\\(le|ge|lt|gt|in)", gold + answer):
+    if (ours or theirs) and not re.search(r"[<>]|\\(?:le|ge|lt|gt)", gold + answer):
         return False
-    if re.search(r"\d_\{?\d", gold + answer):  # digits in another base: the texts differ
+    if re.search(r"\d_\{?\d", gold + answer):  # digits in another base, and the texts differ
         return False
-    numbers = [re.fullmatch(r"([-+]?\d*\.?\d+)(?:\\times10\^\{?([-+]?\d+)\}?)?", re.sub(r"\s", "", text))
+    numbers = [re.fullmatch(r"([-+]?\d*\.?\d+)(?:\\(?:times|cdot)10\^\{?([-+]?\d+)\}?)?", squeeze(text))
                for text in (gold, answer)]
-    if all(numbers) and rough:
-        values = [float(number[1]) * 10 ** int(number[2] or 0) for number in numbers]
-        digits = len(numbers[0][1].partition(".")[2])
-        last = 0.5 * 10 ** (int(numbers[0][2] or 0) - digits)
-        return abs(values[0] - values[1]) <= min(1e-4 * abs(values[0]), last) or values[0] == values[1]
-    if all(numbers) and not (numbers[0][2] or numbers[1][2]):
-        return Decimal(numbers[0][1]) == Decimal(numbers[1][1])
+    if all(numbers) and (rough or not (numbers[0][2] or numbers[1][2])):
+        a, b = (Decimal(number[1]).scaleb(int(number[2] or 0)) for number in numbers)
+        last = Decimal(5).scaleb(int(numbers[0][2] or 0) - len(numbers[0][1].partition(".")[2]) - 1)
+        return abs(a - b) <= (min(abs(a) / 10000, last) if rough else 0)
     from math_verify import LatexExtractionConfig, parse, verify
     gold, answer = (parse(f"$\\boxed{{{text}}}$", [LatexExtractionConfig()], parsing_timeout=None)
                     for text in (gold, answer))
-    return bool(verify(gold, answer, timeout_seconds=None))
+    return bool(verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True))
 
 
 def same_parts(kind, gold, other, answer, rough):
-    if {kind, other} - {"", "{}"} and kind != other or len(gold) != len(answer):
+    if kind != other and {kind, other} != {"", "{}"} or len(gold) != len(answer):
         return False
     if kind[:1] in ("(", "["):
         return all(same_math(a, b, rough) for a, b in zip(gold, answer))
     left = list(answer)
     for item in gold:  # in any order, each once
-        match = next((i for i, other in enumerate(left) if same_math(item, other, rough)), None)
+        match = next((i for i, candidate in enumerate(left) if same_math(item, candidate, rough)), None)
         if match is None:
             return False
         del left[match]
@@ -825,46 +861,44 @@ def same_parts(kind, gold, other, answer, rough):
 
 
 def tidy(text):
-    text = text.replace("\\$", "").replace("$", "").replace("\u2212", "-").replace("\\,", " ").replace("\\!", "")
-    text = re.sub(r"\\(left|right|displaystyle|big|Big|bigl|bigr)(?![a-zA-Z])", "", text).replace("{,}", "")
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("\\;", " ").replace("\\ ", " ").replace("~", " ")
+    for written, plain in (("\\$", ""), ("$", ""), ("\u2212", "-"), ("\\!", ""), ("{,}", ""), ("~", " ")):
+        text = text.replace(written, plain)
+    text = re.sub(r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text).strip().rstrip(".").strip()
+    text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"(?<!\\)\\[,; ]", " ", text))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", r"\\text{degree}", text)
     text = re.sub(WORDS + r"\{\s*(?:and|or)\s*\}|(?<=\s)(?:and|or)(?=\s)", ",", text)
-    text = re.sub(r"(?<=\d)[eE](?=[-+]?\d+$)(\+?)([-\d]+)", r"\\times 10^{\2}", text.strip())
-    text = re.sub(r"^[a-zA-Z](?:_\w)?\s*(?:\\in(?![a-z])|=(?!.*=))\s*(?=[(\[])", "", text)  # x ∈ (0, 1)
-    return text.strip().rstrip(".").strip()
+    text = re.sub(r"(?<=\d)[eE]\+?(-?\d+)$", r"\\times 10^{\1}", text)
+    return re.sub(r"^[a-zA-Z]\s*\\in(?![a-z])\s*", "", text)  # x ∈ (0, 1)
 
 
-def words(text):
-    return re.sub(r"[^a-z0-9]", "", re.sub(WORDS, "", text).lower())
+def squeeze(text):
+    return re.sub(r"[\s{}]", "", text)
 
 
 def split_unit(text):
-    """'10 \\text{ cm}' → ('10', 'cm')"""
-    found = re.search(r"(?<=[\d})])\s*(?:" + WORDS + r"\{([^{}]*)\}|\s([a-zA-Z/]+)|\\?(%))((?:\^\{?\d\}?)?)$", text)
-    unit = re.sub(r"[\s.$]", "", (found[1] or found[2] or found[3]).lower()) if found else ""
+    """'10 \\text{ cm}^2' → ('10', 'cm^2')"""
+    found = re.search(rf"(?<=[\d}})])\s*(?:{WORDS}\{{([^{{}}]*)\}}|\s([a-zA-Z/]+)|\\?(%))(\^\{{?\d\}}?)?$", text)
+    unit = re.sub(r"[\s.]", "", (found[1] or found[2] or found[3] or "").lower()) if found else ""
     if not unit or found[2] and unit not in UNITS:
         return text, ""
-    return text[:found.start()], UNITS.get(unit, unit) + re.sub(r"[{}]", "", found[4])
+    return text[:found.start()], UNITS.get(unit, unit) + squeeze(found[4] or "")
 
 
 def parts(text):
-    """('()', ['1', '2']) of a tuple, an interval, a set or a list ('') of answers; None of one answer."""
+    """('()', ['1', '2']) of a tuple or an interval, '{}' of a set, '' of a list; None of a single formula."""
     text = text.replace("\\{", "\x01").replace("\\}", "\x02")
-    if len(items := cut(text, "\\cup")) > 1:
-        return "∪", items
+    if len(union := cut(text, "\\cup")) > 1:
+        return "∪", union
     if "\\pm" in text:
-        items = cut(text.replace("\\pm", "+"), ",") + cut(text.replace("\\pm", "-"), ",")
-        return "", list(dict.fromkeys(items))
+        return "", list(dict.fromkeys(item for sign in "+-" for item in cut(text.replace("\\pm", sign), ",")))
     kind = text[:1] + text[-1:]
     whole = kind in ("()", "[]", "(]", "[)", "\x01\x02") and len(cut(text, "")) == 1
-    items = cut(text[1:-1] if whole else text, ",")
-    return (("{}" if kind == "\x01\x02" else kind) if whole else "", items) if len(items) > 1 or kind == "\x01\x02" \
-        else None
+    items, kind = cut(text[1:-1] if whole else text, ","), kind.replace("\x01\x02", "{}") if whole else ""
+    return (kind, items) if len(items) > 1 or kind == "{}" else None
 
 
 def cut(text, separator):
-    """The pieces of a text between separators that stand in no brackets; '' cuts behind each closed bracket."""
+    """The pieces between separators that stand in no brackets; '' cuts behind each closed pair of them."""
     pieces, start, depth = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{\x01") - (letter in ")]}\x02")
@@ -875,46 +909,37 @@ def cut(text, separator):
     return [piece.strip().replace("\x01", "\\{").replace("\x02", "\\}") for piece in pieces if piece.strip()]
 
 
-def judge_math(problems, answers, executor):
-    with contextlib.closing(MathJudge()) as judge:
-        for problem, answer in zip(problems, answers):
-            yield {"correct": answer is not None and judge(problem.gold[0], answer, problem.gold[1])}
-
-
 # --- an evaluation ----------------------------------------------------------------------------------
 
-@contextlib.contextmanager
+KINDS = {"value": (value_answer, judge_values), "program": (program_answer, judge_programs),
+         "math": (math_answer, judge_math)}
+
+
 def sandbox(workers):
-    """For benchmarks: their tests and solutions need more modules, time and room than AZR's own tasks."""
+    """For benchmarks, whose tests and solutions need more modules, time and room than AZR's own tasks."""
     try:
-        executor = Executor(workers, TIMEOUT, MEMORY_MB, allow=MODULES, max_text=EVERYTHING)
+        return Executor(workers, TIMEOUT, MEMORY_MB, allow=MODULES, max_text=EVERYTHING)
     except TypeError:
-        executor = Executor(workers, TIMEOUT)
-    with executor:
-        yield executor
+        return Executor(workers, TIMEOUT)
 
 
 def judge(name, problems, responses, executor):
-    """[Problem], [response] → [{"correct", "base", "well_formed"}], in order, with a progress bar."""
-    read = BENCHMARKS[name].read
-    extract, verdict = ((math_answer, judge_math) if read is read_math else (value_answer, judge_values)
-                        if read in (read_io, read_heldout) else (program_answer, judge_programs))
-    answers = [extract(problem, response) for problem, response in zip(problems, responses)]
-    size = 16 if read is read_contest else 256  # contests have megabytes of tests
+    """[Problem], [response] → [{"correct", "base", "well_formed"}], in order."""
+    extract, verdicts_of = KINDS[BENCHMARKS[name].kind]
+    answers = list(map(extract, problems, responses))
+    size = 16 if BENCHMARKS[name].read is read_contest else 256  # contests have megabytes of tests
     verdicts = []
-    with tqdm(total=len(problems), desc=f"{name}: judge", unit="answer", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(problems), size):
-            for found in verdict(problems[start:start + size], answers[start:start + size], executor):
-                verdicts.append(found | {"well_formed": answers[len(verdicts)] is not None})
-                bar.update()
-    return verdicts
+    for start in tqdm(range(0, len(problems), size), f"{name}: judge", leave=False, dynamic_ncols=True):
+        chunk = slice(start, start + size)
+        verdicts += verdicts_of(problems[chunk], answers[chunk], executor)
+    return [verdict | {"well_formed": answer is not None} for verdict, answer in zip(verdicts, answers)]
 
 
 def encode(policy, question, template):
-    """The three templates; each is the same for the base and the trained model. → token ids
+    """A question as token ids, by one of three templates, the same for the base and the trained model.
 
-    azr: the frame that training uses, <think> opened; plain: the question alone; chat: the model's own
-    chat template around the question.
+    azr: the frame of training, which ends in <think>; plain: the question and an empty line; chat: the
+    model's own chat template around the question.
     """
     if template == "azr":
         return policy.encode(question)
@@ -932,10 +957,11 @@ def answer(policy, name, problems, how, done=(), column="model"):
     import torch
     from azr import generate
     todo = [problem for problem in problems if problem.id not in done]
-    size = max(1, 64 // how.samples)
+    size = max(1, 128 // how.samples)
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with tqdm(total=len(problems), initial=len(problems) - len(todo), desc=f"{name}: {column}", unit="task",
-              leave=False, dynamic_ncols=True) as bar, torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), tqdm(
+            total=len(problems), initial=len(problems) - len(todo), desc=f"{name}: {column}", unit="task",
+            leave=False, dynamic_ncols=True) as bar:
         for chunk in (todo[start:start + size] for start in range(0, len(todo), size)):
             torch.manual_seed(zlib.crc32(f"{how.seed} {name} {chunk[0].id}".encode()))
             started = time.perf_counter()
@@ -951,62 +977,6 @@ def answer(policy, name, problems, how, done=(), column="model"):
             bar.update(len(chunk))
 
 
-def score(problems, rows, verdicts):
-    """The figures of one benchmark. A problem without an answer counts as answered wrong."""
-    samples = defaultdict(list)
-    for row, verdict in zip(rows, verdicts):
-        samples[row["id"]].append(verdict)
-    n = max(1, min(map(len, samples.values()), default=1))
-    wrong = {"correct": False, "base": False, "well_formed": False}
-    answers = {problem.id: samples.get(problem.id) or [wrong] * n for problem in problems}
-    flat = [verdict for verdicts in answers.values() for verdict in verdicts]
-    passes = {k: mean_error([pass_at_k(len(v), sum(x["correct"] for x in v), k) for v in answers.values()])
-              for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
-
-    def share(name, items):
-        values = [item[name] for item in items if item.get(name) is not None]
-        return sum(values) / len(values) if values else None
-    return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
-            "unanswered": len(answers) - len(samples), "pass@k": {k: list(value) for k, value in passes.items()},
-            "base_tests": share("base", flat), "well_formed": share("well_formed", flat),
-            "truncated": share("truncated", rows), "response_tokens": share("tokens", rows),
-            "response_characters": sum(len(row["response"]) for row in rows) / max(1, len(rows)),
-            "tokens": sum(row.get("tokens") or 0 for row in rows),
-            "seconds": round(sum(row.get("seconds") or 0 for row in rows), 1),
-            "correct": {key: [verdict["correct"] for verdict in value] for key, value in answers.items()}}
-
-
-def report(results, markdown=False):
-    """{column: {benchmark: score}} as two tables: accuracies side by side, and the rest."""
-    columns = {column: {name: (s["accuracy"], s["stderr"]) for name, s in scores.items()}
-               for column, scores in results.items()}
-    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    groups = {f"mean {group}": [name for name in names if BENCHMARKS[name].group == group]
-              for group in ("heldout", *GROUPS)}
-    first, *others = columns
-    for other in others:  # both answered the same problems, so the error of the difference is smaller
-        columns[f"{other} − {first}"] = {name: difference(results[first][name], results[other][name])
-                                         for name in names if name in results[first] and name in results[other]}
-    text = table(columns, "pass@1, %", markdown, {name: rows for name, rows in groups.items() if len(rows) > 1})
-    lines = [["", "model", "tasks", "samples", "pass@k, %", "base tests", "well formed", "truncated", "tokens",
-              "seconds"]]
-    for name in names:
-        for column, s in ((column, scores[name]) for column, scores in results.items() if name in scores):
-            shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
-                      for key in ("base_tests", "well_formed", "truncated")]
-            tokens = f"{s['response_characters']:.0f} chars" if s["response_tokens"] is None else \
-                f"{s['response_tokens']:.0f}"
-            lines.append([name, column, s["n"], s["samples"], " ".join(
-                f"{k}: {100 * value:.1f}" for k, (value, _) in s["pass@k"].items()), *shares, tokens, s["seconds"]])
-    return text + "\n\n" + layout(lines, markdown)
-
-
-def difference(base, other):
-    deltas = [sum(other["correct"][key]) / len(other["correct"][key]) - sum(flags) / len(flags)
-              for key, flags in base["correct"].items() if key in other["correct"]]
-    return mean_error(deltas)
-
-
 def evaluate_benchmarks(policy, problems, max_response=2048, workers=None, template="azr"):
     """{name: (accuracy, standard error, tasks)} of greedy answers; problems: from load_benchmarks."""
     how = SimpleNamespace(samples=1, temperature=0, max_response=max_response, template=template, seed=0)
@@ -1014,51 +984,125 @@ def evaluate_benchmarks(policy, problems, max_response=2048, workers=None, templ
     with sandbox(workers) as executor:
         for name, tasks in problems.items():
             rows = list(answer(policy, name, tasks, how))
-            s = score(tasks, rows, judge(name, tasks, [row["response"] for row in rows], executor))
-            scores[name] = s["accuracy"], s["stderr"], s["n"]
+            figures = score(tasks, rows, judge(name, tasks, [row["response"] for row in rows], executor))
+            scores[name] = figures["accuracy"], figures["stderr"], figures["n"]
     return scores
 
 
-class Answers:
-    """answers.jsonl of an evaluation: rows are added as they come, and a killed one goes on from them."""
+def evaluate(options):
+    given = read_answers(options.judge) if options.judge else {}
+    columns, model, length = ({"answers": None}, None, None) if given else models(options)
+    names = [name for name in BENCHMARKS if ("answers", name) in given] if given and not options.benchmarks else \
+        chosen(options.benchmarks or "heldout")
+    problems, missing = load_benchmarks(names, options.data, options.limit, options.heldout, options.split)
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    if not problems:
+        raise usage_error("none of the benchmarks can be had, for the reasons above")
+    options.max_response = length
+    settings = {"judge": options.judge} if given else {"model": model} | {name: getattr(options, name) for name in (
+        "run", "adapter", "template", "samples", "temperature", "max_response", "seed", "heldout", "split",
+        "quantize", "dtype")}
+    stem = Path(options.judge or options.run or model).stem
+    out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = given or generate_answers(columns, problems, options, out, settings)
+    with sandbox(options.workers) as executor:
+        results = {column: {name: judged(name, tasks, rows.get((column, name), []), executor)
+                            for name, tasks in problems.items()} for column in columns}
+    whole = {"settings": settings, "limit": options.limit, "results": results, "missing": missing}
+    (out / "results.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(report(results, markdown=True) + "\n", encoding="utf-8")
+    print(f"{report(results, options.markdown)}\n\nresults.json and results.md  {out}")
 
-    def __init__(self, folder, settings):
-        self.path, self.rows = Path(folder) / "answers.jsonl", []
-        kept = Path(folder) / "settings.json"
+
+def generate_answers(columns, problems, how, folder, settings):
+    """{(column, name): rows}: those of answers.jsonl, and new ones, which are added to it as they come."""
+    path, kept, rows = folder / "answers.jsonl", folder / "settings.json", defaultdict(list)
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        raise usage_error(f"{folder} holds answers with other settings (see {kept}); give another --out")
+    kept.write_text(json.dumps(settings, indent=1) + "\n")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # none cut in the middle
+    samples = defaultdict(list)
+    for line in lines:
+        row = json.loads(line)
+        samples[row["column"], row["benchmark"], row["id"]].append((row, line))
+    whole = [pair for pairs in samples.values() if len(pairs) == how.samples for pair in pairs]
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(f"{line}\n" for _, line in whole), encoding="utf-8")
+    os.replace(fresh, path)
+    for row, _ in whole:
+        rows[row["column"], row["benchmark"]].append(row)
+    with open(path, "a", encoding="utf-8") as file:
+        for column, load in columns.items():
+            done = {name: {row["id"] for row in rows[column, name]} for name in problems}
+            if all(problem.id in done[name] for name, tasks in problems.items() for problem in tasks):
+                continue
+            policy, weights = load()
+            with weights:
+                for name, tasks in problems.items():
+                    for row in answer(policy, name, tasks, how, done[name], column):
+                        rows[column, name].append(row)
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+    return rows
+
+
+def judged(name, problems, rows, executor):
+    """The figures of one benchmark's rows; those of problems that are not asked for do not count."""
+    known = {problem.id: problem for problem in problems}
+    if strangers := [row["id"] for row in rows if row["id"] not in known]:
+        print(f"{name}: {len(strangers)} answers to other tasks (as {strangers[0]}) are left out", file=sys.stderr)
+    rows = [row for row in rows if row["id"] in known]
+    verdicts = judge(name, [known[row["id"]] for row in rows], [row["response"] for row in rows], executor)
+    return score(problems, rows, verdicts)
+
+
+def read_answers(path):
+    """The file of --judge → {("answers", benchmark): rows}"""
+    found, number = defaultdict(list), 0
+    try:
+        for number, row in enumerate(read_rows(Path(path)), 1):
+            for name in chosen(row["benchmark"]):
+                found["answers", name].append({"id": str(row["id"]), "response": str(row["response"] or "")})
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise usage_error(f"--judge {path}: after line {number}: {error!r}; a line is an object with benchmark, id "
+                          "and response") from error
+    if not found:
+        raise usage_error(f"--judge {path}: there are no answers in it")
+    return found
+
+
+def models(options):
+    """→ ({column: a function that loads (policy, context of its weights)}, the model's name, response length)"""
+    import torch
+    from azr import base_weights, load_policy
+    run, trained = Path(options.run or ""), {}
+    if options.run:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if kept.exists() and json.loads(kept.read_text()) != settings:
-                raise usage_error(f"{folder} holds answers made with other settings ({kept.name} there); "
-                                  "give another --out")
-            kept.write_text(json.dumps(settings, indent=1) + "\n")
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            count = defaultdict(int)
-            for row in rows:
-                count[self.key(row)] += 1
-            self.rows = [row for row in rows if count[self.key(row)] == settings.get("samples", count[self.key(row)])]
-            fresh = self.path.with_suffix(".new")
-            fresh.write_text("".join(map(self.line, self.rows)), encoding="utf-8")
-            os.replace(fresh, self.path)
-            self.file = open(self.path, "a", encoding="utf-8")
+            trained = json.loads((run / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise usage_error(f"cannot use the folder {folder}: {error}") from error
+            raise usage_error(f"{run} is not a run folder: cannot read its config.json") from error
+        if not (run / "adapter").is_dir() and not (run / "model").is_dir():
+            raise usage_error(f"{run} has no trained weights yet: no folder adapter or model")
+    name = options.model or trained.get("model", "tiny")
+    adapter = options.adapter or (str(run / "adapter") if options.run and (run / "adapter").is_dir() else None)
+    length = options.max_response or trained.get("max_response", 128 if name == "tiny" else 4096)
+    if name == "tiny":
+        torch.set_num_threads(1)  # its matrices are too small for more
 
-    @staticmethod
-    def key(row):
-        return row["column"], row["benchmark"], row["id"]
-
-    @staticmethod
-    def line(row):
-        return json.dumps(row, ensure_ascii=False) + "\n"
-
-    def add(self, row):
-        self.rows.append(row)
-        self.file.write(self.line(row))
-        self.file.flush()
-
-    def of(self, column, name):
-        return [row for row in self.rows if (row["column"], row["benchmark"]) == (column, name)]
+    def load(source):
+        return load_policy(source, options.quantize or trained.get("quantize", "auto"), 1 if adapter else 0,
+                           options.dtype, options.device, adapter, rows=options.generate_batch)
+    plain = contextlib.nullcontext()
+    if adapter:  # one model in memory, its adapter off and on
+        load = cache(load)
+        return {"base": lambda: (load(name), base_weights(load(name))), "trained": lambda: (load(name), plain)
+                }, name, length
+    columns = {"base" if options.run else "model": lambda: (load(name), plain)}
+    if options.run:
+        columns["trained"] = lambda: (load(str(run / "model")), plain)
+    return columns, name, length
 
 
 def parse(arguments):
@@ -1068,35 +1112,35 @@ def parse(arguments):
     add("--model", help="tiny (shipped, the default), a local folder or a Hugging Face name")
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
-    add("--benchmarks", default="heldout", help="names and groups with commas: heldout (the default), io "
-        "(in-distribution), code, math, all, or " + ", ".join(name for name in BENCHMARKS if "heldout" not in name))
+    add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io (in-distribution), "
+        "code, math and all; names are " + ", ".join(name for name in BENCHMARKS if "heldout" not in name))
     add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
     add("--judge", metavar="FILE", help='judge these answers, lines of {"benchmark", "id", "response"}; no model')
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
     add("--template", choices=("azr", "plain", "chat"), default="azr",
         help="azr: the frame of training (default); plain: the question alone; chat: the model's chat template")
     add("--samples", type=int, default=1, help="answers to each task (1)")
-    add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
+    add("--temperature", type=float, help="0 is greedy, the default for one sample; the default for more is 1")
     add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")
     add("--seed", type=int, default=0, help="random seed of sampling (0)")
     add("--heldout", default=str(HELDOUT), help="JSON lines of held-out tasks; default: the tiny model's")
     add("--split", default="easy", help="which split of that file (easy)")
-    add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder in "
-        "runs/ with a name of its own for each setting, so that the same command goes on where it was stopped")
+    add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder in runs/ "
+        "for these very settings, so that the same command goes on where it was stopped")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; auto (default): as trained")
+    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: as trained, else none")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
     add("--device", help="cuda, cuda:1, cpu; default: cuda where there is one")
     add("--generate-batch", type=int, default=0, help="responses sampled at once; default: as free memory allows")
     add("--workers", type=int, help="sandbox workers; default: all cores")
     options = parser.parse_args(arguments)
-    options.temperature = (0.0 if options.samples == 1 else 1.0) if options.temperature is None else options.temperature
+    options.temperature = float(options.samples > 1) if options.temperature is None else options.temperature
     for name, least in (("samples", 1), ("limit", 1), ("workers", 1), ("max_response", 1), ("temperature", 0)):
         value = getattr(options, name)
         if value is not None and not least <= value < float("inf"):
             raise usage_error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if options.samples > 1 and not options.temperature:
-        raise usage_error(f"--samples {options.samples} at --temperature 0 would all be the same answer")
+        raise usage_error(f"--samples {options.samples} at --temperature 0 are all the same answer")
     return options
 
 
@@ -1111,112 +1155,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nstopped; the answers so far are kept, and the same command goes on from them", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 1
     return 0
-
-
-def evaluate(options):
-    given = read_answers(options.judge) if options.judge else None
-    names = chosen(options.benchmarks) if not given or options.benchmarks != "heldout" else \
-        [name for name in BENCHMARKS if name in given]
-    problems, missing = load_benchmarks(names, options.data, options.limit, options.heldout, options.split)
-    for name, reason in missing.items():
-        print(f"{name} is left out: {reason}", file=sys.stderr)
-    if not problems:
-        raise usage_error("none of the benchmarks can be had (see above)")
-    if given:
-        settings, columns = {"judge": str(Path(options.judge).resolve())}, None
-    else:
-        columns, cfg = models(options)
-        settings = {"model": cfg["model"], "columns": list(columns), "adapter": options.adapter, "run": options.run,
-                    **{name: getattr(options, name) for name in
-                       ("template", "samples", "temperature", "seed", "heldout", "split", "quantize", "dtype")},
-                    "max_response": cfg["max_response"]}
-        options.max_response = cfg["max_response"]
-    stem = Path(options.judge).stem if given else Path(options.run or cfg["model"]).name
-    out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
-    answers = Answers(out, settings)
-    if given:
-        answers.rows = [row for name in problems for row in given.get(name, [])]
-    results = {}
-    with sandbox(options.workers) as executor:
-        for column, load in (columns or {"answers": None}).items():
-            if load and any({p.id for p in tasks} - {row["id"] for row in answers.of(column, name)}
-                            for name, tasks in problems.items()):
-                policy, weights = load()
-                with weights:
-                    for name, tasks in problems.items():
-                        done = {row["id"] for row in answers.of(column, name)}
-                        for row in answer(policy, name, tasks, options, done, column):
-                            answers.add(row)
-            results[column] = {name: judged(name, tasks, answers.of(column, name), executor)
-                               for name, tasks in problems.items()}
-    write = {"settings": settings, "limit": options.limit, "results": results,
-             "missing": {name: reason.split("\n")[0] for name, reason in missing.items()}}
-    (out / "results.json").write_text(json.dumps(write, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(report(results, markdown=True) + "\n", encoding="utf-8")
-    print(report(results, options.markdown) + f"\n\nfolder  {out}")
-    return results
-
-
-def judged(name, problems, rows, executor):
-    """The score of some rows of answers.jsonl; rows of other problems (--limit) do not count."""
-    known = {problem.id: problem for problem in problems}
-    rows = [row for row in rows if row["id"] in known]
-    verdicts = judge(name, [known[row["id"]] for row in rows], [row["response"] for row in rows], executor)
-    return score(problems, rows, verdicts)
-
-
-def read_answers(path):
-    """--judge: {benchmark: rows}"""
-    found = defaultdict(list)
-    try:
-        for number, row in enumerate(read_rows(Path(path)), 1):
-            for name in chosen(str(row["benchmark"])):
-                found[name].append({"column": "answers", "benchmark": name, "id": str(row["id"]),
-                                    "response": str(row["response"])})
-    except (OSError, UnicodeDecodeError) as error:
-        raise usage_error(f"--judge {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise usage_error(f'--judge {path}: after line {len(found)} comes none of the form {{"benchmark": …, "id": …, '
-                          f'"response": …}}: {error}') from error
-    if not found:
-        raise usage_error(f"--judge {path}: there are no answers in it")
-    return found
-
-
-def models(options):
-    """({column: a function that loads (policy, context of its weights)}, {"model", "max_response"})"""
-    from azr import base_weights, load_policy
-    run, trained = Path(options.run or ""), {}
-    if options.run:
-        try:
-            trained = json.loads((run / "config.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise usage_error(f"{run} is not a run folder: cannot read its config.json") from error
-        if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-            raise usage_error(f"{run} has no trained weights yet (no folder adapter or model)")
-    name = options.model or trained.get("model", "tiny")
-    adapter = options.adapter or (str(run / "adapter") if options.run and (run / "adapter").is_dir() else None)
-    quantize = options.quantize or trained.get("quantize", "auto")
-    if name == "tiny":
-        import torch
-        torch.set_num_threads(1)  # its matrices are too small for more
-
-    def load(source, rank=0):
-        return load_policy(source, quantize, rank, options.dtype, options.device, adapter, rows=options.generate_batch)
-    if adapter:  # one model in memory, its adapter off and on
-        once = []
-        def both():
-            once or once.append(load(name, trained.get("lora_rank", 1)))
-            return once[0]
-        columns = {"base": lambda: (both(), base_weights(both())),
-                   "trained": lambda: (both(), contextlib.nullcontext())}
-    else:
-        columns = {"base": lambda: (load(name), contextlib.nullcontext())}
-        if options.run:
-            columns["trained"] = lambda: (load(str(run / "model")), contextlib.nullcontext())
-    return columns, {"model": name, "max_response": options.max_response or trained.get(
-        "max_response", 128 if name == "tiny" else 4096)}
 
 
 if __name__ == "__main__":
