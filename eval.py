@@ -123,9 +123,9 @@ def table(columns, title="held-out accuracy", markdown=False, means=None):
     means = {"mean": rows} if means is None else means
     lines = [[title, *columns]]
     for row, members in {**{row: [row] for row in rows}, **means}.items():
-        cells = [mean_score({name: scores[name] for name in members}) if all(name in scores for name in members)
-                 else None for scores in columns.values()]
-        lines.append([row, *(f"{100 * cell[0]:.1f} ± {100 * cell[1]:.1f}" if cell else "–" for cell in cells)])
+        cells = [[scores[name] for name in members if name in scores] for scores in columns.values()]
+        cells = [mean_score(dict(enumerate(cell))) if len(cell) == len(members) else None for cell in cells]
+        lines.append([row, *(f"{100 * c[0]:.1f} ± {100 * c[1]:.1f}" if c else "–" for c in cells)])
     return layout(lines, markdown)
 
 
@@ -157,7 +157,7 @@ def score(problems, rows, verdicts):
                              for flags in answers.values()])
               for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
     return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
-            "unanswered": len(answers) - len(samples), "pass@k": {k: list(value) for k, value in passes.items()},
+            "unanswered": len(answers) - len(samples), "pass@k": {k: list(p) for k, p in passes.items()},
             "base_tests": mean("base", flat), "well_formed": mean("well_formed", flat),
             "truncated": mean("truncated", rows), "response_tokens": mean("tokens", rows),
             "response_characters": sum(len(row["response"]) for row in rows) / max(1, len(rows)),
@@ -176,18 +176,19 @@ def report(results, markdown=False):
             sum(other[name]["correct"][key]) / len(other[name]["correct"][key]) - sum(flags) / len(flags)
             for key, flags in base[name]["correct"].items()]) for name in base}
     names = list(next(iter(results.values())))
-    means = {group: [name for name in names if BENCHMARKS[name].group == group] for group in ("heldout", *GROUPS)}
-    means = {f"mean of {group}": members for group, members in means.items() if len(members) > 1}
-    lines = [["", "model", "tasks", "unanswered", "samples", "pass@k, %", "base tests", "well formed", "truncated",
-              "length", "tokens", "seconds"]]
+    groups = {group: [name for name in names if BENCHMARKS[name].group == group]
+              for group in ("heldout", *GROUPS)}
+    means = {f"mean of {group}": members for group, members in groups.items() if len(members) > 1}
+    lines = [["", "model", "tasks", "unanswered", "samples", "pass@k, %", "base tests", "well formed",
+              "truncated", "length", "tokens", "seconds"]]
     for name, (column, scores) in itertools.product(names, results.items()):
         s = scores[name]
         shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
                   for key in ("base_tests", "well_formed", "truncated")]
-        length = f"{s['response_tokens']:.0f} tokens" if s["tokens"] else f"{s['response_characters']:.0f} chars"
+        size, unit = (s["response_tokens"], "tokens") if s["tokens"] else (s["response_characters"], "chars")
         passes = ", ".join(f"{k}: {100 * value:.1f}" for k, (value, _) in s["pass@k"].items())
-        lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares, length, s["tokens"],
-                      s["seconds"]])
+        lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares,
+                      f"{size:.0f} {unit}", s["tokens"], s["seconds"]])
     return table(columns, "pass@1, %", markdown, means) + "\n\n" + layout(lines, markdown)
 
 
@@ -239,7 +240,8 @@ def read_function(row):
     else:
         hints = [prompt.strip().strip('"').strip(), *(row.get("test_list") or [])[:1]]
         question = f"Write a Python function `{name}`. {FENCE}\n\n" + "\n".join(hints)
-    atol = row.get("atol") or max(map(float, re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)), default=0)
+    written = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
+    atol = row.get("atol") or max(map(float, written), default=0)
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
     return Problem(f"Mbpp/{id}" if id.isdigit() else id, question, Program(
         name, prompt if opening else "", own, partial(function_cases, row, name, test),
@@ -250,8 +252,8 @@ def function_cases(row, name, test):
     if "base_input" in row:  # EvalPlus' release
         family, _, number = row["task_id"].partition("/")
         shape = next((f for ids, f in MBPP_SHAPES if family == "Mbpp" and number in ids.split()), list)
-        return {part: [("", name, [(literal(shape(x), EVERYTHING), UNKNOWN) for x in row[f"{part}_input"] or ()])]
-                for part in ("base", "plus")}
+        return {part: [("", name, [(literal(shape(x), EVERYTHING), UNKNOWN) for x in inputs or ()])]
+                for part, inputs in (("base", row["base_input"]), ("plus", row["plus_input"]))}
     inputs, results = (re.search(rf"^ *{what} = (.*)$", test, re.M) for what in ("inputs", "results"))
     if not inputs:           # the original HumanEval
         return {"base": [("\n" + test, f"lambda: check({name})", [("[]", None)])], "plus": []}
@@ -281,8 +283,8 @@ def contest_cases(name, public, private):
         pairs = [(test["input"], test["output"]) for test in json.loads(tests)]
         if not name:
             return [("", None, pairs)]
-        return [("", f"Solution().{name} if 'Solution' in globals() else {name}", [
-            (literal([json.loads(line) for line in i.split("\n")], EVERYTHING), json.loads(o)) for i, o in pairs])]
+        pairs = [(literal(list(map(json.loads, i.split("\n"))), EVERYTHING), json.loads(o)) for i, o in pairs]
+        return [("", f"Solution().{name} if 'Solution' in globals() else {name}", pairs)]
     return {"base": group(public), "plus": group(unpack(private))}
 
 
@@ -345,10 +347,10 @@ BENCHMARKS = {
                             files=("data/test-00000-of-00001-5973903632b82d40.parquet",)),
     "MBPP+": Benchmark("code", "program", read_function, "evalplus/mbppplus",
                        "b2d74c91837c3f2a20c1299ae98133cbe7cfa077", "mbpp"),
-    "LCB-Generation": Benchmark("code", "program", read_contest, "livecodebench/code_generation_lite",  # v1 to v5
-                                "0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
-                                "lcb livecodebench lcbgen livecodebenchgeneration codegeneration codegenerationlite",
-                                files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),
+    "LCB-Generation": Benchmark("code", "program", read_contest, "livecodebench/code_generation_lite",
+                                "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", "lcb livecodebench lcbgen "
+                                "livecodebenchgeneration codegeneration codegenerationlite",
+                                files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),  # v1 to v5
     "AIME24": Benchmark("math", "math", read_math, "HuggingFaceH4/aime_2024",
                         "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "aime2024", split="train"),
     "AIME25": Benchmark("math", "math", read_math, "math-ai/aime25",
@@ -382,8 +384,8 @@ def chosen(text):
         found = [name for name, benchmark in BENCHMARKS.items() if benchmark.group in wanted]
         found = found or [name for name in BENCHMARKS if wanted[0] in names_of(name)]
         if not found:
-            raise usage_error(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the groups "
-                              "heldout, io (in-distribution), code, math and all")
+            raise usage_error(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the "
+                              "groups heldout, io (in-distribution), code, math and all")
         names.update(found)
     return [name for name in BENCHMARKS if name in names]
 
@@ -397,8 +399,8 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
             splits = load_heldout(heldout, limit)
             if split not in splits:
                 raise usage_error(f"no split {split!r} in {heldout}; it has {', '.join(splits)}")
-            tasks = [task for task in splits[split] if task.type == benchmark.read]
-            problems[name] = [Problem(str(i), solve_prompt(task), task, strict=True) for i, task in enumerate(tasks)]
+            tasks = enumerate(task for task in splits[split] if task.type == benchmark.read)
+            problems[name] = [Problem(str(i), solve_prompt(task), task, strict=True) for i, task in tasks]
             continue
         try:
             if data and name not in files:
@@ -412,10 +414,11 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
                 raise ValueError("there are no tasks in it")
             problems[name] = found
         except Exception as error:  # the hub's client, parquet and JSON have a hundred ways to fail
-            reason = f"a task lacks {error}" if isinstance(error, KeyError) else str(error).strip().split("\n")[0]
-            missing[name] = (f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repo} --revision "
-                             f"{benchmark.revision} --local-dir DIR/{names_of(name)[-1]}\n  and give --data DIR "
-                             "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
+            reason = (f"a task lacks {error}" if isinstance(error, KeyError) else str(error)).split("\n")[0]
+            missing[name] = (
+                f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repo} --revision "
+                f"{benchmark.revision} --local-dir DIR/{names_of(name)[-1]}\n  and give --data DIR "
+                "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
     return problems, missing
 
 
@@ -427,9 +430,8 @@ def local_files(data):
     for path in sorted(Path(data).rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")):
             key = squash(str(Path(data).resolve().name / path.relative_to(data)).split(".json")[0])
-            found = max(((key.rfind(alias) + len(alias), len(alias), alias) for alias in aliases if alias in key),
-                        default=(0, 0, None))
-            files[found[2]].append(path)
+            places = [(key.rfind(alias) + len(alias), len(alias), alias) for alias in aliases if alias in key]
+            files[max(places, default=(0, 0, None))[2]].append(path)
     best = {name: next((alias for alias in names_of(name) if alias in files), None) for name in BENCHMARKS}
     return {name: files[alias] for name, alias in best.items() if alias}
 
@@ -448,11 +450,11 @@ def read_rows(path):
 
 def hub_rows(benchmark):
     from datasets import load_dataset
-    if not benchmark.files:
-        return load_dataset(benchmark.repo, benchmark.config, split=benchmark.split, revision=benchmark.revision)
-    kind = "parquet" if benchmark.files[0].endswith("parquet") else "json"
-    return load_dataset(kind, split="train", data_files=[
-        f"hf://datasets/{benchmark.repo}@{benchmark.revision}/{file}" for file in benchmark.files])
+    repo, revision, files = benchmark.repo, benchmark.revision, benchmark.files
+    if not files:
+        return load_dataset(repo, benchmark.config, split=benchmark.split, revision=revision)
+    return load_dataset("parquet" if files[0].endswith("parquet") else "json", split="train", data_files=[
+        f"hf://datasets/{repo}@{revision}/{file}" for file in files])
 
 
 # --- what an answer says ----------------------------------------------------------------------------
@@ -484,12 +486,12 @@ def program_answer(problem, response):
     """The program that a response gives, ready to run, or None: the last block that defines what it must."""
     text, name = answer_text(response), problem.gold.name
     blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
-    if not blocks and "```" not in text and re.search(r"^ *(def|import|from|class|return|print)\b", text, re.M):
+    if not blocks and "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
         blocks = [text]
     if not blocks:
         return None
-    named = [block for block in blocks if name and re.search(rf"\b(?:def|class) +{name}\b|^{name} *=", block, re.M)]
-    code = (named or blocks)[-1]
+    definition = rf"\b(?:def|class) +{name}\b|^{name} *="
+    code = ([block for block in blocks if name and re.search(definition, block, re.M)] or blocks)[-1]
     future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
     return f"{future}\n{problem.gold.prelude}\n{code.replace(future, '') if future else code}"
 
@@ -547,10 +549,18 @@ def short(value):
     code = text.encode("utf-8", "backslashreplace")
     return value if len(text) < 90000 else ("\\0long", len(text), zlib.crc32(code), zlib.adler32(code))
 
+def output(value):
+    if isinstance(value, list) and len(value) > 10000:
+        try:
+            return ("\\0list", len(value), hash(tuple(value)))  # all runs have the same seed
+        except TypeError:
+            pass
+    return short(plain(value))
+
 def f(source, entry, cases):
     scope = {"__name__": "program"}
     exec(source, scope)
-    return [short(plain(eval(entry, scope)(*case))) for case in cases]
+    return [output(eval(entry, scope)(*case)) for case in cases]
 '''
 READ = '''
 import io, sys, threading
@@ -581,7 +591,7 @@ from collections import *
 from functools import *
 from heapq import *
 from itertools import *
-from math import ceil, comb, dist, factorial, floor, gcd, hypot, inf, isqrt, lcm, log, log2, log10, perm, pi, sqrt
+from math import ceil, comb, dist, factorial, floor, gcd, hypot, inf, isqrt, lcm, log, log2, perm, pi, sqrt
 from typing import *
 """  # contest programs are written where these names are known
 
@@ -605,10 +615,8 @@ def run_programs(executor, jobs):
     while any(waiting):
         now = [(i, *pieces.pop(0)) for i, pieces in enumerate(waiting)
                for _ in range(min(1 if i in slow else 8, len(pieces)))]
-        texts = [(CALL, f"{literal(source, EVERYTHING)}, {literal(entry)}, [{', '.join(cases[start:stop])}]")
-                 if entry else (READ, f"{literal(source, EVERYTHING)}, {literal(cases[start], EVERYTHING)}")
-                 for (source, entry, cases), start, stop in ((jobs[i], start, stop) for i, start, stop in now)]
-        for (i, start, stop), run in zip(now, executor.run(texts)):
+        runs = executor.run(run_text(*jobs[i], start, stop) for i, start, stop in now)
+        for (i, start, stop), run in zip(now, runs):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
             values = values if jobs[i][1] else [values]
             if run.ok and isinstance(values, list) and len(values) == stop - start:
@@ -625,30 +633,40 @@ def run_programs(executor, jobs):
     return [None if i in failed else result for i, result in enumerate(results)]
 
 
+def run_text(source, entry, cases, start, stop):
+    source = literal(source, EVERYTHING)
+    if entry is None:
+        return READ, f"{source}, {literal(cases[start], EVERYTHING)}"
+    return CALL, f"{source}, {literal(entry)}, [{', '.join(cases[start:stop])}]"
+
+
 def judge_programs(problems, answers, executor):
     """By the benchmark's base tests; then, for those that pass, by the others."""
     cases = {problem.id: problem.gold.cases() for problem in problems}
     passed, base = [answer is not None for answer in answers], []
+
+    def runs(sources, part):  # {(place, number of a group of cases): its outputs, or None}
+        jobs = {(i, number): (source + suffix, entry, [arguments for arguments, _ in pairs])
+                for i, source in sources.items()
+                for number, (suffix, entry, pairs) in enumerate(cases[problems[i].id][part])}
+        return dict(zip(jobs, run_programs(executor, list(jobs.values()))))
     for part in ("base", "plus"):
-        expected = {}
-        for problem in {problem.id: problem for problem, good in zip(problems, passed) if good}.values():
-            for number, (suffix, entry, pairs) in enumerate(cases[problem.id][part]):
-                arguments, values = [x for x, _ in pairs], [value for _, value in pairs]
-                if any(value is UNKNOWN for value in values):
-                    values, = run_programs(executor, [(problem.gold.solution + suffix, entry, arguments)])
-                    if values is None:
-                        tqdm.write(f"{problem.id}: the benchmark's own solution does not run in the sandbox, so "
-                                   "every answer counts as wrong", file=sys.stderr)
-                expected[problem.id, number] = values
-        jobs = [(i, number, (answers[i] + suffix, entry, [x for x, _ in pairs]))
-                for i, problem in enumerate(problems) if passed[i]
-                for number, (suffix, entry, pairs) in enumerate(cases[problem.id][part])]
-        outcomes = run_programs(executor, [job for *_, job in jobs])
-        for (i, number, (*_, arguments)), outputs in zip(jobs, outcomes):
-            values, agree = expected[problems[i].id, number], partial(agrees, problems[i].gold.agree)
+        first = {problem.id: i for i, (problem, good) in enumerate(zip(problems, passed)) if good}
+        own = runs({i: problems[i].gold.solution for id, i in first.items()
+                    if any(value is UNKNOWN for *_, pairs in cases[id][part] for _, value in pairs)}, part)
+        for (i, _), outputs in own.items():
+            if outputs is None:
+                tqdm.write(f"{problems[i].id}: the benchmark's own solution does not run in the sandbox, so "
+                           "every answer counts as wrong", file=sys.stderr)
+        left = {i: answers[i] for i, good in enumerate(passed) if good}
+        for (i, number), outputs in runs(left, part).items():
+            id, agree = problems[i].id, partial(agrees, problems[i].gold.agree)
+            arguments, values = zip(*cases[id][part][number][2]) if cases[id][part][number][2] else ((), ())
+            values = own.get((first[id], number), values)
             passed[i] &= None not in (outputs, values) and all(map(agree, outputs, values, arguments))
-        base = base or [good if cases[problem.id]["base"] else None for problem, good in zip(problems, passed)]
-    yield from ({"correct": good, "base": simple} for good, simple in zip(passed, base))
+        base = base or list(passed)
+    for problem, good, simple in zip(problems, passed, base):
+        yield {"correct": good, "base": simple if cases[problem.id]["base"] else None}
 
 
 def agrees(agree, output, expected, arguments):
@@ -667,8 +685,8 @@ def close(output, expected, arguments, atol=0):
 
 def near(a, b, atol):
     if isinstance(b, (list, tuple)):
-        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(near(x, y, atol) for x, y in zip(a, b))
-    return a == b or abs(a - b) <= atol + 1e-7 * abs(b)
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(near, a, b, [atol] * len(b)))
+    return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
 def as_set(output, expected, arguments, atol):
@@ -739,8 +757,8 @@ def lists(value):
 def same_print(output, expected, arguments):
     """Line by line, without the spaces around; or the same numbers in a line."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
-    return len(ours) == len(theirs) and all(
-        a == b or list(map(Decimal, a.split())) == list(map(Decimal, b.split())) for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(a == b or [*map(Decimal, a.split())] == [*map(Decimal, b.split())]
+                                            for a, b in zip(ours, theirs))
 
 
 # --- mathematics ------------------------------------------------------------------------------------
@@ -758,9 +776,9 @@ class MathJudge:
 
     def __call__(self, gold, answer, rough=False):
         if not self.process:
-            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import eval; eval.serve_math()"
-            self.process = subprocess.Popen([sys.executable, "-c", code], bufsize=0, stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE)
+            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+            self.process = subprocess.Popen([sys.executable, "-c", code + "import eval; eval.serve_math()"],
+                                            bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.process.stdout.readline()  # it is ready
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([gold, answer, rough]).encode() + b"\n")
@@ -811,7 +829,8 @@ def same_math(gold, answer, rough=False):
     gold, answer = tidy(gold), tidy(answer)
     if not gold or not answer or squeeze(gold) == squeeze(answer):
         return gold != "" and answer != ""
-    sides = [re.fullmatch(r"([a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=([^=<>]+)", text) for text in (gold, answer)]
+    sides = [re.fullmatch(r"([a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=([^=<>]+)", text)
+             for text in (gold, answer)]
     if all(sides) or any(sides) and (gold + answer).count("=") == 1:  # x = 5 is 5, and it is not y = 5
         return (not all(sides) or squeeze(sides[0][1]) == squeeze(sides[1][1])) and same_math(
             *(side[2] if side else text for side, text in zip(sides, (gold, answer))), rough)
@@ -822,8 +841,8 @@ def same_math(gold, answer, rough=False):
     if unit and other and unit != other:
         return False
     if "percent" in (unit, other) and unit != other:  # 15% is 15 or 0.15
-        shares = [f"({text})/100" if of == "percent" else text for text, of in ((gold, unit), (answer, other))]
-        return same_math(gold, answer, rough) or same_math(*shares, rough)
+        pair = (f"({gold})/100", answer) if unit == "percent" else (gold, f"({answer})/100")
+        return same_math(gold, answer, rough) or same_math(*pair, rough)
     ours, theirs = parts(gold), parts(answer)
     if bool(ours) != bool(theirs):  # 13,535 is one number if the other side is one
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
@@ -863,7 +882,7 @@ def same_parts(kind, gold, other, answer, rough):
 def tidy(text):
     for written, plain in (("\\$", ""), ("$", ""), ("\u2212", "-"), ("\\!", ""), ("{,}", ""), ("~", " ")):
         text = text.replace(written, plain)
-    text = re.sub(r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text).strip().rstrip(".").strip()
+    text = re.sub(r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text).strip().rstrip(". ")
     text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"(?<!\\)\\[,; ]", " ", text))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", r"\\text{degree}", text)
     text = re.sub(WORDS + r"\{\s*(?:and|or)\s*\}|(?<=\s)(?:and|or)(?=\s)", ",", text)
@@ -877,7 +896,8 @@ def squeeze(text):
 
 def split_unit(text):
     """'10 \\text{ cm}^2' → ('10', 'cm^2')"""
-    found = re.search(rf"(?<=[\d}})])\s*(?:{WORDS}\{{([^{{}}]*)\}}|\s([a-zA-Z/]+)|\\?(%))(\^\{{?\d\}}?)?$", text)
+    found = re.search(
+        r"(?<=[\d})])\s*(?:" + WORDS + r"\{([^{}]*)\}|\s([a-zA-Z/]+)|\\?(%))(\^\{?\d\}?)?$", text)
     unit = re.sub(r"[\s.]", "", (found[1] or found[2] or found[3] or "").lower()) if found else ""
     if not unit or found[2] and unit not in UNITS:
         return text, ""
@@ -970,8 +990,8 @@ def answer(policy, name, problems, how, done=(), column="model"):
                                  temperature=how.temperature or 1.0)
             seconds = (time.perf_counter() - started) / len(responses)
             for place, ids in enumerate(responses):
-                text = policy.text(ids)
-                yield {"column": column, "benchmark": name, "id": chunk[place // how.samples].id, "response": text,
+                text, problem = policy.text(ids), chunk[place // how.samples]
+                yield {"column": column, "benchmark": name, "id": problem.id, "response": text,
                        "tokens": len(ids), "seconds": round(seconds, 4),
                        "truncated": not (ids[-1] in policy.end_ids or "</answer>" in text)}
             bar.update(len(chunk))
@@ -992,17 +1012,15 @@ def evaluate_benchmarks(policy, problems, max_response=2048, workers=None, templ
 def evaluate(options):
     given = read_answers(options.judge) if options.judge else {}
     columns, model, length = ({"answers": None}, None, None) if given else models(options)
-    names = [name for name in BENCHMARKS if ("answers", name) in given] if given and not options.benchmarks else \
-        chosen(options.benchmarks or "heldout")
+    names = chosen(options.benchmarks or ",".join(name for _, name in given) or "heldout")
     problems, missing = load_benchmarks(names, options.data, options.limit, options.heldout, options.split)
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     if not problems:
         raise usage_error("none of the benchmarks can be had, for the reasons above")
     options.max_response = length
-    settings = {"judge": options.judge} if given else {"model": model} | {name: getattr(options, name) for name in (
-        "run", "adapter", "template", "samples", "temperature", "max_response", "seed", "heldout", "split",
-        "quantize", "dtype")}
+    kept = "run adapter template samples temperature seed max_response heldout split quantize dtype".split()
+    settings = {"judge": options.judge} if given else {"model": model, **{x: getattr(options, x) for x in kept}}
     stem = Path(options.judge or options.run or model).stem
     out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
     out.mkdir(parents=True, exist_ok=True)
@@ -1022,14 +1040,14 @@ def generate_answers(columns, problems, how, folder, settings):
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise usage_error(f"{folder} holds answers with other settings (see {kept}); give another --out")
     kept.write_text(json.dumps(settings, indent=1) + "\n")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # none cut in the middle
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # none that was cut in the middle
     samples = defaultdict(list)
     for line in lines:
         row = json.loads(line)
         samples[row["column"], row["benchmark"], row["id"]].append((row, line))
     whole = [pair for pairs in samples.values() if len(pairs) == how.samples for pair in pairs]
     fresh = path.with_suffix(".new")
-    fresh.write_text("".join(f"{line}\n" for _, line in whole), encoding="utf-8")
+    fresh.write_text("".join(f"{line}\n" for _, line in whole))
     os.replace(fresh, path)
     for row, _ in whole:
         rows[row["column"], row["benchmark"]].append(row)
@@ -1052,7 +1070,7 @@ def judged(name, problems, rows, executor):
     """The figures of one benchmark's rows; those of problems that are not asked for do not count."""
     known = {problem.id: problem for problem in problems}
     if strangers := [row["id"] for row in rows if row["id"] not in known]:
-        print(f"{name}: {len(strangers)} answers to other tasks (as {strangers[0]}) are left out", file=sys.stderr)
+        print(f"{name}: {len(strangers)} answers to others, as {strangers[0]}, are left out", file=sys.stderr)
     rows = [row for row in rows if row["id"] in known]
     verdicts = judge(name, [known[row["id"]] for row in rows], [row["response"] for row in rows], executor)
     return score(problems, rows, verdicts)
@@ -1066,15 +1084,15 @@ def read_answers(path):
             for name in chosen(row["benchmark"]):
                 found["answers", name].append({"id": str(row["id"]), "response": str(row["response"] or "")})
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise usage_error(f"--judge {path}: after line {number}: {error!r}; a line is an object with benchmark, id "
-                          "and response") from error
+        raise usage_error(f"--judge {path}: after line {number}: {error!r}; a line is an object with "
+                          "benchmark, id and response") from error
     if not found:
         raise usage_error(f"--judge {path}: there are no answers in it")
     return found
 
 
 def models(options):
-    """→ ({column: a function that loads (policy, context of its weights)}, the model's name, response length)"""
+    """→ ({column: a function that loads (policy, context of its weights)}, model's name, response length)"""
     import torch
     from azr import base_weights, load_policy
     run, trained = Path(options.run or ""), {}
@@ -1086,7 +1104,9 @@ def models(options):
         if not (run / "adapter").is_dir() and not (run / "model").is_dir():
             raise usage_error(f"{run} has no trained weights yet: no folder adapter or model")
     name = options.model or trained.get("model", "tiny")
-    adapter = options.adapter or (str(run / "adapter") if options.run and (run / "adapter").is_dir() else None)
+    adapter = options.adapter
+    if options.run and not adapter and (run / "adapter").is_dir():
+        adapter = str(run / "adapter")
     length = options.max_response or trained.get("max_response", 128 if name == "tiny" else 4096)
     if name == "tiny":
         torch.set_num_threads(1)  # its matrices are too small for more
@@ -1112,31 +1132,31 @@ def parse(arguments):
     add("--model", help="tiny (shipped, the default), a local folder or a Hugging Face name")
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
-    add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io (in-distribution), "
-        "code, math and all; names are " + ", ".join(name for name in BENCHMARKS if "heldout" not in name))
+    add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io "
+        "(in-distribution), code, math and all; names are " + ", ".join(BENCHMARKS))
     add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
-    add("--judge", metavar="FILE", help='judge these answers, lines of {"benchmark", "id", "response"}; no model')
+    add("--judge", metavar="FILE", help='judge the answers in it: lines of {"benchmark", "id", "response"}')
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
     add("--template", choices=("azr", "plain", "chat"), default="azr",
-        help="azr: the frame of training (default); plain: the question alone; chat: the model's chat template")
+        help="azr: the frame of training (default); plain: the question alone; chat: the model's template")
     add("--samples", type=int, default=1, help="answers to each task (1)")
-    add("--temperature", type=float, help="0 is greedy, the default for one sample; the default for more is 1")
+    add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
     add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")
     add("--seed", type=int, default=0, help="random seed of sampling (0)")
     add("--heldout", default=str(HELDOUT), help="JSON lines of held-out tasks; default: the tiny model's")
     add("--split", default="easy", help="which split of that file (easy)")
-    add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder in runs/ "
-        "for these very settings, so that the same command goes on where it was stopped")
+    add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder "
+        "in runs/ for these very settings, so that the same command goes on where it was stopped")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: as trained, else none")
+    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: as trained")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
     add("--device", help="cuda, cuda:1, cpu; default: cuda where there is one")
-    add("--generate-batch", type=int, default=0, help="responses sampled at once; default: as free memory allows")
+    add("--generate-batch", type=int, default=0, help="responses sampled at once; default: as memory allows")
     add("--workers", type=int, help="sandbox workers; default: all cores")
     options = parser.parse_args(arguments)
     options.temperature = float(options.samples > 1) if options.temperature is None else options.temperature
-    for name, least in (("samples", 1), ("limit", 1), ("workers", 1), ("max_response", 1), ("temperature", 0)):
-        value = getattr(options, name)
+    for name in ("samples", "limit", "workers", "max_response", "temperature"):
+        value, least = getattr(options, name), int(name != "temperature")
         if value is not None and not least <= value < float("inf"):
             raise usage_error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if options.samples > 1 and not options.temperature:
@@ -1153,7 +1173,7 @@ def main(arguments=None):
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the answers so far are kept, and the same command goes on from them", file=sys.stderr)
+        print("\nstopped; the answers are kept, and the same command goes on from them", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"eval.py: {error}", file=sys.stderr)
