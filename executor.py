@@ -441,18 +441,20 @@ class Executor:
             else:
                 queue.append(i)
         idle = list(self._pool(seed, min(self._size, len(queue))))
-        busy = {}                                     # worker: (job, when to give the worker up)
+        busy = {}                                     # fd: (worker, job, when to give it up)
         tried = set()
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
                     worker = idle.pop() if idle else self._pool(seed, len(busy) + 1)[-1]
                     i = queue.popleft()
-                    busy[worker] = i, time.monotonic() + _PATIENCE * self._timeout + 60
+                    limit = time.monotonic() + _PATIENCE * self._timeout + 60
+                    busy[worker.replies] = worker, i, limit
                     worker.send(jobs[i])
-                heard = select.select(list(busy), [], [], 10)[0]
-                for worker in heard or [w for w in busy if time.monotonic() > busy[w][1]]:
-                    i, reply = busy[worker][0], worker.receive() if heard else None
+                heard = _poll(busy, 10)
+                for fd in heard or [fd for fd in busy if time.monotonic() > busy[fd][2]]:
+                    worker, i, _ = busy[fd]
+                    reply = _receive(fd) if heard else None
                     if reply:
                         results[i] = Execution(*reply[:4]), reply[4]
                         idle.append(worker)
@@ -463,9 +465,9 @@ class Executor:
                         else:
                             tried.add(i)
                             queue.append(i)
-                    del busy[worker]
+                    del busy[fd]
         finally:                                      # Ctrl-C: no stale reply may stay behind
-            for worker in busy:
+            for worker, *_ in busy.values():
                 if worker in self._pools[seed]:
                     self._discard(worker, seed)
         return results
@@ -485,33 +487,37 @@ class _Worker:
             [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
              json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             cwd="/", env=environment, start_new_session=True)
+        self.replies = self.process.stdout.fileno()
         self.weak = None
 
-    def fileno(self):
-        return self.process.stdout.fileno()
-
     def ready(self):
-        """Waits for the end of its start; False if it died."""
-        if self.weak is None:
-            self.weak = _receive(self.fileno())
+        """Waits for the end of its start; False if it died or does not come to life."""
+        if self.weak is None and _poll([self.replies], 60):
+            self.weak = _receive(self.replies)
         return self.weak is not None
 
     def send(self, job):
         try:
             if self.ready():
                 _send(self.process.stdin.fileno(), job)
+            else:
+                self.process.kill()
         except BrokenPipeError:
-            pass                                      # it died: receive will say so
-
-    def receive(self):
-        """Its reply, or None if it died."""
-        return _receive(self.fileno())
+            pass                                      # it died: its end of the pipe will say so
 
     def kill(self):
         self.process.kill()
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+
+def _poll(fds, seconds):
+    """Those of the descriptors that have something to read, or an end."""
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return [fd for fd, _ in poller.poll(seconds * 1000)]
 
 
 def _send(fd, message):
@@ -546,6 +552,7 @@ def _read(fd, size):
 
 _LAYERS = ("namespaces", "landlock", "seccomp", "guards")
 _NOBODY = 65534
+_REPORTS = ("ok", "syntax", "error", "memory", "unsafe", "unrepresentable")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
 _LAZY = {"statistics"}         # imports random, which makes each fork a quarter slower
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
@@ -564,6 +571,12 @@ _SYSCALLS = dict(
     futex=(202, 98), getdents64=(217, 61), clock_gettime=(228, 113), clock_getres=(229, 114),
     exit_group=(231, 94), openat=(257, 56), newfstatat=(262, 79), readlinkat=(267, 78),
     faccessat=(269, 48), getrandom=(318, 278), statx=(332, 291), rseq=(334, 293))
+# Those that a worker needs too. A run inherits them where the worker is behind the filter, which
+# is only where it is alone in a pid namespace: it may not have processes, and can signal nobody.
+_WORKER_SYSCALLS = dict(
+    dup2=(33, None), dup3=(292, 24), pipe2=(293, 59), poll=(7, None), ppoll=(271, 73),
+    clone=(56, 220), fork=(57, None), wait4=(61, 260), kill=(62, 129), prlimit64=(302, 261),
+    close_range=(436, 436), set_robust_list=(273, 99), fcntl=(72, 25), ioctl=(16, 29))
 
 
 def _work(config):
@@ -596,12 +609,17 @@ class _Sandbox:
             self.mounted = self.attempt(self.enter_root)
         self.ruleset, self.scoped = self.landlock() if "landlock" in layers else (None, False)
         self.filter = self.seccomp() if "seccomp" in layers else None
+        self.guards = _Guards(seed, "guards" in layers)
         limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0),
                   (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_STACK, 8 << 20),
                   (resource.RLIMIT_AS, self.memory + self.mapped())]
         bounded = [self.attempt(self.limit, *each) for each in limits][-1]
         self.drop_privileges(root)
-        self.guards = _Guards(seed, "guards" in layers)
+        self.known = {}
+        if self.mounted:
+            self.attempt(self.enter_walls)
+        elif self.job("def f():\n    return 1", "")[0] != "ok":
+            self.filter = self.ruleset = None         # runs do not live with what this kernel has
         gc.collect()
         gc.freeze()
         quiet = self.alone or self.filter
@@ -675,10 +693,12 @@ class _Sandbox:
     def enter_root(self):
         """A root directory with nothing in it but the library, read-only."""
         keep = 2 | 4 | (os.statvfs(_LIBRARY).f_flag & (8 | 1024 | 2048 | 4096))
-        mount = lambda *a: self.call("mount", *[x.encode() if isinstance(x, str) else x
-                                                for x in a])  # noqa: E731
+
+        def mount(source, target, *rest):
+            self.call("mount", source and source.encode(), target.encode(), *rest)
+
         mount(None, "/", None, 0x4000 | 0x40000, None)                    # private, all of it
-        mount("none", "/proc", "tmpfs", 2 | 4 | 8, "size=256k,mode=755")
+        mount("none", "/proc", b"tmpfs", 2 | 4 | 8, b"size=256k,mode=755")
         os.makedirs("/proc" + _LIBRARY)
         mount(_LIBRARY, "/proc" + _LIBRARY, None, 0x1000 | 0x4000, None)     # bind
         mount(None, "/proc" + _LIBRARY, None, 0x1000 | 0x20 | 1 | keep, None)
@@ -699,6 +719,9 @@ class _Sandbox:
             beneath = struct.pack("=Qi", 4 | 8, library)                     # read file, dir
             self.call("syscall", 445, ruleset, 1, beneath, 0)
             os.close(library)
+            if self.mounted:                          # for the worker; no run has a way there
+                beneath = struct.pack("=Qi", 4 | 8, self.proc)
+                self.call("syscall", 445, ruleset, 1, beneath, 0)
         except OSError:
             return None, False
         return ruleset, abi >= 6
@@ -708,7 +731,8 @@ class _Sandbox:
         machine = os.uname().machine
         if not self.linux or machine not in _AUDIT_ARCH or sys.maxsize < 1 << 32:
             return None
-        numbers = [pair[machine == "aarch64"] for pair in _SYSCALLS.values()]
+        table = {**_SYSCALLS, **(_WORKER_SYSCALLS if self.mounted else {})}
+        numbers = [pair[machine == "aarch64"] for pair in table.values()]
         numbers = [number for number in numbers if number is not None]
         code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _AUDIT_ARCH[machine]),
                 (0x20, 0, 0, 0)]
@@ -717,6 +741,13 @@ class _Sandbox:
         self.code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
         return ctypes.create_string_buffer(
             struct.pack("HxxxxxxQ", len(code), ctypes.addressof(self.code)))
+
+    def enter_walls(self):
+        """Landlock and seccomp: once in the worker where it is alone, else in each run."""
+        if self.ruleset is not None:
+            self.call("syscall", 446, self.ruleset, 0)
+        if self.filter:
+            self.call("prctl", 22, 2, self.filter, 0, 0)
 
     def drop_privileges(self, root):
         if root:
@@ -738,7 +769,7 @@ class _Sandbox:
         size = int.from_bytes(os.urandom(2), "big")
         self.ballast = [bytes(size * i % 487) for i in range(2000 + size % 2000)]
         call = _parse_call("'a', b=[1, {2: 3.5}]")
-        _parse(f"def f(a, b):\n    return {{a}}, {literal(call)}", "exec")
+        _parse(f"import re\ndef f(a, b):\n    return {{a}}, {literal(call)}", "exec")
 
     # -- runs -------------------------------------------------------------------------------
 
@@ -760,7 +791,16 @@ class _Sandbox:
                 return status, "", "input: " + error, spent, False
             call = parse_literal(output)
         del text
-        return self.supervise(_execute, (program, call), spent)
+        # Hostile text is parsed in runs only. But a text that did no harm to a run that parsed it
+        # does none to the worker, and the next runs of the program need not parse it again.
+        if program in self.known and not self.known[program]:
+            self.known[program] = _parse(program, "exec")
+        result = self.supervise(_execute, (program, self.known.get(program), call), spent)
+        if result[0] == "ok" and len(program) < MAX_TEXT // 10 and program not in self.known:
+            if len(self.known) >= 256:
+                self.known.clear()
+            self.known[program] = None
+        return result
 
     def supervise(self, what, argument, spent):
         """Forks a run of `what`, waits for its end, and judges it."""
@@ -794,8 +834,9 @@ class _Sandbox:
         """Reads a run's report, believing nothing that it can check."""
         try:
             status, suspect, error, output = data.decode().split("\0", 3)
-            if status == "ok" and literal(parse_literal(output)) != output:
-                raise ValueError("not canonical")
+            if status not in _REPORTS or status == "ok" and literal(
+                    parse_literal(output)) != output:
+                raise ValueError("not a report")
         except ValueError:
             return "unsafe", "", "forged its result", False
         return status, output, error, bool(suspect)
@@ -856,7 +897,8 @@ class _Sandbox:
     def sweep(self, pid):
         """Kills the run and all that it started; (exit code, cpu seconds) of the run."""
         os.kill(pid, signal.SIGKILL)
-        self.attempt(os.killpg, pid, signal.SIGKILL)
+        if not self.alone:
+            self.attempt(os.killpg, pid, signal.SIGKILL)
         _, code, usage = os.wait4(pid, 0)
         while True:
             try:
@@ -868,20 +910,17 @@ class _Sandbox:
     def child(self, what, argument, sink, nonce):
         """The whole life of a run."""
         try:
-            if self.linux:
-                self.libc.prctl(1, signal.SIGKILL, 0, 0, 0)
-            os.setsid()
-            os.dup2(sink, 3) if sink != 3 else None
-            seconds = int(self.timeout) + 2
-            self.setrlimit(self.cpu, (seconds, seconds))
+            os.dup2(sink, 3)
             self.setrlimit(self.processes, (0, 0))
-            if self.ruleset is not None:
-                self.call("syscall", 446, self.ruleset, 0)
+            if not self.alone:                        # else the end of the worker is its end
+                os.setsid()
+                seconds = int(self.timeout) + 2
+                self.setrlimit(self.cpu, (seconds, seconds))
+                self.attempt(self.prctl, 1, signal.SIGKILL)               # PR_SET_PDEATHSIG
+            if not self.mounted:
+                self.enter_walls()
             os.closerange(4, 64)
-            if self.filter:
-                self.call("prctl", 22, 2, self.filter, 0, 0)
-            self.guards.report = report = _Report(nonce)
-            what(argument, report, self.guards)
+            what(argument, _Report(nonce), self.guards)
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         finally:
@@ -995,26 +1034,24 @@ class _Guards:
 
     def watch(self, event, arguments):
         if self.report and event.startswith(_EVENTS):
-            if event in ("open", "os.listdir", "os.scandir"):         # a lazy import
-                path = arguments[0]
-                if type(path) is str and path.startswith(_LIBRARY) and ".." not in path:
-                    return
+            if event in ("open", "os.listdir", "os.scandir"):
+                path = arguments[0]                   # of a lazy import, or "<string>" of a
+                if type(path) is str and path.startswith((_LIBRARY, "<")) and ".." not in path:
+                    return                            # syntax error
             self.report("unsafe", f"attempted {event}")
 
-    def attempt(self, unsafe, action):
-        return _attempt(self.report, unsafe if self.on else None, action)
-
-
-def _attempt(report, unsafe, action):
-    """Does what hostile code says, and reports every way in which it can fail."""
-    if unsafe:
-        report("unsafe", unsafe)
-    try:
-        return action()
-    except MemoryError:
-        os._exit(_OUT_OF_MEMORY)
-    except BaseException as error:     # SystemExit and KeyboardInterrupt are no way out either
-        report("error", _describe(error))
+    def attempt(self, report, unsafe, action):
+        """Does what hostile code says, and reports every way in which it can fail."""
+        if self.on:
+            self.report = report
+            if unsafe:
+                report("unsafe", unsafe)
+        try:
+            return action()
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)
+        except BaseException as error:     # SystemExit and KeyboardInterrupt are no way out either
+            report("error", _describe(error))
 
 
 def _compiled(report, text, mode):
@@ -1035,13 +1072,13 @@ def _evaluate(text, report, guards):
     """Reports the literal of (args, kwargs), for an input."""
     code, unsafe, _ = _compiled(report, f"f(\n{text}\n)", "eval")
     scope = {"__builtins__": guards.builtins, "<call>": lambda *a, **k: (a, k)}
-    _returned(report, guards.attempt(unsafe, lambda: eval(code, scope)), "")
+    _returned(report, guards.attempt(report, unsafe, lambda: eval(code, scope)), "")
 
 
 def _execute(job, report, guards):
     """Reports the value of f, for a program and (args, kwargs)."""
-    program, (args, kwargs) = job
-    code, unsafe, suspect = _compiled(report, program, "exec")
+    program, known, (args, kwargs) = job
+    code, unsafe, suspect = known or _compiled(report, program, "exec")
     module = types.ModuleType("program")              # classes look their module up
     sys.modules["program"] = module
     scope = vars(module)
@@ -1049,7 +1086,9 @@ def _execute(job, report, guards):
 
     def action():
         exec(code, scope)
+        if "f" not in scope:
+            raise NameError("the program defines no f")
         return scope["f"](*args, **kwargs)
 
     suspect = "suspect" if suspect or _has_set((args, tuple(kwargs.values()))) else ""
-    _returned(report, guards.attempt(unsafe, action), suspect)
+    _returned(report, guards.attempt(report, unsafe, action), suspect)
