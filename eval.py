@@ -259,6 +259,7 @@ def function_cases(row, name, test):
         return {"base": [("\n" + test, f"lambda: check({name})", [("[]", None)])], "plus": []}
     inputs = read_values(inputs[1])
     expected = read_values(results[1]) if results else [UNKNOWN] * len(inputs)
+    expected = [UNKNOWN if len(repr(value)) > 20_000 else value for value in expected]  # CALL shortens those
     asserts = "\n".join(["", *(row.get("test_imports") or []), *(row.get("test_list") or [])])
     return {"base": [(asserts, "lambda: None", [("[]", None)])] if asserts.strip() else [],
             "plus": [("", name, [(literal(list(x), EVERYTHING), y) for x, y in zip(inputs, expected)])]}
@@ -621,7 +622,7 @@ def run_programs(executor, jobs):
             values = values if jobs[i][1] else [values]
             if run.ok and isinstance(values, list) and len(values) == stop - start:
                 results[i][start:stop] = values
-            elif run.status in ("timeout", "unrepresentable") and stop - start > 1:
+            elif run.status in ("timeout", "memory", "killed", "unrepresentable") and stop - start > 1:
                 middle = (start + 1 + stop) // 2
                 waiting[i][:0] = [piece for piece in ((start, start + 1), (start + 1, middle), (middle, stop))
                                   if piece[0] < piece[1]]
@@ -1020,7 +1021,8 @@ def evaluate(options):
         raise usage_error("none of the benchmarks can be had, for the reasons above")
     options.max_response = length
     kept = "run adapter template samples temperature seed max_response heldout split quantize dtype".split()
-    settings = {"judge": options.judge} if given else {"model": model, **{x: getattr(options, x) for x in kept}}
+    settings = {"model": model, **{name: getattr(options, name) for name in kept}}
+    settings = {"judge": options.judge} if given else settings
     stem = Path(options.judge or options.run or model).stem
     out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
     out.mkdir(parents=True, exist_ok=True)

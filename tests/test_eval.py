@@ -84,6 +84,9 @@ def check(candidate):
 """
 HUB = [{"task_id": "HumanEval/903", "prompt": "def pair(items, text):\n    ''' Length and text. '''\n",
         "canonical_solution": "    return len(items), text\n", "entry_point": "pair", "test": HUB_TEST}]
+HUB.append(HUB[0] | {  # a value too long to be carried around whole
+    "task_id": "HumanEval/906", "test": HUB_TEST.replace("'in\\'f'", "'y' * 3").replace("'y' * 3", repr("y" * 99_000))
+    .replace('"in\'f"', repr("y" * 99_000))})
 HUB_MBPP = [{"task_id": 904, "code": "def add(a, b):\n    return a + b", "prompt": "Write a function to add.",
              "source_file": "", "test_imports": ["import math"], "test_list": ["assert add(1, math.floor(2.5)) == 3"],
              "test": "import numpy as np\nfrom math import inf\n\ndef assertion(out, exp, atol):\n    pass\n\n"
@@ -190,12 +193,14 @@ def test_one_slow_call_does_not_fail_the_others():
 
 def test_tasks_with_more_than_one_answer():
     close = e.ORACLES
-    assert close["find_zero"](2.00001, None, "[[-4, 0, 1]]", 1e-3) and not close["find_zero"](2.1, None, "[[-4, 0, 1]]", 1e-3)
+    for x, right in ((2.00001, True), (2.1, False)):
+        assert close["find_zero"](x, None, "[[-4, 0, 1]]", 1e-3) is right
     assert close["find_char_long"](["b", "a"], ["a", "b"], "", 0) and not close["Diff"]([1], [2], "", 0)
     assert close["check_str"](("\0Match", ""), True, "", 0) and not close["check_str"](None, True, "", 0)
     assert close["surface_Area"](35, 0, "[3, 4]", 0) and not close["surface_Area"](34, 0, "[3, 4]", 0)
     assert close["digit_distance_nums"](17, 0, "[192, 9]", 0) and not close["digit_distance_nums"](8, 0, "[19, 92]", 0)
     assert e.close([1.0, 2.0000001], [1.0, 2.0], "") and not e.close([1, 2], [1, 3], "") and e.close(1, True, "")
+    assert not e.close(False, True, "", atol=100.0)
     assert not e.close((1.0,), [1.0000001], "") and e.close([[1.0], [2.00001]], [[1.0], [2.0]], "", atol=1e-4)
 
 
@@ -429,7 +434,8 @@ def run(*arguments, **how):
 
 @pytest.fixture
 def data(tmp_path):
-    write(tmp_path / "data" / "aime24.jsonl", [{"id": i, "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(300)])
+    write(tmp_path / "data" / "aime24.jsonl", [
+        {"id": i, "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(300)])
     write(tmp_path / "data" / "HumanEvalPlus.jsonl", RELEASE[:2])
     return tmp_path / "data"
 
