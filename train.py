@@ -337,7 +337,8 @@ class Run:
                     torch.cuda.set_rng_state_all(state["cuda_rng"])
                 step = state["step"]
             except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-                raise UsageError(f"the checkpoint {self.state_file} is damaged ({str(error).splitlines()[0]}); "
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise UsageError(f"the checkpoint {self.state_file} is damaged ({reason}); "
                                  "put a copy back, or start a new run") from error
         for name in self.LOGS:
             path = self.folder / name
