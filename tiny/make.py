@@ -43,8 +43,8 @@ MODEL = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_ke
              intermediate_size=384)
 MATRIX_LR, LR = 0.02, 3e-3   # Muon for the matrices (half the steps of AdamW alone), AdamW for the rest
 PHASES = (                # steps, first and last factor of the rates, share of answers without reasoning
-    dict(name="reason", steps=3000, first=1.0, last=0.1, direct=0.0),
-    dict(name="direct", steps=450, first=0.3, last=0.03, direct=0.55),
+    dict(name="reason", steps=5000, first=1.0, last=0.1, direct=0.0),
+    dict(name="direct", steps=450, first=0.3, last=0.03, direct=0.7),
 )
 BATCH_TOKENS = 4096       # prompt, response and padding of one update
 PROPOSE_SHARE = 0.25      # of the examples; the rest are solutions
