@@ -35,15 +35,11 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
 from transformers.cache_utils import DynamicLayer
 
 from rewards import composite_reward, is_correct, learnability
-from tasks import (CHAT_FRAME, FRAME, THINK, Task, parse_answer, parse_proposal, propose_prompt,
-                   solve_prompt, within_limits)
+from tasks import (CHAT_FRAME, FRAME, THINK, Task, UsageError, parse_answer, parse_proposal,
+                   propose_prompt, solve_prompt, within_limits)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta-Llama": "meta-llama", "gemma": "google"}
-
-
-class UsageError(ValueError):
-    """Something the user can put right; the command lines print it as one line and exit with 2."""
 
 
 @dataclass

@@ -35,17 +35,12 @@ from tqdm import tqdm
 
 from executor import Executor, literal, parse_literal
 from rewards import is_correct
-from tasks import ANSWER_TAG, TASK_TYPES, Task, fenced_blocks, parse_answer, solve_prompt
+from tasks import ANSWER_TAG, TASK_TYPES, Task, UsageError, fenced_blocks, parse_answer, solve_prompt
 
 HELDOUT = Path(__file__).resolve().parent / "tiny" / "heldout.jsonl"
 EVERYTHING = 1 << 30             # characters: no limit but memory
 TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
 MODULES = "sys io os random time datetime hashlib threading secrets calendar queue".split()  # that they need
-
-
-def usage_error(message):
-    from azr import UsageError  # azr imports torch, which judging does without
-    return UsageError(message)
 
 
 # --- held-out tasks ---------------------------------------------------------------------------------
@@ -66,9 +61,9 @@ def load_heldout(path=HELDOUT, limit=None):
                     fields = {name: row[name] for name in Task.__dataclass_fields__ if name in row}
                     splits[row["split"]].append(Task.from_dict(fields))
     except OSError as error:
-        raise usage_error(f"cannot read the held-out tasks {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read the held-out tasks {path}: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise usage_error(f"{path} is not a file of held-out tasks (JSON lines with split, type and "
+        raise UsageError(f"{path} is not a file of held-out tasks (JSON lines with split, type and "
                           f"the fields of a task): {error}") from error
     return dict(splits)
 
@@ -385,7 +380,7 @@ def chosen(text):
         found = [name for name, benchmark in BENCHMARKS.items() if benchmark.group in wanted]
         found = found or [name for name in BENCHMARKS if wanted[0] in names_of(name)]
         if not found:
-            raise usage_error(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the "
+            raise UsageError(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the "
                               "groups heldout, io (in-distribution), code, math and all")
         names.update(found)
     return [name for name in BENCHMARKS if name in names]
@@ -399,7 +394,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
         if benchmark.group == "heldout":
             splits = load_heldout(heldout, limit)
             if split not in splits:
-                raise usage_error(f"no split {split!r} in {heldout}; it has {', '.join(splits)}")
+                raise UsageError(f"no split {split!r} in {heldout}; it has {', '.join(splits)}")
             tasks = enumerate(task for task in splits[split] if task.type == benchmark.read)
             problems[name] = [Problem(str(i), solve_prompt(task), task, strict=True) for i, task in tasks]
             continue
@@ -426,7 +421,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
 def local_files(data):
     """{benchmark: its files}: whose a file is, the last name of a benchmark in its path says."""
     if not Path(data).is_dir():
-        raise usage_error(f"--data {data}: no such folder")
+        raise UsageError(f"--data {data}: no such folder")
     aliases, files = {alias for name in BENCHMARKS for alias in names_of(name)}, defaultdict(list)
     for path in sorted(Path(data).rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")):
@@ -967,7 +962,7 @@ def encode(policy, question, template):
     if template == "plain":
         return policy.tokenizer(question + "\n\n").input_ids
     if not policy.chat:
-        raise usage_error("--template chat: this model has no chat template; take azr or plain")
+        raise UsageError("--template chat: this model has no chat template; take azr or plain")
     text = policy.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                                 add_generation_prompt=True)
     return policy.tokenizer(text, add_special_tokens=False).input_ids
@@ -1018,7 +1013,7 @@ def evaluate(options):
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     if not problems:
-        raise usage_error("none of the benchmarks can be had, for the reasons above")
+        raise UsageError("none of the benchmarks can be had, for the reasons above")
     options.max_response = length
     kept = "run adapter template samples temperature seed max_response heldout split quantize dtype".split()
     settings = {"model": model, **{name: getattr(options, name) for name in kept}}
@@ -1040,7 +1035,7 @@ def generate_answers(columns, problems, how, folder, settings):
     """{(column, name): rows}: those of answers.jsonl, and new ones, which are added to it as they come."""
     path, kept, rows = folder / "answers.jsonl", folder / "settings.json", defaultdict(list)
     if kept.exists() and json.loads(kept.read_text()) != settings:
-        raise usage_error(f"{folder} holds answers with other settings (see {kept}); give another --out")
+        raise UsageError(f"{folder} holds answers with other settings (see {kept}); give another --out")
     kept.write_text(json.dumps(settings, indent=1) + "\n")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # none that was cut in the middle
     samples = defaultdict(list)
@@ -1086,10 +1081,10 @@ def read_answers(path):
             for name in chosen(row["benchmark"]):
                 found["answers", name].append({"id": str(row["id"]), "response": str(row["response"] or "")})
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise usage_error(f"--judge {path}: after line {number}: {error!r}; a line is an object with "
+        raise UsageError(f"--judge {path}: after line {number}: {error!r}; a line is an object with "
                           "benchmark, id and response") from error
     if not found:
-        raise usage_error(f"--judge {path}: there are no answers in it")
+        raise UsageError(f"--judge {path}: there are no answers in it")
     return found
 
 
@@ -1102,9 +1097,9 @@ def models(options):
         try:
             trained = json.loads((run / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise usage_error(f"{run} is not a run folder: cannot read its config.json") from error
+            raise UsageError(f"{run} is not a run folder: cannot read its config.json") from error
         if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-            raise usage_error(f"{run} has no trained weights yet: no folder adapter or model")
+            raise UsageError(f"{run} has no trained weights yet: no folder adapter or model")
     name = options.model or trained.get("model", "tiny")
     adapter = options.adapter
     if options.run and not adapter and (run / "adapter").is_dir():
@@ -1160,18 +1155,16 @@ def parse(arguments):
     for name in ("samples", "limit", "workers", "max_response", "temperature"):
         value, least = getattr(options, name), int(name != "temperature")
         if value is not None and not least <= value < float("inf"):
-            raise usage_error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if options.samples > 1 and not options.temperature:
-        raise usage_error(f"--samples {options.samples} at --temperature 0 are all the same answer")
+        raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
     return options
 
 
 def main(arguments=None):
     try:
         evaluate(parse(arguments))
-    except ValueError as error:
-        if type(error).__name__ != "UsageError":
-            raise
+    except UsageError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

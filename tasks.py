@@ -27,6 +27,10 @@ PROGRAM_LIMIT = 3000  # characters of a program
 MESSAGE_LIMIT = 1000  # characters of an induction message
 
 
+class UsageError(ValueError):
+    """Something the user can put right; the command lines print it as one line and exit with 2."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One problem. Deduction and abduction use input/output, induction inputs/outputs and message.

@@ -24,12 +24,13 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from azr import UsageError, draft, load_policy, propose, solve, trr_update
-from eval import HELDOUT, heldout_accuracy, load_heldout, mean_score, table
+from azr import draft, load_policy, propose, solve, trr_update
+from eval import (HELDOUT, chosen, evaluate_benchmarks, heldout_accuracy, load_benchmarks, load_heldout,
+                  mean_score, table)
 from executor import Executor
 from report import draw_curves
 from rewards import task_relative_advantages
-from tasks import TASK_TYPES, TaskBuffer, edit_distance
+from tasks import TASK_TYPES, TaskBuffer, UsageError, edit_distance
 
 # Every number that shapes a run. Three columns: the shipped tiny model on a CPU, a model of 3B on one
 # 24 GB GPU, and the paper's values (--paper). A flag beats its column.
@@ -71,13 +72,14 @@ def train(cfg, run):
     optimizer = make_optimizer(policy, cfg)
     buffer = TaskBuffer(cfg.buffer, rng)
     heldout = load_heldout(cfg.heldout, cfg.heldout_limit)["easy"]
+    benchmarks = benchmark_problems(cfg)
 
     with Executor(cfg.workers, cfg.timeout) as executor, Interrupt() as interrupt:
         done = run.restore(policy, optimizer, buffer, rng)
         if done is None:  # a seed set from the identity triplet and the model itself
             seed_buffers(policy, executor, buffer, cfg, interrupt)
             done = 0
-            run.record(0, measure(policy, executor, heldout, cfg, buffer), tasks=all_tasks(buffer))
+            run.record(0, measure(policy, executor, heldout, benchmarks, cfg, buffer), tasks=all_tasks(buffer))
             run.save(0, policy, optimizer, buffer, rng)
         bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, unit="step", dynamic_ncols=True)
         for step in bar:
@@ -106,7 +108,7 @@ def train(cfg, run):
                        **cost(policy, time.perf_counter() - started)}
             if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
                 bar.set_description("evaluate")
-                metrics |= measure(policy, executor, heldout, cfg, buffer)
+                metrics |= measure(policy, executor, heldout, benchmarks, cfg, buffer)
             run.record(step, metrics, proposals, solutions)
             bar.set_postfix(run.headline(metrics), refresh=False)
             if interrupt.requested or step == cfg.steps or step % cfg.save_every == 0:
@@ -175,12 +177,26 @@ def make_optimizer(policy, cfg):
 
 # --- what is measured -------------------------------------------------------------------------------
 
-def measure(policy, executor, heldout, cfg, buffer):
-    """Held-out greedy accuracy, and the buffer's sizes."""
+def benchmark_problems(cfg):
+    """{benchmark: problems} of --eval-benchmarks, fetched before the first step. Raises UsageError."""
+    if not cfg.eval_benchmarks:
+        return {}
+    problems, missing = load_benchmarks(chosen(cfg.eval_benchmarks), cfg.eval_data, cfg.heldout_limit)
+    for name, reason in missing.items():
+        raise UsageError(f"--eval-benchmarks: {name} cannot be had: {reason}")
+    return problems
+
+
+def measure(policy, executor, heldout, benchmarks, cfg, buffer):
+    """Greedy accuracy on held-out tasks and benchmarks, and the buffer's sizes."""
     scores = heldout_accuracy(policy, executor, heldout, cfg)
     metrics = {f"heldout/{type}": score for type, (score, _, _) in scores.items()}
     metrics |= {f"heldout_stderr/{type}": error for type, (_, error, _) in scores.items()}
     metrics["heldout/mean"], metrics["heldout_stderr/mean"] = mean_score(scores)
+    if benchmarks:
+        scores = evaluate_benchmarks(policy, benchmarks, cfg.max_response, cfg.workers)
+        metrics |= {f"benchmark/{name}": score for name, (score, _, _) in scores.items()}
+        metrics |= {f"benchmark_stderr/{name}": error for name, (_, error, _) in scores.items()}
     return metrics | {f"buffer/{type}": len(tasks) for type, tasks in buffer.tasks.items()}
 
 
@@ -473,14 +489,17 @@ def parse(arguments):
     add("--generate-batch", type=int, help="responses sampled at once; default: as free memory allows")
     add("--workers", type=int, help="sandbox workers; default: all cores")
     add("--heldout", help="JSON lines of held-out tasks; default: the tiny model's")
-    add("--heldout-limit", type=int, help="at most so many held-out tasks a type; default: all")
+    add("--heldout-limit", type=int, help="at most so many held-out tasks a type, and of each benchmark; default: all")
+    add("--eval-benchmarks", help="benchmarks of eval.py to measure at every evaluation, with commas; default: none")
+    add("--eval-data", help="a folder with their files; default: the Hugging Face hub")
     return parser.parse_args(arguments)
 
 
 DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False,
             "train_on_estimates": False, "dedup": True, "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,
-            "workers": None, "heldout": str(HELDOUT), "heldout_limit": None}
+            "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "eval_benchmarks": "",
+            "eval_data": None}
 
 
 def configure(options):
