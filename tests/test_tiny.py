@@ -18,8 +18,9 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 sys.path.insert(0, str(TINY))
 import make  # noqa: E402
 
-NASTY = ["", "\n", "\n\n", "`", "```", "\n```", "```\n", "\n```\n", "'", '"', "\\", " ", "\t", "x\n", "\nx", "``\n``",
-         "```input", "```\n```input\n", "```\n\nGive the", "<think>", "</answer>", "{program}", "\u00e9\u0301", "\ud7ff", "\x00"]
+NASTY = ["", "\n", "\n\n", "`", "```", "\n```", "```\n", "\n```\n", "'", '"', "\\", " ", "\t", "x\n", "\nx",
+         "``\n``", "```input", "```\n```input\n", "```\n\nGive the", "<think>", "</answer>", "{program}",
+         "\u00e9\u0301", "\ud7ff", "\x00"]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,10 @@ def task_of(row):
 
 def test_text_to_ids_to_text_is_exact(tokenizer):
     rng = random.Random(0)
-    texts = NASTY + ["héllo 'wörld' — 名前 😀", "e\u0301 is not \u00e9", "  two  spaces . , 's 'll ", "\r\n\t\v", "12345"]
-    for _ in range(200):  # any characters but surrogates, which are no text
-        texts.append("".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-                             for _ in range(rng.randrange(40))))
+    texts = NASTY + ["héllo 'wörld' — 名前 😀", "e\u0301 is not \u00e9", "  two  spaces . , 's 'll ", "\r\n\t\v"]
+    ranges = (0, 128), (0, 0xD800), (0xE000, 0x110000)  # any characters but surrogates, which are no text
+    for _ in range(200):
+        texts.append("".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40))))
     pieces = make.passages() + make.snippets()
     texts += ["".join(rng.choices(pieces + NASTY, k=6)) for _ in range(100)]
     for text in texts:
@@ -129,8 +130,8 @@ def _tuples(row):
 
 
 def test_heldout_agrees_with_the_sandbox(heldout):
-    with Executor() as executor:
-        make.check_heldout(heldout, executor)
+    with Executor() as executor:  # make.py checks all of them; every third is enough to see a change
+        make.check_heldout(heldout[::3], executor)
 
 
 def test_heldout_cannot_be_guessed(heldout):
