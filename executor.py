@@ -1,4 +1,42 @@
-"""A sandbox for Python programs written by language models: one file, standard library only."""
+"""A sandbox for Python programs written by language models: one file, standard library only.
+
+    with Executor(timeout=5.0) as executor:
+        executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
+
+A worker is a lean interpreter inside the walls. It forks a fresh process for each run, kills all
+that the run left behind, and answers with the literal text of a value. The caller's process never
+evaluates, compiles or unpickles anything that a program wrote, and no expected answer enters the
+sandbox: the caller compares values, with same(). So the worst that a program can do to a verdict
+by forging its result is to "return" a value of its choice.
+
+What becomes of each kind of attack (L: what a Linux with all walls does)
+
+  loops, powers, regular     'timeout': killed from outside, after `timeout` seconds of its own
+  expressions, sleeping      time; waiting for a core is not counted (/proc/<pid>/schedstat)
+  memory                     'memory', a limit on address space; a program may catch MemoryError
+  threads, forks, daemons    fail (a limit of no processes, seccomp); whatever is left dies with its run,
+                             whatever runs dies with its worker, and the workers with the caller
+  output: flood, huge, deep, printed text goes nowhere; values over 100,000 characters or 80 levels,
+  endless or lying repr      or of classes that are not plain data: 'unrepresentable', never cut
+  os._exit, crashes, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
+  bombs for the parser       parsed in the run only: 'syntax' or 'killed'; values are read by an own
+                             parser, linear and bounded
+  files                      L: a root with nothing but the library in it, read-only; and Landlock
+  network, signals, ptrace   L: own namespaces without any device; and seccomp
+  forbidden modules, open()  'unsafe': by syntax tree, by a guarded __import__, by audit events
+  results through the pipe   L: a nonce, exactly one report, and a canonical value, or 'unsafe'
+  answers that are code      an input is evaluated apart from the program, to literals or not at all
+  the next run               never sees the process of the last one
+  hash order, id(), clocks,  'nondeterministic': validate runs in processes with other hash seeds,
+  randomness                 addresses, random states
+
+What is not promised: protection from bugs of the kernel, or from side channels of the hardware.
+Nondeterminism that shows rarely (once in a hundred runs, once a day) is not found. Where a system
+denies namespaces, Landlock or seccomp (containers, other systems), the start warns of the promises
+that are weaker; elsewhere than on Linux that is all but limits and guards, and guards, being
+Python, can be walked around. The caller's machine can still be kept busy, for as long as the limits
+allow. Not for several threads at once; not for Windows, which has no fork.
+"""
 
 import ast
 import builtins
@@ -112,8 +150,6 @@ class _Reader:
         return values, comma
 
     def value(self, depth):
-        if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} brackets deep")
         kind, text = self.take()
         if kind == "string":
             return self.string(text)
@@ -121,6 +157,8 @@ class _Reader:
             return self.number(kind, text)
         if text in _CONSTANTS:
             return _CONSTANTS[text]
+        if depth >= MAX_DEPTH and text in ("[", "(", "{"):
+            raise ValueError(f"more than {MAX_DEPTH} levels deep")
         if text == "[":
             return self.items("]", depth + 1)[0]
         if text == "(":
@@ -240,14 +278,10 @@ def _parse_call(text):
     return tuple(args), kwargs
 
 
-# Of these three, a dict is told: they are equal to it, and programs return them all the time.
-_DICTS = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
-
-
 def literal(value, limit=MAX_TEXT):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has
-    one text. Dicts keep their order, sets are sorted. Counter, OrderedDict and defaultdict count
-    as dicts. Raises ValueError, with one line, for a value that does not come back equal (nan,
+    one text. Dicts keep their order, sets are sorted. Counter, OrderedDict and defaultdict, which
+    programs return all the time, are told as the dict that they are equal to. Raises ValueError, with one line, for a value that does not come back equal (nan,
     any other class), and for a text over `limit` characters or more than MAX_DEPTH deep.
     """
     return _write(value, 0, [limit], True)
@@ -296,7 +330,8 @@ def _write(value, depth, room, ordered):
         if kind is set:
             return "{" + ", ".join(parts) + "}" if parts else "set()"
         return "(" + ", ".join(parts) + (",)" if len(parts) == 1 else ")")
-    elif kind in _DICTS:
+    elif (kind is dict or kind is collections.Counter or kind is collections.defaultdict
+          or kind is collections.OrderedDict):           # `in` would ask a metaclass
         parts = []
         for key, item in value.items():
             room[0] -= 4
@@ -617,9 +652,11 @@ class _Sandbox:
         self.drop_privileges(root)
         self.known = {}
         if self.mounted:
-            self.attempt(self.enter_walls)
-        elif self.job("def f():\n    return 1", "")[0] != "ok":
+            self.enter_walls()
+        if self.job("def f():\n    return 1", "")[0] != "ok":
             self.filter = self.ruleset = None         # runs do not live with what this kernel has
+            if self.mounted:
+                os._exit(1)
         gc.collect()
         gc.freeze()
         quiet = self.alone or self.filter
@@ -766,8 +803,10 @@ class _Sandbox:
             importlib.import_module(name)
         warnings.simplefilter("ignore")
         # Different addresses and free lists in each worker, also where addresses are not random.
-        size = int.from_bytes(os.urandom(2), "big")
-        self.ballast = [bytes(size * i % 487) for i in range(2000 + size % 2000)]
+        self.ballast = []
+        for make in (object, lambda: 2.0 * len(self.ballast), *[lambda n=n: bytes(n)
+                                                                for n in range(1, 487, 16)]):
+            self.ballast += [make() for _ in range(os.urandom(1)[0])]
         call = _parse_call("'a', b=[1, {2: 3.5}]")
         _parse(f"import re\ndef f(a, b):\n    return {{a}}, {literal(call)}", "exec")
 
@@ -790,6 +829,9 @@ class _Sandbox:
             if status != "ok":
                 return status, "", "input: " + error, spent, False
             call = parse_literal(output)
+            if not (type(call) is tuple and list(map(type, call)) == [tuple, dict]
+                    and set(map(type, call[1])) <= {str}):
+                return "unsafe", "", "input: forged its value", spent, False
         del text
         # Hostile text is parsed in runs only. But a text that did no harm to a run that parsed it
         # does none to the worker, and the next runs of the program need not parse it again.

@@ -1,0 +1,968 @@
+"""The sandbox against real attacks, by several routes. Linux; some tests need root or namespaces."""
+
+import glob
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import pytest
+
+import executor as module
+from executor import Execution, Executor, literal, parse_literal, same
+
+HERE = os.path.dirname(os.path.abspath(module.__file__))
+LAYERS = ("namespaces", "landlock", "seccomp", "guards")
+
+# Ways to the modules that the sandbox has in memory, past import statements and the guards on
+# names. Each defines `os` and `ctypes` (a namespace with the functions of libc) where it can.
+WALK = """
+def walk():
+    for cls in object.__subclasses__():
+        space = getattr(getattr(cls, '__init__', None), '__globals__', {})
+        if 'sys' in space and hasattr(space['sys'], 'modules'):
+            return space['sys'].modules
+modules = walk()
+os, ctypes, resource = modules['os'], modules['ctypes'], modules.get('resource')
+libc = ctypes.CDLL(None, use_errno=True)
+"""
+
+
+def program(body, before=""):
+    return before + "\ndef f(*args):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+
+
+def quiet(**options):
+    """An Executor that may warn of walls that the test has taken away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Executor(**options)
+
+
+@pytest.fixture(scope="module")
+def box():
+    with Executor(workers=2, timeout=2, memory_mb=256) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """Without the guards: whoever walks past Python's own fences meets the walls of the system."""
+    with quiet(workers=2, timeout=2, memory_mb=256, _layers=LAYERS[:3]) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock", "seccomp"])
+def one_wall(request):
+    with quiet(workers=1, timeout=2, memory_mb=256, _layers=[request.param]) as executor:
+        yield request.param, executor
+
+
+def one(executor, text, argument=""):
+    return executor.run([(text, argument)])[0]
+
+
+def descendants(pid):
+    """Live processes below `pid`."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                parents[int(name)] = int(fields[1])
+        except OSError:
+            pass
+    found, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+        grown = bool(more)
+    return found - {pid}
+
+
+def wait_for(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+# -- values -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, canonical", [
+    ("1", "1"), ("-1", "-1"), ("+1", "1"), ("True", "True"), ("None", "None"), ("1.50", "1.5"),
+    ("1e309", "1e309"), ("-1e999", "-1e309"), ("-0.0", "-0.0"), ("2j", "2j"),
+    ("(1-2j)", "(1-2j)"), ("-1+2j", "(-1+2j)"), ("0xFF", "255"), ("1_000", "1000"),
+    ("'a' \"b\"", "'ab'"), ("r'\\d'", "'\\\\d'"), ("'\\d'", "'\\\\d'"), ("b'\\x00'", "b'\\x00'"),
+    ("'''x\ny'''", "'x\\ny'"), ("'\\ud800'", "'\\ud800'"), ("()", "()"), ("(1,)", "(1,)"),
+    ("1, 2", "(1, 2)"), ("(1)", "1"), ("[1,2,]", "[1, 2]"), ("{}", "{}"), ("set()", "set()"),
+    ("{2, 10, 1, 'a'}", "{1, 2, 10, 'a'}"), ("{'b': 1, 'a': {3}}", "{'b': 1, 'a': {3}}"),
+    ("{(1, 2): [None]}", "{(1, 2): [None]}"), ("[1,  # one\n 2]", "[1, 2]"),
+])
+def test_literals_come_back(text, canonical):
+    value = parse_literal(text)
+    assert literal(value) == canonical
+    assert same(parse_literal(canonical), value)
+    assert literal(parse_literal(canonical)) == canonical
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "a", "f(1)", "1+1", "1 2", "[1", "1]", "[1,,2]", ",", "(,)", "--", "1.real", "007",
+    "nan", "inf", "{[1]: 2}", "{{1}}", "{1: 2, 3}", "{1:}", "x=1", "f'a'", "f'{1}'", "*[1]",
+    "{**{}}", "[x for x in y]", "lambda: 0", "__import__('os')", "'a", "'''a", "'a' b'c'",
+    "'\\N{no such name}'", "b'\u00e9'", "\0", "1\0", "9" * 5000, "0x" + "f" * 5000, "[" * 100_000,
+    "(" * 50_000 + ")" * 50_000, "[" * 81 + "]" * 81, "-" * 100_000 + "1", "1+" * 49_000 + "1",
+    "not " * 20_000 + "1", "a" + ".b" * 40_000, "'" + "\\a" * 49_000, "'''" + "''a" * 33_000,
+    "[" + "1," * 100_000 + "]", "lambda:" * 10_000 + "1", "{" * 60 + "1", "frozenset()",
+    "True.real", "...", "1if 1else 2", "$", "1;2", "\ud800",
+])
+def test_everything_else_is_refused_at_once(text):
+    start = time.process_time()
+    with pytest.raises(ValueError) as caught:
+        parse_literal(text)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - start < 1
+
+
+def test_only_text_is_parsed():
+    for thing in (None, 1, b"1", ["1"]):
+        with pytest.raises(ValueError):
+            parse_literal(thing)
+    with pytest.raises(ValueError):
+        parse_literal("[1, 2, 3]", limit=5)
+
+
+class Liar:
+    """Equal to all, and of any class."""
+    def __eq__(self, other): return True
+    def __hash__(self): return 1
+    def __repr__(self): return "1"
+    @property
+    def __class__(self): return int
+
+
+class Meta(type):
+    __name__ = property(lambda cls: 1 / 0)
+
+
+def test_what_has_no_literal():
+    itself, table = [], {}
+    itself.append(itself)
+    itself.append(itself)
+    table[1] = table
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    named = type("int", (int,), {})(1)
+    for value in (float("nan"), [float("nan")], complex("nan"), Liar(), Meta("M", (), {})(), named,
+                  type("str", (str,), {})("a"), frozenset(), range(3), bytearray(b"a"), len, int,
+                  (i for i in []), itself, table, deep, 10 ** 5000, "a" * 100_001, [0] * 50_000,
+                  object(), ..., type("list", (list,), {})()):
+        with pytest.raises(ValueError) as caught:
+            literal(value)
+        assert "\n" not in str(caught.value)
+    while deep:
+        deep = deep.pop()
+
+
+def test_same_is_strict_about_types_and_not_about_order():
+    for a, b in [(1, 1), (0.0, -0.0), ({1, 2}, {2, 1}), ({1: 2, 3: 4}, {3: 4, 1: 2}),
+                 ([{1: {2}}], [{1: {2}}]), (1e400, 1e500), ("a", "a"), (None, None)]:
+        assert same(a, b) and same(b, a)
+    nan = float("nan")
+    for a, b in [(True, 1), (1, 1.0), (0, False), ((1,), [1]), (nan, nan), ([nan], [nan]),
+                 ({True}, {1}), ({1: 0}, {True: 0}), ({1: 0}, {1: False}), ("a", b"a"),
+                 ("1", 1), ([], ()), (set(), {}), (None, 0), (Liar(), 1), (1, Liar()),
+                 (1, 1 + 0j), ([1, 2], [2, 1]), ([1], [1, 1])]:
+        assert not same(a, b) and not same(b, a)
+    itself = []
+    itself.append(itself)
+    assert not same(itself, itself)
+
+
+# -- what it is for ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, argument, output", [
+    ("def f(a, b=2): return a + b", "1", "3"),
+    ("def f(a, b=2): return a + b", "1, b=5", "6"),
+    ("def f(a, b=2): return a + b", "b=1, a=1", "2"),
+    ("def f(a): return a", "[0] * 3", "[0, 0, 0]"),
+    ("def f(a): return a", "dict(a=1)", "{'a': 1}"),
+    ("def f(*a): return a", "*[1, 2], 3", "(1, 2, 3)"),
+    ("def f(**k): return k", "**{'a': 1}", "{'a': 1}"),
+    ("def f(a): return a", "[i ** 2 for i in range(3)]", "[0, 1, 4]"),
+    ("def f(a): return a", "(lambda x: x + 1)(1)", "2"),
+    ("def f(a): return a", "float('inf')", "1e309"),
+    ("def f(a): return a", "1 # one", "1"),
+    ("def f(a): return a", "'# not a comment )'", "'# not a comment )'"),
+    ("def f(): return None", "", "None"),
+    ("f = lambda x: x", "3", "3"),
+    ("from collections import Counter\ndef f(s): return Counter(s)", "'aab'", "{'a': 2, 'b': 1}"),
+    ("from collections import Counter\ndef f(s): return Counter(s).most_common()", "'aab'",
+     "[('a', 2), ('b', 1)]"),
+    ("import collections\ndef f():\n d = collections.defaultdict(list)\n d[1].append(2)\n return d",
+     "", "{1: [2]}"),
+    ("class A:\n def __init__(self, x): self.x = x\ndef f(x): return A(x).x", "4", "4"),
+    ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int' = 1\n"
+     "def f(): return P(2).x", "", "2"),
+    ("from enum import Enum\nclass C(Enum):\n    A = 1\ndef f(): return C.A.value", "", "1"),
+    ("from typing import NamedTuple\nclass P(NamedTuple):\n    x: int\ndef f(): return P(1).x", "", "1"),
+    ("import statistics\ndef f(x): return statistics.mean(x)", "[1, 2, 3]", "2"),
+    ("from decimal import Decimal\ndef f(): return str(Decimal('0.1') * 3)", "", "'0.3'"),
+    ("from fractions import Fraction as F\ndef f(): return str(F(1, 3) + F(1, 6))", "", "'1/2'"),
+    ("import re, math, json\nfrom collections.abc import Sequence\n"
+     "def f(s): return json.dumps(re.findall(r'\\d+', s)), math.gcd(4, 6)", "'a1b22'",
+     "('[\"1\", \"22\"]', 2)"),
+    ("def f(s): return s.encode('utf-16-le'), s.encode('idna')", "'ab'", "(b'a\\x00b\\x00', b'ab')"),
+    ("def f(b): return b[::-1]", "b'\\x00a'", "b'a\\x00'"),
+    ("def f(s): return {c for c in s}", "'bca'", "{'a', 'b', 'c'}"),
+    ("def f(s): return sorted(set(s))", "'bca'", "['a', 'b', 'c']"),
+    ("def f(d): return {k: v for v, k in d.items()}", "{1: 'a', 2: 'b'}", "{'a': 1, 'b': 2}"),
+    ("def f(x):\n try:\n  return eval(x)\n except SyntaxError:\n  return -1", "'1 +'", "-1"),
+    ("def f():\n print('noise' * 1000)\n return 1", "", "1"),
+    ("def f():\n return 1 is 1", "", "True"),
+    ("def f(n): return f(n - 1) + 1 if n else 0", "900", "900"),
+    ("def f(x):\n x.append(1)\n return x", "[0]", "[0, 1]"),
+    ("def f():\n try:\n  return [0] * 10 ** 12\n except MemoryError:\n  return 'caught'", "", "'caught'"),
+    ("def f():\n a = []\n return id(a) == id(a), len({id(x) for x in [(), a, 'a']})", "", "(True, 3)"),
+    ("def f(): return '\\x00\\ud800'", "", "'\\x00\\ud800'"),
+])
+def test_valid_tasks(box, text, argument, output):
+    run, = box.run([(text, argument)])
+    valid, = box.validate([(text, argument)])
+    assert run.ok and valid.ok, (run, valid)
+    assert run.output == valid.output == output
+    assert run.error == "" and 0 < run.seconds < 10
+
+
+def test_results_come_in_order(box):
+    jobs = [("def f(x):\n for i in range(x * 1000): pass\n return x", str((7 * i) % 100))
+            for i in range(300)]
+    assert [run.output for run in box.run(jobs)] == [argument for _, argument in jobs]
+    assert box.run([]) == [] and box.validate([]) == []
+
+
+def test_callers_mistakes_are_told(box):
+    with pytest.raises(TypeError):
+        box.run([(None, "1")])
+    for options in ({"workers": 0}, {"timeout": 0}, {"memory_mb": 0}):
+        with pytest.raises(ValueError):
+            Executor(**options)
+    closed = Executor(workers=1)
+    closed.close()
+    closed.close()
+    with pytest.raises(RuntimeError):
+        closed.run([("def f(): pass", "")])
+
+
+@pytest.mark.parametrize("text, argument, status", [
+    ("def f(", "", "syntax"), ("def f(): return 1", "1 +", "syntax"),
+    ("def f(x): return 1", "1) + g(2", "syntax"), ("def f(x): return 1", "1)(2", "syntax"),
+    ("def f(x): return 1", "1).x(2", "syntax"), ("def f(x): return 1", "1) if 1 else f(2", "syntax"),
+    ("def f(x): return 1", "1)\nf(2", "syntax"), ("x = 1", "", "error"),
+    ("def f(): return 1 / 0", "", "error"), ("def f(x): return x", "f(1)", "error"),
+    ("def f(x): return x", "undefined", "error"), ("def f(): pass", "1", "error"),
+    ("def f(x): return x", "object()", "unrepresentable"),
+    ("def f(x): return x", "float('nan')", "unrepresentable"),
+    ("def f(x): return 1", "x for x in [1]", "unrepresentable"),
+    ("def f(): return object()", "", "unrepresentable"),
+    ("def f(): return float('nan')", "", "unrepresentable"),
+    ("def f(): return lambda: 1", "", "unrepresentable"),
+    ("def f(): yield 1", "", "unrepresentable"), ("async def f(): pass", "", "unrepresentable"),
+    ("def f(): return 10 ** 5000", "", "unrepresentable"),
+    ("def f(): return [0] * 50_000", "", "unrepresentable"),
+    ("def f(): raise SystemExit(0)", "", "error"), ("def f(): raise KeyboardInterrupt", "", "error"),
+    ("def f(): raise GeneratorExit", "", "error"), ("raise SystemExit", "", "error"),
+    ("def f(): f()", "", "error"),
+])
+def test_failures_have_their_status(box, text, argument, status):
+    for result in box.run([(text, argument)]) + box.validate([(text, argument)]):
+        assert (result.status, result.output) == (status, "") and not result.ok
+        assert result.error and "\n" not in result.error and len(result.error) < 400
+
+
+# -- resources ---------------------------------------------------------------------------------
+
+SWALLOW = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
+IGNORE = """
+    signal = modules['signal'] if 'signal' in modules else __import__('signal')
+    for number in range(1, 65):
+        try: signal.signal(number, signal.SIG_IGN)
+        except (OSError, ValueError): pass
+    while True:
+        try:
+            while True: pass
+        except BaseException: pass
+"""
+RESOURCES = {
+    "loop": ("def f():\n while True: pass", "timeout"),
+    "loop that swallows all": (program(SWALLOW), "timeout"),
+    "loop at import": (SWALLOW, "timeout"),
+    "loop in the input": ("def f(x): return x", "timeout", "sum(iter(int, 1))"),
+    "loop in C": ("def f(): return sum(iter(int, 1))", "timeout"),
+    "power": ("def f(): return 3 ** 3 ** 15 % 7", "timeout"),
+    "constant power": ("def f(): return 9 ** 9 ** 9", "timeout"),
+    "print flood": ("def f():\n while True: print('x' * 100000)", "timeout"),
+    "regex": ("import re\ndef f(): return re.match('(a|a)*b', 'a' * 64)", "timeout"),
+    "sorting that never ends": ("def f():\n class A:\n  def __lt__(s, o):\n   while 1: pass\n"
+                                " return sorted([A(), A()])", "timeout"),
+    "memory at once": ("def f(): return len([0] * 10 ** 10)", "memory"),
+    "memory slowly": ("def f():\n a = []\n while True: a.append('x' * 9999 + str(len(a)))", "memory"),
+    "memory in globals": ("a = []\nwhile True: a.append(bytes(1000))\ndef f(): return 1", "memory"),
+    "memory in a big int": ("def f(): return 1 << 10 ** 11", "memory"),
+    "memory in the input": ("def f(x): return 1", "memory", "len([0] * 10 ** 10)"),
+    "recursion": ("def f(): return f()", "error"),
+    "recursion to a crash": (program("modules['sys'].setrecursionlimit(10 ** 9)\n"
+                                     "def g(x): return sorted([x], key=g)\nreturn g(1)", WALK),
+                             ("killed", "error")),       # from 3.12 on, C code has its own limit
+    "bytecode crash": ("def f(): pass\nf.__code__ = f.__code__.replace(co_code=b'd\\xff' * 9)", "killed"),
+    "200 MB of output": ("def f(): return 'x' * 200_000_000", "unrepresentable"),
+    "a wide output": ("def f(): return [0] * 2_000_000", "unrepresentable"),
+    "an output too long by one": ("def f(): return 'x' * 99_999", "unrepresentable"),
+    "a deep output": ("def f():\n a = []\n for _ in range(100000): a = [a]\n return a", "unrepresentable"),
+    "an output in itself": ("def f():\n a = []\n a += [a, a]\n return a", "unrepresentable"),
+    "a table in itself": ("def f():\n a = {}\n a[1] = a\n return a", "unrepresentable"),
+    "a lying repr": ("class A(int):\n def __repr__(s): return '7'\ndef f(): return A(1)", "unrepresentable"),
+    "an endless repr": ("class A:\n def __repr__(s):\n  while 1: pass\ndef f(): return [A()]", "unrepresentable"),
+    "an endless message": ("class E(Exception):\n def __str__(s):\n  while 1: pass\ndef f(): raise E", "error"),
+    "a name of a metaclass": ("class M(type):\n __name__ = property(lambda c: 1 / 0)\n"
+                              "class E(Exception, metaclass=M): pass\ndef f(): raise E", "error"),
+    "a bomb of brackets": ("def f(): return " + "(" * 40_000 + ")" * 40_000, "syntax"),
+    "a bomb in the input": ("def f(x): return 1", "syntax", "[" * 40_000 + "]" * 40_000),
+    "a chain in the input": ("def f(x): return 1", ("syntax", "killed", "ok"), "1" + "+1" * 49_000),
+    "lambdas in the input": ("def f(x): return 1", ("syntax", "killed"), "lambda:" * 14_000 + "1"),
+    "a long program": ("#" * 100_001 + "\ndef f(): return 1", "syntax"),
+    "abort": (program("libc.abort()", WALK), "killed"),
+    "os._exit": (program("os._exit(0)", WALK), "killed"),
+    "os._exit at import": (WALK + "os._exit(0)\ndef f(): return 1", "killed"),
+    "exit by libc": (program("libc._exit(0)", WALK), "killed"),
+    "null pointer": (program("ctypes.string_at(0)", WALK), "killed"),
+    "fork": (program("return os.fork()", WALK), "error"),
+    "fork bomb": (program("while True:\n    try: os.fork()\n    except OSError: pass", WALK), "timeout"),
+    "fork by libc": (program("return libc.fork()", WALK), "ok"),     # -1, see the test below
+    "threads": (program("modules['_thread'].start_new_thread(print, ())", WALK), "error"),
+    "ignored signals": (program("libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]\n"
+                                "for i in range(1, 65): libc.signal(i, 1)\n" + SWALLOW, WALK), "timeout"),
+    "sleep": (program("modules['time'].sleep(1000)", WALK), ("timeout", "error")),
+    "sleep on a lock": (program("a = modules['_thread'].allocate_lock()\na.acquire()\na.acquire()",
+                                WALK), "timeout"),
+    "stop": (program("libc.raise_ = libc['raise']\nlibc.raise_(19)\nreturn libc.raise_(19)", WALK),
+             ("timeout", "ok")),
+    "flood of descriptors": (program("fds = []\nwhile True: fds.append(os.dup(1))", WALK), "error"),
+    "no limit on memory": (program("resource = modules['resource']\n"
+                                   "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", WALK), "error"),
+}
+
+
+@pytest.fixture(scope="module")
+def spent():
+    """All attacks on resources, done at once by one Executor without the guards."""
+    before = memory()
+    with quiet(workers=4, timeout=1, memory_mb=256, _layers=LAYERS[:3]) as executor:
+        jobs = [(attack[0], attack[2] if len(attack) > 2 else "") for attack in RESOURCES.values()]
+        results = dict(zip(RESOURCES, executor.run(jobs)))
+    results["grown"] = memory() - before
+    return results
+
+
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.parametrize("name", RESOURCES)
+def test_resources_are_bounded(spent, name):
+    wanted = RESOURCES[name][1]
+    assert spent[name].status in ([wanted] if isinstance(wanted, str) else wanted), spent[name]
+    assert spent[name].seconds < 60       # of a loaded machine; the next test is about an idle one
+    assert len(spent[name].error) < 400
+
+
+def test_the_callers_memory_does_not_grow(spent):
+    assert spent["grown"] < 30 << 20
+
+
+def test_a_loop_ends_in_time():
+    with Executor(workers=1, timeout=1) as executor:
+        start, idle = time.monotonic(), os.getloadavg()[0] < os.cpu_count()
+        assert one(executor, "def f():\n while True: pass").status == "timeout"
+        assert 0.9 < time.monotonic() - start < (3 if idle else 60)
+
+
+def test_time_in_the_queue_is_not_counted():
+    with Executor(workers=1, timeout=1) as executor:
+        job = "def f():\n for i in range(10 ** 7): pass\n return i", ""
+        assert [run.status for run in executor.run([job] * 8)] == ["ok"] * 8
+
+
+def test_an_overloaded_machine_gives_the_same_verdicts():
+    """20 runs a core at once: each takes 20 times its time by the wall, and more than the limit."""
+    work = "def f(n):\n end = 0\n for i in range(n): end += i % 7\n return end"
+    with Executor(workers=1, timeout=20) as executor:
+        rate = 10 ** 6 / min(one(executor, work, "10 ** 6").seconds for _ in range(3))
+    crowd = 20 * len(os.sched_getaffinity(0))
+    with Executor(workers=crowd, timeout=1) as executor:
+        runs = executor.run([(work, str(int(rate * 0.15)))] * crowd)
+    assert {run.status for run in runs} == {"ok"}
+    assert max(run.seconds for run in runs) > 1
+
+
+# -- escapes -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """What an attacker would like to get at, beside the home, the project and the system."""
+    folder = tmp_path_factory.mktemp("target")
+    folder.chmod(0o777)
+    (folder / "secret").write_text("hunter2")
+    (folder / "secret").chmod(0o666)
+    os.environ["SECRET"] = "hunter2"
+    yield folder
+    del os.environ["SECRET"]
+    assert sorted(os.listdir(folder)) == ["secret"] and (folder / "secret").read_text() == "hunter2"
+
+
+ESCAPES = {                     # each returns what it got, or raises
+    "read": "return open({secret!r}).read()",
+    "read by os": "return os.read(os.open({secret!r}, os.O_RDONLY), 99)",
+    "read by libc": "fd = libc.open({secret!r}.encode(), 0)\nassert fd >= 0\nreturn fd",
+    "read by a link": "os.symlink({secret!r}, '/tmp/link')\nreturn open('/tmp/link').read()",
+    "read passwd": "return open('/etc/passwd').read(9)",
+    "read the project": "return open({here!r}).read(9)",
+    "read by dots": "return open({library!r} + '/../../../../../../../../etc/passwd').read(9)",
+    "list the root of files": "return os.listdir({folder!r})",
+    "read the environment of the caller": "return open('/proc/{pid}/environ').read(9)",
+    "read the memory of the caller": "return open('/proc/{pid}/mem', 'rb').read(9)",
+    "read the own maps": "return open('/proc/self/maps').read(9)",
+    "write": "open({secret!r}, 'w').write('x')\nreturn 1",
+    "append by os": "return os.write(os.open({secret!r}, os.O_WRONLY | os.O_APPEND), b'x')",
+    "create": "open({folder!r} + '/new', 'w').close()\nreturn 1",
+    "create in tmp": "open('/tmp/executor-test-escape', 'w').close()\nreturn 1",
+    "create in shm": "open('/dev/shm/executor-test-escape', 'w').close()\nreturn 1",
+    "create in the library": "open({library!r} + '/escape', 'w').close()\nreturn 1",
+    "remove": "os.remove({secret!r})\nreturn 1",
+    "rename": "os.rename({secret!r}, {secret!r} + '2')\nreturn 1",
+    "truncate": "os.truncate({secret!r}, 0)\nreturn 1",
+    "make a folder": "os.mkdir({folder!r} + '/d')\nreturn 1",
+    "file in memory": "os.write(os.memfd_create('x'), b'x')\nreturn 1",
+    "signal the caller": "os.kill({pid}, 0)\nreturn 1",
+    "kill the caller": "os.kill({pid}, 9)\nreturn 1",
+    "kill the parent by libc": "assert libc.kill(os.getppid() or {pid}, 15) == 0\nassert os.getppid() != 1\nreturn 1",
+    "trace the caller": "assert libc.ptrace(16, {pid}, 0, 0) == 0\nreturn 1",
+    "trace the parent": "assert libc.ptrace(16, os.getppid(), 0, 0) == 0\nreturn 1",
+    "run a program": "os.execv('/bin/sh', ['sh', '-c', 'true'])",
+    "run by system": "assert libc.system(b'true') == 0\nreturn 1",
+    "tcp": "{sock}\ns = socket(2, 1, 0)\nassert s >= 0 and connect(s, {port}) == 0\nreturn 1",
+    "udp": "{sock}\ns = socket(2, 2, 0)\nassert s >= 0 and connect(s, {port}) == 0\nreturn 1",
+    "unix socket": "{sock}\ns = socket(1, 1, 0)\nassert s >= 0 and unix(s, {unix!r}) == 0\nreturn 1",
+    "abstract socket": "{sock}\ns = socket(1, 1, 0)\nassert s >= 0 and unix(s, {abstract!r}) == 0\nreturn 1",
+    "a new user namespace": "assert libc.unshare(0x10000000) == 0\nreturn 1",
+    "a mount": "assert libc.mount(b'none', b'/', b'tmpfs', 0, 0) == 0\nreturn 1",
+    "become root": "os.setuid(0)\nreturn 1",
+    "descriptors": "got = []\nfor fd in range(4, 1024):\n    try: got.append((fd, os.fstat(fd).st_mode))\n"
+                   "    except OSError: pass\nassert got\nreturn got",
+    "descriptors that are not null": "got = []\nfor fd in range(3):\n    data = os.read(fd, 9)\n"
+                                     "    if data: got.append(data)\nassert got\nreturn got",
+    "the environment": "assert os.environ\nreturn dict(os.environ)",
+}
+SOCK = """
+def socket(*a): return libc.socket(*a)
+def connect(s, port): return libc.connect(s, bytes([2, 0, port >> 8, port & 255, 127, 0, 0, 1]) + bytes(8), 16)
+def unix(s, path): return libc.connect(s, bytes([1, 0]) + path.encode(), 2 + len(path.encode()))
+""".strip().replace("\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def listening(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("socket") / "s")
+    tcp, unix = socket.socket(), socket.socket(socket.AF_UNIX)
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind("\0executor-test-%d" % os.getpid())
+    tcp.bind(("127.0.0.1", 0))
+    unix.bind(path)
+    os.chmod(os.path.dirname(path), 0o777)
+    os.chmod(path, 0o777)
+    for each in (tcp, unix, abstract):
+        each.listen()
+    yield {"port": tcp.getsockname()[1], "unix": path, "abstract": "\0executor-test-%d" % os.getpid()}
+    for each in (tcp, unix, abstract):
+        each.close()
+
+
+def escape(name, target, listening):
+    names = dict(secret=str(target / "secret"), folder=str(target), pid=os.getpid(), here=module._HERE,
+                 library=module._LIBRARY, sock=SOCK, **listening)
+    return program(ESCAPES[name].format(**names), WALK), ""
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_escape_past_the_guards(bare, target, listening, name):
+    run, = bare.run([escape(name, target, listening)])
+    assert run.status in ("error", "killed", "timeout"), run
+    assert not glob.glob("/tmp/executor-test-escape") + glob.glob("/dev/shm/executor-test-escape")
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_escape_with_the_guards(box, target, listening, name):
+    run, = box.run([escape(name, target, listening)])
+    assert not run.ok
+
+
+# What each wall keeps, without the other two and the guards.
+KEPT = {
+    "namespaces": ["read", "read by libc", "read passwd", "read the environment of the caller",
+                   "write", "create", "remove", "rename", "truncate", "make a folder",
+                   "create in the library", "kill the caller", "trace the caller", "run a program",
+                   "tcp", "unix socket", "abstract socket", "become root"],
+    "landlock": ["read", "read by libc", "read passwd", "read the environment of the caller",
+                 "write", "create", "remove", "rename", "make a folder", "create in the library",
+                 "run a program", "kill the caller", "trace the caller", "become root"],
+    "seccomp": ["kill the caller", "trace the caller", "tcp", "udp", "unix socket",
+                "abstract socket", "run a program", "run by system", "remove", "rename",
+                "truncate", "make a folder", "file in memory", "a new user namespace", "become root"],
+}
+
+
+def test_each_wall_holds_alone(one_wall, target, listening):
+    wall, executor = one_wall
+    runs = executor.run([escape(name, target, listening) for name in KEPT[wall]])
+    assert {name: run for name, run in zip(KEPT[wall], runs) if run.ok} == {}
+
+
+def test_weaker_walls_are_told_once(target):
+    with pytest.warns(RuntimeWarning, match="reach the network") as told:
+        executor = Executor(workers=2, timeout=2, _layers=("guards",))
+    assert len(told) == 1
+    with executor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [run.output for run in executor.run([("def f(x): return x", "1")] * 4)] == ["1"] * 4
+            loop, hog, reader, forker = executor.run([
+                (program(SWALLOW), ""), (RESOURCES["memory at once"][0], ""),
+                (program(ESCAPES["read"].format(secret=str(target / "secret"))), ""),
+                (program("return os.fork()", WALK), "")])
+            assert [loop.status, hog.status, reader.status, forker.ok] == ["timeout", "memory", "unsafe", False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Executor(workers=1).close()
+
+
+FORBIDDEN = {
+    "import": "import os\ndef f(): return 1",
+    "in a function": "def f():\n import socket\n return 1",
+    "from": "from os import path\ndef f(): return 1",
+    "submodule": "import os.path as p\ndef f(): return 1",
+    "relative": "from . import x\ndef f(): return 1",
+    "random": "import random\ndef f(): return 1",
+    "time": "from time import time\ndef f(): return 1",
+    "datetime": "import datetime\ndef f(): return 1",
+    "threading": "import threading\ndef f(): return 1",
+    "hashlib": "import hashlib\ndef f(): return 1",
+    "sys": "import sys\ndef f(): return sys.maxsize",
+    "not installed": "import numpy as np\ndef f(): return 1",
+    "module of a module": "from statistics import random\ndef f(): return 1",
+    "in a dead branch": "def f():\n if 0: import os\n return 1",
+    "in a try": "try: import ctypes\nexcept BaseException: pass\ndef f(): return 1",
+    "__import__": "def f(): return __import__('os').getcwd()",
+    "by another name": "g = __import__\ndef f(): return g('os').getcwd()",
+    "in exec": "def f():\n exec('import os')\n return 1",
+    "in eval": "def f(): return eval('__imp' + 'ort__')('os').getcwd()",
+    "in exec, swallowed": "def f():\n try: exec('import os')\n except BaseException: pass\n return 1",
+    "builtins by name": "def f(): return vars(__builtins__)['open']('/etc/passwd').read(1)",
+    "importlib": "import importlib\ndef f(): return importlib.import_module('os')",
+    "subclasses": "def f(): return len(().__class__.__base__.__subclasses__())",
+    "subclasses by name": "def f():\n s = getattr(object, '__sub' + 'classes__')()\n"
+                          " c = [c for c in s if c.__name__ == '_wrap_close'][0]\n"
+                          " return getattr(c.__init__, '__glo' + 'bals__')['system']('true')",
+    "frames": "def f():\n try: 1 / 0\n except Exception as e: return e.__traceback__.tb_frame.f_back",
+    "open": "def f(): return open('/etc/passwd').read(1)",
+    "open, swallowed": "def f():\n try: open('x')\n except BaseException: pass\n return 1",
+    "input()": "def f(): return input()",
+    "ctypes": program("return libc.getpid()", WALK),
+    "unicode": "def f(): return __ｉmport__('os')",
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_forbidden_is_unsafe(box, name):
+    for result in box.run([(FORBIDDEN[name], "")]) + box.validate([(FORBIDDEN[name], "")]):
+        assert result.status == "unsafe", result
+
+
+@pytest.mark.parametrize("argument", [
+    "__import__('os').getpid()", "open('/etc/passwd').read()", "().__class__.__base__.__subclasses__()",
+    "exec('import os')", "[c for c in getattr(object, '__subclasses__')() if c.__name__ == 'Popen']"
+    "[0](['true'])", "*[__import__('os')]", "a=__import__('sys')"])
+def test_forbidden_inputs_are_refused(box, argument):
+    assert one(box, "def f(*a, **k): return 1", argument).status in ("unsafe", "error")
+
+
+# -- forged results -----------------------------------------------------------------------------
+
+def test_an_input_cannot_touch_the_program(bare):
+    """The answers of an abduction task are inputs; whoever writes them knows the wanted output."""
+    patch = "(exec(%r), 1)[1]"
+    text = "def f(x): return len([x, x]) + 40"
+    for attack in ["def f(x): return 0", "import builtins; builtins.len = lambda x: 0",
+                   "print.__self__.len = lambda x: 0", WALK + "modules['program'] = 1",
+                   WALK + "for fd in range(3, 64):\n try: os.write(fd, b'ok\\0\\0\\0' + b'1')\n"
+                   " except OSError: pass\nos._exit(0)",
+                   WALK + "os._exit(0)"]:
+        run = one(bare, text, patch % attack)
+        assert not run.ok or run.output == "42", run
+
+
+def test_a_forged_call_is_only_literals(bare):
+    """An input that takes over its process still only says what the arguments are."""
+    forge = WALK + """
+frame = modules['sys']._getframe()
+while frame:
+    for value in list(frame.f_locals.values()):
+        if type(value).__name__ == '_Report':
+            value('ok', '', %r)
+    frame = frame.f_back
+"""
+    text = "def f(*a, **k): return [a, k]"
+    for payload, wanted in [("((1,), {'x': 2})", "[(1,), {'x': 2}]"), ("99", None), ("((1,), {2: 3})", None),
+                            ("((1,), {}, 3)", None), ("([1], {})", None), ("not a literal", None)]:
+        run = one(bare, text, "(exec(%r, {}), 1)[1]" % (forge % payload))
+        assert (run.output if run.ok else None) == wanted, run
+        assert one(bare, "def f(): return 1", "").output == "1"      # and the worker is well
+
+
+def test_results_are_canonical_or_unsafe(bare):
+    forge = WALK + """
+def f():
+    frame = modules['sys']._getframe()
+    while frame:
+        for value in list(frame.f_locals.values()):
+            if type(value).__name__ == '_Report': value(%s)
+        frame = frame.f_back
+"""
+    for message in ["'ok', '', 'lambda: 1'", "'ok', '', '[1,2]'", "'ok', '', '[' * 90000", "'ok', '', ''",
+                    "'fine', '', '1'", "'ok', '', 'nan'", "'ok', '', '1' * 100001"]:
+        assert one(bare, forge % message).status == "unsafe"
+    assert one(bare, forge % "'ok', '', '(1,)'").output == "(1,)"    # no more than a return could
+
+
+def test_writing_on_every_descriptor_forges_nothing(bare):
+    body = "for fd in range(1024):\n    try: os.write(fd, b'ok\\0\\0\\x001' * %d)\n    except OSError: pass\n%s"
+    for count in (1, 100_000):
+        for end in ("return 1", "os._exit(0)"):
+            assert one(bare, program(body % (count, end), WALK)).status in ("unsafe", "timeout", "error")
+    close = program("for fd in range(1024):\n    try: os.close(fd)\n    except OSError: pass\nreturn 1", WALK)
+    assert one(bare, close).status in ("killed", "error")
+
+
+def test_a_program_cannot_find_the_text_of_its_input(bare):
+    search = WALK + """
+def f(x):
+    frame, found = modules['sys']._getframe(), []
+    while frame:
+        found += [k for k, v in frame.f_locals.items() if isinstance(v, (str, bytes)) and 'mar' + 'ker' in str(v)]
+        frame = frame.f_back
+    found += [v for v in modules['gc'].get_objects() if isinstance(v, str) and v.startswith('mar' + 'ker')]
+    return found
+"""
+    assert one(bare, search, "len('marker')").output == "[]"
+
+
+def test_hostile_classes_are_not_asked(box):
+    for text in ["class A:\n __class__ = int\n def __eq__(s, o): return True\ndef f(): return A()",
+                 "class A(str):\n def __eq__(s, o): return True\n __hash__ = str.__hash__\ndef f(): return A('x')",
+                 "class A(dict):\n def items(s): return [(1, 2)]\ndef f(): return [A()]",
+                 "class M(type):\n def __eq__(s, o): return True\n def __hash__(s): return hash(int)\n"
+                 "class A(metaclass=M): pass\ndef f(): return A()"]:
+        assert one(box, text).status == "unrepresentable"
+
+
+# -- state -------------------------------------------------------------------------------------
+
+def test_nothing_is_seen_by_the_next_run():
+    spoil = WALK + """
+def f():
+    b = print.__self__
+    for name in ('len', 'repr', 'isinstance', 'type', 'sorted', 'range', '__import__', 'ValueError'):
+        setattr(b, name, None)
+    sys = modules['sys']
+    sys.setrecursionlimit(50)
+    modules['math'].pi = 3
+    modules['json'].dumps = modules['os'].fork = None
+    modules['mark'] = 1
+    modules['collections'].Counter.mark = 1
+    libc.setlocale(6, b'tr_TR.UTF-8')
+    os.environ['MARK'] = '1'
+    modules['signal'].signal(14, 1) if 'signal' in modules else None
+    os.umask(0)
+    modules['decimal'].getcontext().prec = 3
+    return 1
+"""
+    look = ("import math, json, collections, decimal\n"
+            "def rec(n): return rec(n - 1) if n else 0\n"
+            "def f(): return (len('ab'), math.pi > 3.1, json.dumps(1), rec(800), 'I'.lower(), "
+            "hasattr(collections.Counter, 'mark'), decimal.getcontext().prec, sorted({'a', 'b', 'c'}) == "
+            "sorted(['c', 'b', 'a']), hash('abc'), list({'x', 'y', 'z', 'w'}))")
+    with quiet(workers=1, timeout=2, _layers=LAYERS[:3]) as executor:
+        before, *spoilt = executor.run([(look, "")] + [(spoil, "")] * 3)
+        assert executor.run([(look, "")])[0].output == before.output and before.ok
+        assert {run.status for run in spoilt} <= {"ok", "error", "killed"}
+    with Executor(workers=2, timeout=2) as executor:     # and the same in another Executor
+        assert executor.run([(look, "")])[0].output == before.output
+
+
+# -- validity ----------------------------------------------------------------------------------
+
+SIBLING = "def f(%s): return %s"
+NONDETERMINISTIC = {
+    "order of a set": "def f(): return list({'alpha', 'beta', 'gamma', 'delta'})",
+    "order of letters": "def f(): return ''.join(set('abcdefgh'))",
+    "order of views": "def f(): return list({'alpha': 1, 'beta': 2, 'gamma': 3, 'delta': 4}.keys() - ['x'])",
+    "hash": "def f(): return hash('a')",
+    "hash of a tuple": "def f(): return hash(('a', 1)) % 1000",
+    "id": "def f(): return id(object())",
+    "id of None": "def f(): return id(None)",
+    "order of ids": "def f():\n a, b = [], []\n return id(a) < id(b)",
+    "repr": "def f(): return repr(object())",
+    "str of a function": "def f(): return str(f)",
+    "hash of an object": "def f(): return hash(object())",
+    "address in a message": "class A: pass\ndef f(): return str(A()).split('at')[1]",
+    "random": "import statistics\ndef f(): return statistics.NormalDist().samples(1)[0]",
+    "random inside a module": "import statistics\ndef f(): return getattr(statistics, 'random').random()",
+}
+HIDDEN = {                      # past the guards
+    "clock": "return modules['time'].time()",
+    "performance counter": "return modules['time'].perf_counter()",
+    "process id by urandom": "return os.urandom(8)",
+    "stat": "return os.stat('/').st_ino, modules['time'].monotonic_ns()",
+    "address of libc": "return ctypes.addressof(ctypes.c_int.in_dll(libc, 'stdout'))",
+}
+
+
+@pytest.mark.parametrize("name", NONDETERMINISTIC)
+def test_nondeterminism_is_found(box, name):
+    assert box.validate([(NONDETERMINISTIC[name], "")])[0].status == "nondeterministic"
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_nondeterminism_is_found_or_refused(box, bare, name):
+    text = program(HIDDEN[name], WALK)
+    assert bare.validate([(text, "")])[0].status == "nondeterministic"
+    assert not box.validate([(text, "")])[0].ok
+
+
+def test_addresses_differ_where_the_system_does_not_randomize_them():
+    if not shutil.which("setarch") or subprocess.run(["setarch", "-R", "true"]).returncode:
+        pytest.skip("setarch -R does not work here")
+    script = ("from executor import Executor\nwith Executor(workers=1) as e:\n"
+              " print([r.status for r in e.validate([('def f(): return repr(object())', ''),"
+              "('def f(): return id(None)', '')])])")
+    out = subprocess.run(["setarch", "-R", sys.executable, "-c", script], cwd=HERE, text=True,
+                         capture_output=True, timeout=60)
+    assert out.stdout.strip() == "['nondeterministic', 'nondeterministic']", out
+
+
+def test_what_fails_at_times_is_not_valid(box):
+    first = int(one(box, "def f(): return hash('a')").output)
+    text = f"def f():\n if hash('a') != {first}: raise ValueError\n return 1"
+    assert one(box, text).ok
+    assert box.validate([(text, "")])[0].status == "nondeterministic"
+
+
+def test_values_of_other_order_are_the_same(box):
+    text = "def f(words): return {w: len(w) for w in set(words)}"
+    assert box.validate([(text, "['alpha', 'beta', 'gamma', 'delta', 'epsilon']")])[0].ok
+
+
+# -- faults ------------------------------------------------------------------------------------
+
+def test_killed_workers_are_replaced_and_no_job_is_lost():
+    with Executor(workers=2, timeout=10) as executor:
+        jobs = [("def f(x):\n for i in range(300000): pass\n return x", str(i)) for i in range(40)]
+        killer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
+            import os, time
+            for _ in range(4):
+                time.sleep(0.15)
+                for name in filter(str.isdigit, os.listdir('/proc')):
+                    try:
+                        with open(f'/proc/{{name}}/stat') as file:
+                            parent = int(file.read().rpartition(')')[2].split()[1])
+                    except OSError:
+                        continue
+                    if parent == {os.getpid()} and int(name) != os.getpid():
+                        with open(f'/proc/{{name}}/cmdline') as file:
+                            if 'sandbox' in file.read():
+                                os.kill(int(name), 9)
+                                break
+            """)])
+        runs = executor.run(jobs)
+        assert killer.wait() == 0
+        assert len(runs) == 40 and {run.status for run in runs} <= {"ok", "killed"}
+        assert all(run.output == str(i) for i, run in enumerate(runs) if run.ok)
+        assert sum(run.ok for run in runs) >= 30
+        assert {run.status for run in executor.run(jobs)} == {"ok"}
+
+
+def test_a_worker_that_dies_at_rest_is_replaced():
+    with Executor(workers=1) as executor:
+        for pid in descendants(os.getpid()):
+            with open(f"/proc/{pid}/cmdline") as file:
+                if "_work" in file.read():
+                    os.kill(pid, signal.SIGKILL)
+        assert one(executor, "def f(): return 1").output == "1"
+
+
+def test_interrupt_leaves_a_usable_executor():
+    script = textwrap.dedent("""
+        import signal, sys, threading, os
+        from executor import Executor
+        loop = ("def f():\\n while True: pass", "")
+        with Executor(workers=2, timeout=30) as executor:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                executor.run([loop] * 4)
+                print("not interrupted")
+            except KeyboardInterrupt:
+                print(executor.run([("def f(x): return x", "1")] * 4)[3].output)
+        """)
+    out = subprocess.run([sys.executable, "-c", script], cwd=HERE, text=True, capture_output=True, timeout=60)
+    assert out.stdout == "1\n" and out.stderr == "", out
+
+
+@pytest.mark.parametrize("layers", [LAYERS, ("guards",)], ids=["walls", "no walls"])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_the_caller(end, layers):
+    script = textwrap.dedent(f"""
+        import warnings
+        warnings.simplefilter("ignore")
+        from executor import Executor
+        executor = Executor(workers=2, timeout=60, _layers={layers!r})
+        print("ready", flush=True)
+        executor.run([("def f():\\n while True: pass", "")] * 2)
+        """)
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)
+    assert caller.stdout.readline() == "ready\n"
+    assert wait_for(lambda: len(descendants(caller.pid)) >= 4)
+    below = descendants(caller.pid)
+    caller.send_signal(end)
+    caller.wait(10)
+    caller.stdout.close()
+
+    def alive(pid):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+    assert wait_for(lambda: not any(map(alive, below))), [pid for pid in below if alive(pid)]
+
+
+def test_daemons_do_not_outlive_their_run():
+    """Where no wall forbids a fork: as another user's program on a system without any."""
+    daemon = program("""
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                while True: pass
+            os._exit(0)
+        return 1
+        """, WALK + "modules['resource'].setrlimit = lambda *a: None\n")
+    with quiet(workers=1, timeout=2, _layers=()) as executor:
+        run = one(executor, daemon)
+        idle = descendants(os.getpid())
+        assert run.status in ("ok", "error")
+        assert wait_for(lambda: len(descendants(os.getpid())) <= len(idle))
+        for pid in descendants(os.getpid()):
+            with open(f"/proc/{pid}/stat") as file:
+                assert file.read().rpartition(")")[2].split()[0] == "S"
+
+
+def test_ten_thousand_runs_leak_nothing():
+    work = ("def f(x): return x * 2", "21")
+    bad = ("def f(x): return x", "open('x')")
+    with Executor(workers=2) as executor:
+        executor.run([work, bad] * 200)
+        files, processes, size = len(os.listdir("/proc/self/fd")), descendants(os.getpid()), memory()
+        workers = {pid: resident(pid) for pid in processes}
+        for _ in range(10):
+            runs = executor.run([work] * 990 + [bad] * 10)
+            assert {run.output for run in runs[:990]} == {"42"}
+        assert len(os.listdir("/proc/self/fd")) == files
+        assert descendants(os.getpid()) == processes
+        assert memory() - size < 10 << 20
+        assert all(resident(pid) - workers[pid] < 10 << 20 for pid in processes)
+    assert wait_for(lambda: not processes & descendants(os.getpid()))
+
+
+def resident(pid):
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_it_starts_fast_and_alone():
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import sys, time
+        import executor
+        heavy = {"torch", "numpy", "tasks", "rewards", "azr"} & set(sys.modules)
+        times = []
+        for _ in range(3):
+            start = time.monotonic()
+            with executor.Executor(workers=2) as box:
+                box.run([("def f(): return 1", "")])
+                times.append(time.monotonic() - start)
+        print(heavy or min(times))
+        """)], cwd=HERE, text=True, capture_output=True, timeout=60)
+    assert float(out.stdout) < 2.0, out           # half a second on an idle machine; this may be busy
+
+
+# -- another user --------------------------------------------------------------------------------
+
+def everyones_python():
+    """An interpreter that any user can start."""
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        code = "import sys; print(sys.version_info >= (3, 10))"
+        if os.path.exists(path) and subprocess.run([path, "-c", code], capture_output=True,
+                                                   text=True).stdout == "True\n":
+            return path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_an_unprivileged_user_gets_the_same(tmp_path, target, listening):
+    python = everyones_python()
+    if not python:
+        pytest.skip("no interpreter that another user can start")
+    names = [name for name in ESCAPES if name != "descriptors that are not null"]
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(module._HERE, home / "executor.py")
+    (home / "jobs").write_text(json.dumps([escape(name, target, listening) for name in names]))
+    for path in [home, *home.iterdir(), *tmp_path.parents[:3], tmp_path]:
+        os.chmod(path, os.stat(path).st_mode | 0o755)
+    script = textwrap.dedent("""
+        import json, os, sys, warnings
+        os.setgroups([]); os.setgid(65533); os.setuid(65533)
+        from executor import Executor
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            executor = Executor(workers=2, timeout=1, _layers=sys.argv[1].split(","))
+        with executor:
+            runs = executor.run(json.load(open("jobs")))
+            good = executor.validate([("def f(x): return x", "[1] * 2"), ("def f(): return repr(object())", "")])
+        print(json.dumps([[str(w.message) for w in told], [r.status for r in runs], [r.status for r in good]]))
+        """)
+    for layers in ("namespaces,landlock,seccomp", "landlock,seccomp"):
+        out = subprocess.run([python, "-c", script, layers], cwd=home, text=True, capture_output=True,
+                             timeout=120)
+        told, statuses, good = json.loads(out.stdout or "0") or pytest.fail(out.stderr)
+        assert told == [] and good == ["ok", "nondeterministic"]
+        assert {name: status for name, status in zip(names, statuses) if status == "ok"} == {}
