@@ -272,6 +272,16 @@ def test_paper_values_and_that_a_flag_beats_them(tmp_path):
         64, 8, 6, 10, 6144, 8096, 1e-6, 16384, False, 3)
 
 
+def test_readme_names_every_flag_with_its_defaults():
+    readme = (ROOT / "README.md").read_text()
+    for name, (tiny, card, paper, text) in train.KNOBS.items():
+        cells = " | ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in (tiny, card, paper))
+        assert f"| `--{name.replace('_', '-')}` | {cells} | {text} |" in readme
+    for name in train.DEFAULTS:
+        flag = {"train_proposer": "no-train-proposer", "dedup": "no-dedup"}.get(name, name).replace("_", "-")
+        assert f"`--{flag}`" in readme, flag
+
+
 @pytest.mark.parametrize("flags", [["--no-train-proposer", "--samples", "0"], ["--references", "0", "--types", "deduction"],
                                    ["--train-on-estimates", "--types", "abduction,induction", "--shuffle-rewards"], ["--lora-rank", "0", "--lr", "1e-4"]])
 def test_ablations_run(tmp_path, capsys, flags):

@@ -12,7 +12,6 @@ machine give the same files.
 """
 
 import argparse
-import ast
 import functools
 import json
 import os
