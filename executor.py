@@ -14,8 +14,8 @@ What becomes of each kind of attack (L: what a Linux with all walls does)
   loops, powers, regular     'timeout': killed from outside, after `timeout` seconds of its own
   expressions, sleeping      time; waiting for a core is not counted (/proc/<pid>/schedstat)
   memory                     'memory', a limit on address space; a program may catch MemoryError
-  threads, forks, daemons    fail (a limit of no processes, seccomp); whatever is left dies with its run,
-                             whatever runs dies with its worker, and the workers with the caller
+  threads, forks, daemons    fail (a limit of no processes, seccomp); what is left dies with its
+                             run, runs die with their worker, and workers with the caller
   output: flood, huge, deep, printed text goes nowhere; values over 100,000 characters or 80 levels,
   endless or lying repr      or of classes that are not plain data: 'unrepresentable', never cut
   os._exit, crashes, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
@@ -42,9 +42,11 @@ import ast
 import builtins
 import collections
 import ctypes
+import functools
 import gc
 import importlib
 import json
+import marshal
 import os
 import re
 import select
@@ -65,8 +67,8 @@ __all__ = ["Executor", "Execution", "parse_literal", "literal", "same", "ALLOWED
 ALLOWED = frozenset("""
     __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses
     decimal difflib enum fractions functools graphlib heapq html itertools json keyword math
-    numbers operator pprint re reprlib statistics string struct textwrap types typing unicodedata
-    zlib""".split())
+    numbers operator pprint re reprlib statistics string struct textwrap types typing
+    unicodedata""".split())
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -281,8 +283,9 @@ def _parse_call(text):
 def literal(value, limit=MAX_TEXT):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has
     one text. Dicts keep their order, sets are sorted. Counter, OrderedDict and defaultdict, which
-    programs return all the time, are told as the dict that they are equal to. Raises ValueError, with one line, for a value that does not come back equal (nan,
-    any other class), and for a text over `limit` characters or more than MAX_DEPTH deep.
+    programs return all the time, are told as the dict that they are equal to. Raises ValueError,
+    with one line, for a value that does not come back equal (nan, any other class), and for a
+    text over `limit` characters or more than MAX_DEPTH deep.
     """
     return _write(value, 0, [limit], True)
 
@@ -363,10 +366,17 @@ def _name(kind):
 _SEEDS = (1, 2, 3, 4)          # hash seeds; run uses the first, so its results can be repeated
 _PATIENCE = 100                # a worker silent for this many timeouts, and a minute, is dead
 _HERE = os.path.abspath(__file__)
-_BOOT = ("import sys; sys.path[:] = [p for p in sys.path if p]; "
-         "source = open(sys.argv[1], encoding='utf-8').read(); "
+_BOOT = ("import sys, marshal; sys.path[:] = [p for p in sys.path if p]; "
          "scope = {'__name__': 'sandbox', '__file__': sys.argv[1]}; "
-         "exec(compile(source, 'sandbox', 'exec'), scope); scope['_work'](sys.argv[2])")
+         "exec(marshal.loads(sys.stdin.buffer.read(int(sys.argv[2]))), scope); "
+         "scope['_work'](sys.argv[3])")
+
+
+@functools.lru_cache(None)
+def _code():
+    """This file, compiled: workers that compile it start later, and grow, and fork more slowly."""
+    with open(_HERE, encoding="utf-8") as file:
+        return marshal.dumps(compile(file.read(), "sandbox", "exec", optimize=2))
 
 
 class Executor:
@@ -520,10 +530,14 @@ class _Worker:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-             json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+             str(len(_code())), json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             cwd="/", env=environment, start_new_session=True)
         self.replies = self.process.stdout.fileno()
         self.weak = None
+        try:
+            _write_all(self.process.stdin.fileno(), _code())
+        except BrokenPipeError:
+            pass                                      # it died: ready will say so
 
     def ready(self):
         """Waits for the end of its start; False if it died or does not come to life."""
@@ -589,7 +603,9 @@ _LAYERS = ("namespaces", "landlock", "seccomp", "guards")
 _NOBODY = 65534
 _REPORTS = ("ok", "syntax", "error", "memory", "unsafe", "unrepresentable")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-_LAZY = {"statistics"}         # imports random, which makes each fork a quarter slower
+# Seldom used, and each loaded module makes each fork slower: imported by the runs that do.
+_LAZY = {"statistics", "array", "cmath", "difflib", "graphlib", "html", "pprint", "textwrap",
+         "unicodedata", "__future__"}
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -659,6 +675,7 @@ class _Sandbox:
                 os._exit(1)
         gc.collect()
         gc.freeze()
+        self.attempt(self.call, "malloc_trim", 0)     # each page in use makes each fork slower
         quiet = self.alone or self.filter
         _send(replies, [promise for promise, kept in [
             ("reach the network", quiet), ("use more memory than its limit", bounded),
@@ -799,7 +816,7 @@ class _Sandbox:
 
     def warm_up(self):
         """Imports and first uses, once and not in each run."""
-        for name in sorted(ALLOWED - _LAZY - {"__future__"}):
+        for name in sorted(ALLOWED - _LAZY):
             importlib.import_module(name)
         warnings.simplefilter("ignore")
         # Different addresses and free lists in each worker, also where addresses are not random.
