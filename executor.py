@@ -530,8 +530,8 @@ class _Worker:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-             str(len(_code())), json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-            cwd="/", env=environment, start_new_session=True)
+             str(len(_code())), json.dumps(config)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, bufsize=0, cwd="/", env=environment, start_new_session=True)
         self.replies = self.process.stdout.fileno()
         self.weak = None
         try:
