@@ -44,7 +44,7 @@ KNOBS = {  #              tiny   24 GB   paper   what it is
     "buffer":            (16384, 16384,  16384, "tasks kept for each type; a full buffer evicts at random"),
     "max_prompt":        ( 512,   4096,   6144, "tokens of a prompt; references are dropped until it fits"),
     "max_response":      (  96,   2048,   8096, "tokens of a response; longer ones are cut and count as malformed"),
-    "lr":                (3e-4,   2e-5,   1e-6, "learning rate of AdamW (paper: of full fine-tuning)"),
+    "lr":                (1e-4,   2e-5,   1e-6, "learning rate of AdamW (paper: of full fine-tuning)"),
     "lora_rank":         (  32,     32,      0, "LoRA rank on all linear layers, alpha is twice it; 0 trains all weights"),
     "clip":              ( 0.2,    0.2,    0.2, "PPO's epsilon; with one update a step the ratio is 1"),
     "entropy_coef":      (0.001, 0.001,  0.001, "weight of the entropy bonus in the loss"),
