@@ -248,12 +248,12 @@ def _number(token):
         raise ValueError(f"not a number: {token[:20]!r}") from None
 
 
-def parse_literal(text, limit=MAX_TEXT):
+def parse_literal(text, limit=None):
     """The value of a Python literal: None, bool, int, float, complex, str, bytes, and tuples,
     lists, dicts and sets of these. Infinity is 1e309, the empty set set(). A bare `1, 2` is a
     tuple. Safe on hostile text, in any process. Raises ValueError, with one line, for all else.
     """
-    reader = _Reader(text, limit)
+    reader = _Reader(text, MAX_TEXT if limit is None else limit)
     values, comma = reader.items("", 0)
     if not values:
         raise ValueError("empty, not a literal")
@@ -280,14 +280,14 @@ def _parse_call(text):
     return tuple(args), kwargs
 
 
-def literal(value, limit=MAX_TEXT):
+def literal(value, limit=None):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has
     one text. Dicts keep their order, sets are sorted. Counter, OrderedDict and defaultdict, which
     programs return all the time, are told as the dict that they are equal to. Raises ValueError,
     with one line, for a value that does not come back equal (nan, any other class), and for a
     text over `limit` characters or more than MAX_DEPTH deep.
     """
-    return _write(value, 0, [limit], True)
+    return _write(value, 0, [MAX_TEXT if limit is None else limit], True)
 
 
 def same(a, b):
@@ -385,12 +385,16 @@ class Executor:
     timeout    seconds of one run, counted from its own start; time that it spends waiting for a
                core does not count, so that a busy machine gives the same verdicts as an idle one
     memory_mb  memory of one run, on top of the interpreter's
+    allow      modules that programs may import beside ALLOWED; what they can do, the walls of the
+               system must hold back alone
+    max_text   characters in a program, an input, or an output
 
     Use it as a context manager, or call close(). Not for several threads at once. Warns once, at
     the start, if this system denies the sandbox a wall; raises OSError where there is no fork.
     """
 
-    def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, _layers=None):
+    def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(),
+                 max_text=MAX_TEXT, _layers=None):
         if not hasattr(os, "fork"):
             raise OSError("the sandbox needs os.fork, which this system lacks")
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -398,7 +402,9 @@ class Executor:
         if self._size < 1 or timeout <= 0 or memory_mb < 1:
             raise ValueError("workers, timeout and memory_mb must be positive")
         self._timeout = timeout
-        self._config = [timeout, memory_mb, _LAYERS if _layers is None else _layers]
+        self._max_text = max_text
+        self._config = [timeout, memory_mb, _LAYERS if _layers is None else _layers,
+                        sorted(ALLOWED.union(allow)), max_text]
         self._pools = {seed: [] for seed in _SEEDS}
         self._closed = False
         weak = set()
@@ -451,7 +457,8 @@ class Executor:
                 first, suspect = results[i]
                 if second.status in ("ok", "error", "unrepresentable"):
                     if second.output == first.output or second.ok and same(
-                            parse_literal(first.output), parse_literal(second.output)):
+                            parse_literal(first.output, self._max_text),
+                            parse_literal(second.output, self._max_text)):
                         continue
                     second = Execution("nondeterministic", "", "two runs of it differ",
                                        second.seconds)
@@ -481,8 +488,9 @@ class Executor:
         for i, (program, text) in enumerate(jobs):
             if not (isinstance(program, str) and isinstance(text, str)):
                 raise TypeError("a job is a pair of str: program, input")
-            if max(len(program), len(text)) > MAX_TEXT:
-                results[i] = Execution("syntax", "", f"over {MAX_TEXT} characters", 0.0), False
+            if max(len(program), len(text)) > self._max_text:
+                results[i] = Execution(
+                    "syntax", "", f"over {self._max_text} characters", 0.0), False
             else:
                 queue.append(i)
         idle = list(self._pool(seed, min(self._size, len(queue))))
@@ -632,12 +640,15 @@ _WORKER_SYSCALLS = dict(
 
 def _work(config):
     """The whole life of a worker process."""
+    global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
+    *walls, allowed, MAX_TEXT, seed = json.loads(config)
+    ALLOWED = frozenset(allowed)
     requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
     os.environ.clear()
-    _Sandbox(requests, replies, *json.loads(config)).serve()
+    _Sandbox(requests, replies, *walls, seed).serve()
 
 
 class _Sandbox:
