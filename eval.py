@@ -12,19 +12,18 @@ import argparse
 import base64
 import contextlib
 import gzip
-import io
 import itertools
 import json
 import math
 import os
-import pickle
+import pickletools
 import re
 import select
 import subprocess
 import sys
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
@@ -41,6 +40,7 @@ HELDOUT = Path(__file__).resolve().parent / "tiny" / "heldout.jsonl"
 EVERYTHING = 1 << 30             # characters: no limit but memory
 TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
 MODULES = "sys io os random time datetime hashlib threading secrets calendar queue".split()  # that they need
+progress = partial(tqdm, leave=False, dynamic_ncols=True)
 
 
 # --- held-out tasks ---------------------------------------------------------------------------------
@@ -50,42 +50,27 @@ def load_heldout(path=HELDOUT, limit=None):
 
     limit: at most so many tasks of each type and split, the first ones.
     """
-    splits, count = defaultdict(list), defaultdict(int)
+    splits, count = defaultdict(list), Counter()
     try:
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                key = row["split"], row["type"]
-                count[key] += 1
-                if limit is None or count[key] <= limit:
-                    fields = {name: row[name] for name in Task.__dataclass_fields__ if name in row}
-                    splits[row["split"]].append(Task.from_dict(fields))
-    except OSError as error:
-        raise UsageError(f"cannot read the held-out tasks {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a file of held-out tasks (JSON lines with split, type and "
-                          f"the fields of a task): {error}") from error
+        for row in read_rows(Path(path)):
+            key = row["split"], row["type"]
+            count[key] += 1
+            if limit is None or count[key] <= limit:
+                fields = {name: row[name] for name in Task.__dataclass_fields__ if name in row}
+                splits[row["split"]].append(Task.from_dict(fields))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
+                         f"fields of a task): {error!r}") from error
     return dict(splits)
 
 
-def heldout_accuracy(policy, executor, tasks, cfg, greedy=True):
-    """Accuracy on held-out tasks. → {type: (accuracy, standard error, tasks)}
-
-    greedy: one greedy answer a task. Otherwise one at temperature 1, from a random stream of its
-    own, so that measuring more often does not change a run.
-    """
-    import torch
+def heldout_accuracy(policy, executor, tasks, cfg):
+    """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error, tasks)}"""
     from azr import solve
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        rollouts = solve(policy, executor, tasks, cfg, greedy=greedy)
-    scores = {}
-    for type in TASK_TYPES:
-        correct = [rollout.verdict == "correct" for rollout in rollouts if rollout.type == type]
-        if correct:
-            scores[type] = *mean_error(correct), len(correct)
-    return scores
+    correct = defaultdict(list)
+    for rollout in solve(policy, executor, tasks, cfg, greedy=True):
+        correct[rollout.type].append(rollout.verdict == "correct")
+    return {type: (*mean_error(correct[type]), len(correct[type])) for type in TASK_TYPES if type in correct}
 
 
 # --- figures ----------------------------------------------------------------------------------------
@@ -114,25 +99,23 @@ def pass_at_k(n, correct, k):
 
 def table(columns, title="held-out accuracy", markdown=False, means=None):
     """{column: {row: (accuracy, error, …)}} as text, with a further row for each mean in {name: rows}."""
-    rows = list(dict.fromkeys(row for scores in columns.values() for row in scores))
-    means = {"mean": rows} if means is None else means
+    rows = {row: [row] for scores in columns.values() for row in scores}
     lines = [[title, *columns]]
-    for row, members in {**{row: [row] for row in rows}, **means}.items():
-        cells = [[scores[name] for name in members if name in scores] for scores in columns.values()]
-        cells = [mean_score(dict(enumerate(cell))) if len(cell) == len(members) else None for cell in cells]
+    for row, members in (rows | ({"mean": list(rows)} if means is None else means)).items():
+        cells = [mean_score({name: scores[name] for name in members}) if {*members} <= {*scores} else None
+                 for scores in columns.values()]
         lines.append([row, *(f"{100 * c[0]:.1f} ± {100 * c[1]:.1f}" if c else "–" for c in cells)])
     return layout(lines, markdown)
 
 
 def layout(rows, markdown):
     """Rows of cells as a Markdown table, or with padded columns for a terminal."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    rows = [[str(cell).rjust(width) if i else str(cell).ljust(width) for i, (cell, width) in
-             enumerate(zip(row, widths))] for row in rows]
-    if not markdown:
-        return "\n".join("  ".join(row).rstrip() for row in rows)
-    rule = ["-" * (width - bool(i)) + ":" * bool(i) for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    rows = [[f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
+    if markdown:
+        rows.insert(1, ["-" * (width - bool(i)) + ":" * bool(i) for i, width in enumerate(widths)])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def score(problems, rows, verdicts):
@@ -143,47 +126,40 @@ def score(problems, rows, verdicts):
     n = min(map(len, samples.values()), default=1)
     wrong = [{"correct": False, "base": False, "well_formed": False}] * n
     answers = {problem.id: samples.get(problem.id, wrong) for problem in problems}
-    flat = [verdict for verdicts in answers.values() for verdict in verdicts]
+    correct = {id: [verdict["correct"] for verdict in verdicts] for id, verdicts in answers.items()}
+    passes = {k: mean_error([pass_at_k(len(flags), sum(flags), k) for flags in correct.values()])
+              for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
 
     def mean(name, items):
         values = [item[name] for item in items if item.get(name) is not None]
         return sum(values) / len(values) if values else None
-    passes = {k: mean_error([pass_at_k(len(flags), sum(flag["correct"] for flag in flags), k)
-                             for flags in answers.values()])
-              for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
+    flat = list(itertools.chain.from_iterable(answers.values()))
     return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
-            "unanswered": len(answers) - len(samples), "pass@k": {k: list(p) for k, p in passes.items()},
+            "unanswered": len(answers) - len(samples), "pass@k": passes,
             "base_tests": mean("base", flat), "well_formed": mean("well_formed", flat),
             "truncated": mean("truncated", rows), "response_tokens": mean("tokens", rows),
             "response_characters": sum(len(row["response"]) for row in rows) / max(1, len(rows)),
             "tokens": sum(row.get("tokens", 0) for row in rows),
-            "seconds": round(sum(row.get("seconds", 0) for row in rows), 1),
-            "correct": {key: [flag["correct"] for flag in flags] for key, flags in answers.items()}}
+            "seconds": round(sum(row.get("seconds", 0) for row in rows), 1), "correct": correct}
 
 
 def report(results, markdown=False):
     """{column: {benchmark: score}} as two tables: accuracies side by side, and the rest."""
     columns = {column: {name: (s["accuracy"], s["stderr"]) for name, s in scores.items()}
                for column, scores in results.items()}
-    if len(columns) == 2:  # both answered the same problems: the error of the mean of differences is smaller
-        base, other = results.values()
-        columns["difference"] = {name: mean_error([
-            sum(other[name]["correct"][key]) / len(other[name]["correct"][key]) - sum(flags) / len(flags)
-            for key, flags in base[name]["correct"].items()]) for name in base}
     names = list(next(iter(results.values())))
-    groups = {group: [name for name in names if BENCHMARKS[name].group == group]
-              for group in ("heldout", *GROUPS)}
+    groups = {group: [name for name in names if BENCHMARKS[name].group == group] for group in GROUPS}
     means = {f"mean of {group}": members for group, members in groups.items() if len(members) > 1}
     lines = [["", "model", "tasks", "unanswered", "samples", "pass@k, %", "base tests", "well formed",
               "truncated", "length", "tokens", "seconds"]]
-    for name, (column, scores) in itertools.product(names, results.items()):
-        s = scores[name]
+    for name, column in itertools.product(names, results):
+        s = results[column][name]
         shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
                   for key in ("base_tests", "well_formed", "truncated")]
-        size, unit = (s["response_tokens"], "tokens") if s["tokens"] else (s["response_characters"], "chars")
+        unit = "tokens" if s["tokens"] else "characters"
         passes = ", ".join(f"{k}: {100 * value:.1f}" for k, (value, _) in s["pass@k"].items())
         lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares,
-                      f"{size:.0f} {unit}", s["tokens"], s["seconds"]])
+                      f"{s[f'response_{unit}']:.0f} {unit}", s["tokens"], s["seconds"]])
     return table(columns, "pass@1, %", markdown, means) + "\n\n" + layout(lines, markdown)
 
 
@@ -191,19 +167,18 @@ def report(results, markdown=False):
 
 @dataclass
 class Problem:
-    id: str            # "": the place in the file, or the column that the benchmark's entry names
+    id: str
     question: str
     gold: object       # a Task; a Program; or [answer, rough] for mathematics (see same_math)
-    strict: bool = False  # whether the answer must have the form that training asks for
 
 
 @dataclass
 class Program:
-    """What a program has to do. cases() → {"base" and "plus": [(suffix, entry, [(arguments, expected)])]}
+    """What a program has to do. cases() → {"base" and "plus": (suffix, entry, arguments, expected)}
 
-    suffix: code behind the answer; entry: an expression that is called with the arguments (the text of a
-    list), or None: the arguments are the text on standard input. expected: a value, or UNKNOWN: whatever
-    the benchmark's own solution returns.
+    suffix: code behind the answer; entry: an expression that is called with each of the arguments (texts
+    of lists), or None: the arguments are texts on standard input. expected: a value for each of them, or
+    None: what the benchmark's own solution returns.
     """
     name: str      # what the program must define; "" if it reads standard input
     prelude: str   # code before the answer
@@ -212,7 +187,6 @@ class Program:
     agree: object  # (output, expected, arguments) → whether the output is right
 
 
-UNKNOWN = object()
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 
 
@@ -222,12 +196,12 @@ def read_io(type, row):
     if name != "f":
         code, input = f"{code}\n\n\nf = {name}", input.strip().removeprefix(name).strip()[1:-1]
     task = Task(type, code, "" if type == "abduction" else input, row["output"])
-    return Problem("", solve_prompt(task), task)
+    return solve_prompt(task), task
 
 
 def read_function(row):
     """HumanEval+ and MBPP+: EvalPlus' release and its hub datasets, and the original HumanEval."""
-    prompt, test, id = row["prompt"], row.get("test") or "", str(row["task_id"])
+    prompt, test = row["prompt"], row.get("test") or ""
     name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
     opening = f"def {name}(" in prompt
     if opening:
@@ -238,30 +212,24 @@ def read_function(row):
     written = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     atol = row.get("atol") or max(map(float, written), default=0)
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
-    return Problem(f"Mbpp/{id}" if id.isdigit() else id, question, Program(
-        name, prompt if opening else "", own, partial(function_cases, row, name, test),
-        partial(ORACLES.get(name, close), atol=atol)))
+    return question, Program(name, prompt if opening else "", own, partial(function_cases, row, name, test),
+                             partial(ORACLES.get(name, close), atol=atol))
 
 
 def function_cases(row, name, test):
+    def calls(inputs):
+        return "", name, [literal(list(x), EVERYTHING) for x in inputs or ()], None
     if "base_input" in row:  # EvalPlus' release
         family, _, number = row["task_id"].partition("/")
         shape = next((f for ids, f in MBPP_SHAPES if family == "Mbpp" and number in ids.split()), list)
-        return {part: [("", name, [(literal(shape(x), EVERYTHING), UNKNOWN) for x in inputs or ()])]
-                for part, inputs in (("base", row["base_input"]), ("plus", row["plus_input"]))}
-    inputs, results = (re.search(rf"^ *{what} = (.*)$", test, re.M) for what in ("inputs", "results"))
+        return {part: calls(map(shape, row[f"{part}_input"] or ())) for part in ("base", "plus")}
+    inputs = re.search(r"^ *inputs = (.*)$", test, re.M)
     if not inputs:           # the original HumanEval
-        return {"base": [("\n" + test, f"lambda: check({name})", [("[]", None)])], "plus": []}
-    inputs = read_values(inputs[1])
-    expected = read_values(results[1]) if results else [UNKNOWN] * len(inputs)
-    expected = [UNKNOWN if len(repr(value)) > 20_000 else value for value in expected]  # CALL shortens those
+        return {"base": (f"\n{test}", f"lambda: check({name})", ["[]"], [None]), "plus": calls([])}
+    inputs = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
     asserts = "\n".join(["", *(row.get("test_imports") or []), *(row.get("test_list") or [])])
-    return {"base": [(asserts, "lambda: None", [("[]", None)])] if asserts.strip() else [],
-            "plus": [("", name, [(literal(list(x), EVERYTHING), y) for x, y in zip(inputs, expected)])]}
-
-
-def read_values(text):
-    return parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", text), EVERYTHING)
+    return {"base": (asserts, "lambda: None", ["[]"], [None]) if asserts else calls([]),
+            "plus": calls(inputs)}
 
 
 def read_contest(row):
@@ -270,35 +238,28 @@ def read_contest(row):
     task = (f"Complete this program. {FENCE}\n\n```python\n{row['starter_code'].rstrip()}\n```" if name else
             f"Write a Python program that reads from standard input and prints the answer. {FENCE}")
     cases = partial(contest_cases, name, row["public_test_cases"], row["private_test_cases"])
-    return Problem(row["question_id"], f"{row['question_content'].strip()}\n\n{task}",
-                   Program(name, PRELUDE, "", cases, same_value if name else same_print))
+    agree = partial(alike(lists), atol=0) if name else same_print
+    return f"{row['question_content'].strip()}\n\n{task}", Program(name, PRELUDE, "", cases, agree)
 
 
 def contest_cases(name, public, private):
-    def group(tests):
-        pairs = [(test["input"], test["output"]) for test in json.loads(tests)]
+    def calls(tests):
+        tests = json.loads(tests)
+        inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
         if not name:
-            return [("", None, pairs)]
-        pairs = [(literal(list(map(json.loads, i.split("\n"))), EVERYTHING), json.loads(o)) for i, o in pairs]
-        return [("", f"Solution().{name} if 'Solution' in globals() else {name}", pairs)]
-    return {"base": group(public), "plus": group(unpack(private))}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles that need no class or function; the others can run code."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"a file of tests asks for {module}.{name}")
+            return "", None, inputs, outputs
+        inputs = [literal(list(map(json.loads, text.split("\n"))), EVERYTHING) for text in inputs]
+        entry = f"Solution().{name} if 'Solution' in globals() else {name}"
+        return "", entry, inputs, list(map(json.loads, outputs))
+    return {"base": calls(public), "plus": calls(unpack(private))}
 
 
 def unpack(text):
     """LiveCodeBench's private tests: JSON, or base64 of zlib of a pickle of one str of JSON."""
     if text.lstrip().startswith("["):
         return text
-    data = zlib.decompressobj().decompress(base64.b64decode(text), EVERYTHING)
-    tests = PlainUnpickler(io.BytesIO(data)).load()
-    if not isinstance(tests, str):
-        raise ValueError("the private tests are no text")
+    pickled = zlib.decompress(base64.b64decode(text))  # read, never run: loading a pickle can run code
+    tests, = [value for code, value, _ in pickletools.genops(pickled) if "UNICODE" in code.name]
     return tests
 
 
@@ -311,60 +272,52 @@ def read_math(row, rough=False):
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return Problem("", f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", [str(answer), rough])
+    return f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", [str(answer), rough]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    group: str
-    kind: str        # of its answers: value, program or math
-    read: object     # row → Problem
-    repo: str        # on the Hugging Face hub
-    revision: str
-    aliases: str     # other names, also those of local files; without capitals and punctuation
-    id: str = "id"   # the column of a problem's own name; where there is none, its place counts
+    group: str       # heldout is ours; the paper's are io (in-distribution), code and math
+    read: object     # row → (question, gold), see Problem
+    repo: str = ""   # on the Hugging Face hub
+    revision: str = ""
+    aliases: str = ""  # other names, also those of local files; squashed
     split: str = "test"
     config: str | None = None
     files: tuple = ()  # in the repository, where it does not say itself which files are the split
 
 
-GROUPS = ("io", "code", "math")  # the paper's: in-distribution and out; heldout is ours
+GROUPS = ("heldout", "io", "code", "math")
 BENCHMARKS = {
-    **{f"heldout-{type}": Benchmark("heldout", "value", type, "", "", "") for type in TASK_TYPES},
-    "CRUXEval-I": Benchmark("io", "value", partial(read_io, "abduction"), "cruxeval-org/cruxeval",
+    **{f"heldout-{type}": Benchmark("heldout", type) for type in TASK_TYPES},
+    "CRUXEval-I": Benchmark("io", partial(read_io, "abduction"), "cruxeval-org/cruxeval",
                             "e536997e8381421cb107d285b4ae542aa12c6c31", "cruxeval"),
-    "CRUXEval-O": Benchmark("io", "value", partial(read_io, "deduction"), "cruxeval-org/cruxeval",
+    "CRUXEval-O": Benchmark("io", partial(read_io, "deduction"), "cruxeval-org/cruxeval",
                             "e536997e8381421cb107d285b4ae542aa12c6c31", "cruxeval"),
-    "LCB-Execution": Benchmark("io", "value", partial(read_io, "deduction"), "livecodebench/execution-v2",
-                               "e3bbac6d5da0043c4a0b4e4f4b678f1f6497cc86",
-                               "lcbexec livecodebenchexecution execution executionv2"),
-    "HumanEval+": Benchmark("code", "program", read_function, "evalplus/humanevalplus",
+    "LCB-Execution": Benchmark("io", partial(read_io, "deduction"), "livecodebench/execution-v2",
+                               "e3bbac6d5da0043c4a0b4e4f4b678f1f6497cc86", "lcbexec execution executionv2"),
+    "HumanEval+": Benchmark("code", read_function, "evalplus/humanevalplus",
                             "d32357cf319e50e9c8d8dab5ea876c72b0fd321b", "humaneval",
                             files=("data/test-00000-of-00001-5973903632b82d40.parquet",)),
-    "MBPP+": Benchmark("code", "program", read_function, "evalplus/mbppplus",
+    "MBPP+": Benchmark("code", read_function, "evalplus/mbppplus",
                        "b2d74c91837c3f2a20c1299ae98133cbe7cfa077", "mbpp"),
-    "LCB-Generation": Benchmark("code", "program", read_contest, "livecodebench/code_generation_lite",
-                                "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", "lcb livecodebench lcbgen "
-                                "livecodebenchgeneration codegeneration codegenerationlite",
-                                files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),  # v1 to v5
-    "AIME24": Benchmark("math", "math", read_math, "HuggingFaceH4/aime_2024",
-                        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "aime2024", split="train"),
-    "AIME25": Benchmark("math", "math", read_math, "math-ai/aime25",
-                        "563bb8404243c5f09de6ec262f2db674fe5bce9b", "aime2025"),
-    "AMC23": Benchmark("math", "math", read_math, "math-ai/amc23",
-                       "80815d37005feb82cd7f8fbc6901d5d3eff43057", "amc amc2023"),
-    "MATH500": Benchmark("math", "math", read_math, "HuggingFaceH4/MATH-500",
-                         "ff5b20257d8185524591543f8ff5993951537bb8", "math500", id="unique_id"),
-    "Minerva": Benchmark("math", "math", partial(read_math, rough=True), "math-ai/minervamath",
-                         "ee46ddc498933b1977577953250ca5c66be64f96", "minervamath", id="idx"),
-    "OlympiadBench": Benchmark("math", "math", read_math, "Hothan/OlympiadBench",
-                               "3b426ee1d587c71b495146dde9f3e995ee7ac59f", "olympiad", split="train",
-                               config="OE_TO_maths_en_COMP"),
+    "LCB-Generation": Benchmark("code", read_contest, "livecodebench/code_generation_lite",  # v1 to v5
+                                "0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+                                "lcb lcbgen codegeneration codegenerationlite",
+                                files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 6)))),
+    "AIME24": Benchmark("math", read_math, "HuggingFaceH4/aime_2024",
+                        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", split="train"),
+    "AIME25": Benchmark("math", read_math, "math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b"),
+    "AMC23": Benchmark("math", read_math, "math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", "amc"),
+    "MATH500": Benchmark("math", read_math, "HuggingFaceH4/MATH-500",
+                         "ff5b20257d8185524591543f8ff5993951537bb8"),
+    "Minerva": Benchmark("math", partial(read_math, rough=True), "math-ai/minervamath",
+                         "ee46ddc498933b1977577953250ca5c66be64f96", "minervamath"),
+    "OlympiadBench": Benchmark("math", read_math, "Hothan/OlympiadBench",
+                               "3b426ee1d587c71b495146dde9f3e995ee7ac59f", "olympiad",
+                               split="train", config="OE_TO_maths_en_COMP"),
 }
-
-
-def squash(text):
-    return re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus"))
+IDS = ("task_id", "unique_id", "id", "idx", "question_id")  # columns of a task's own name
 
 
 def names_of(name):
@@ -372,16 +325,21 @@ def names_of(name):
     return [squash(name), squash(name).removesuffix("plus"), *BENCHMARKS[name].aliases.split()]
 
 
+def squash(text):
+    """'AIME 2024' → 'aime24', 'MBPP+' → 'mbppplus'"""
+    text = re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus"))
+    return re.sub(r"20(?=2\d)", "", text).replace("livecodebench", "lcb")
+
+
 def chosen(text):
     """'code,AIME 2024' → the names of benchmarks, in the order of the table."""
     names = set()
-    for part in text.split(","):
-        wanted = {"all": GROUPS, "indistribution": ("io",)}.get(squash(part), (squash(part),))
-        found = [name for name, benchmark in BENCHMARKS.items() if benchmark.group in wanted]
-        found = found or [name for name in BENCHMARKS if wanted[0] in names_of(name)]
+    for part in map(squash, text.split(",")):
+        groups = {"all": GROUPS[1:], "indistribution": ["io"]}.get(part, [part])
+        found = [name for name in BENCHMARKS if BENCHMARKS[name].group in groups or part in names_of(name)]
         if not found:
-            raise UsageError(f"no benchmark {part.strip()!r}; there are {', '.join(BENCHMARKS)}, and the "
-                              "groups heldout, io (in-distribution), code, math and all")
+            raise UsageError(f"no benchmark {part!r}; there are {', '.join(BENCHMARKS)}, and the "
+                             "groups heldout, io (in-distribution), code, math and all")
         names.update(found)
     return [name for name in BENCHMARKS if name in names]
 
@@ -396,20 +354,21 @@ def load_benchmarks(names, data=None, limit=None, heldout=HELDOUT, split="easy")
             if split not in splits:
                 raise UsageError(f"no split {split!r} in {heldout}; it has {', '.join(splits)}")
             tasks = enumerate(task for task in splits[split] if task.type == benchmark.read)
-            problems[name] = [Problem(str(i), solve_prompt(task), task, strict=True) for i, task in tasks]
+            problems[name] = [Problem(str(i), solve_prompt(task), task) for i, task in tasks]
             continue
         try:
             if data and name not in files:
                 raise ValueError("no file there has its name")
             rows = itertools.chain.from_iterable(map(read_rows, files[name])) if data else hub_rows(benchmark)
-            found = []
+            problems[name] = []
             for place, row in enumerate(itertools.islice(rows, limit)):
-                found.append(benchmark.read(row))
-                found[-1].id = found[-1].id or str(row.get(benchmark.id, place))
-            if not found:
+                id = str(next((row[column] for column in IDS if column in row), place))
+                id = f"Mbpp/{id}" if name == "MBPP+" and id.isdigit() else id
+                problems[name].append(Problem(id, *benchmark.read(row)))
+            if not problems[name]:
                 raise ValueError("there are no tasks in it")
-            problems[name] = found
         except Exception as error:  # the hub's client, parquet and JSON have a hundred ways to fail
+            problems.pop(name, None)
             reason = (f"a task lacks {error}" if isinstance(error, KeyError) else str(error)).split("\n")[0]
             missing[name] = (
                 f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repo} --revision "
@@ -424,8 +383,8 @@ def local_files(data):
         raise UsageError(f"--data {data}: no such folder")
     aliases, files = {alias for name in BENCHMARKS for alias in names_of(name)}, defaultdict(list)
     for path in sorted(Path(data).rglob("*")):
-        if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")):
-            key = squash(str(Path(data).resolve().name / path.relative_to(data)).split(".json")[0])
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            key = squash(str(Path(data).resolve().name / path.relative_to(data)).split(".jsonl")[0])
             places = [(key.rfind(alias) + len(alias), len(alias), alias) for alias in aliases if alias in key]
             files[max(places, default=(0, 0, None))[2]].append(path)
     best = {name: next((alias for alias in names_of(name) if alias in files), None) for name in BENCHMARKS}
@@ -437,8 +396,6 @@ def read_rows(path):
         import pyarrow.parquet
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(64):
             yield from batch.to_pylist()
-    elif path.suffix == ".json":
-        yield from json.loads(path.read_text(encoding="utf-8"))
     else:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
@@ -462,20 +419,15 @@ def answer_text(response):
 
 
 def value_answer(problem, response):
-    """The literal or the input that a response gives, or None."""
-    type = problem.gold.type
+    """The literal or the input that a response gives, in the form of training or in another, or None."""
+    type, text = problem.gold.type, answer_text(response)
     answer = parse_answer(type, response)
-    if problem.strict:
-        return answer
-    if answer is None:  # made elsewhere, in another form
-        text = answer_text(response)
+    if answer is None:
         blocks = (fenced_blocks(text, ANSWER_TAG[type]) or fenced_blocks(text, r"\w*")
                   or re.findall(r"\[ANSWER\](.*?)\[/ANSWER\]", text, re.S))
         answer = blocks[-1].strip() if blocks else text.strip("` ") if text and "\n" not in text else None
-    called = answer and re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
-    if called and (type == "abduction" or called[2]):  # f(input) == output
-        answer = called[1 if type == "abduction" else 2]
-    return answer
+    called = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer or "", re.S)
+    return (called and called[1 if type == "abduction" else 2]) or answer  # f(input) == output
 
 
 def program_answer(problem, response):
@@ -489,7 +441,7 @@ def program_answer(problem, response):
     definition = rf"\b(?:def|class) +{name}\b|^{name} *="
     code = ([block for block in blocks if name and re.search(definition, block, re.M)] or blocks)[-1]
     future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
-    return f"{future}\n{problem.gold.prelude}\n{code.replace(future, '') if future else code}"
+    return f"{future}\n{problem.gold.prelude}\n{code.replace(future, '')}"
 
 
 def math_answer(_, response):
@@ -505,58 +457,45 @@ def math_answer(_, response):
 
 def boxed(text):
     """The content of the last \\boxed{…}, braces balanced, or None."""
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    opening, depth = text.find("{", start), 0
-    for place in range(opening, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1] != "\\" else 0
+    _, *boxes = re.split(r"\\(?:boxed|fbox)\{", text)
+    depth = 1
+    for brace in re.finditer(r"(?<!\\)[{}]", boxes[-1] if boxes else ""):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[opening + 1:place]
+            return boxes[-1][:brace.start()]
     return None
 
 
 # --- judges: ([Problem], [answer or None], executor) → one {"correct", "base"} for each, as they come ---
 
 def judge_values(problems, answers, executor):
-    yield from ({"correct": correct} for correct in
-                is_correct([problem.gold for problem in problems], answers, executor))
+    for correct in is_correct([problem.gold for problem in problems], answers, executor):
+        yield {"correct": correct}
 
 
 CALL = '''
-import zlib
-
 def plain(value):
     """A value as literals; what has none becomes a mark that equals only its like."""
-    if value is None or value is True or value is False:
-        return value
     if isinstance(value, int) and value.bit_length() > 14000:
-        return ("\\0int", value.bit_length(), value % (2 ** 61 - 1), value % 10 ** 9)
-    for kind in (int, float, complex, str, bytes):
-        if isinstance(value, kind):
-            return kind(value) if value == value else ("\\0nan",)
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return (set if kind is frozenset else kind)([plain(item) for item in value])
+        return ("\\0int", hex(value))
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
-    return ("\\0" + type(value).__name__, str(value)[:1000])
+    for kind in (list, tuple, set):
+        if isinstance(value, (set, frozenset) if kind is set else kind):
+            return kind([plain(item) for item in value])
+    for kind in (bool, int, float, complex, str, bytes):
+        if isinstance(value, kind):
+            return kind(value) if value == value else ("\\0nan",)
+    return value if value is None else ("\\0" + type(value).__name__, str(value)[:1000])
 
-def short(value):
+def short(value, limit):
     text = repr(value)
-    code = text.encode("utf-8", "backslashreplace")
-    return value if len(text) < 90000 else ("\\0long", len(text), zlib.crc32(code), zlib.adler32(code))
+    return value if len(text) < limit else ("\\0long", len(text), hash(text))  # the same in all runs
 
-def output(value):
-    if isinstance(value, list) and len(value) > 10000:
-        try:
-            return ("\\0list", len(value), hash(tuple(value)))  # all runs have the same seed
-        except TypeError:
-            pass
-    return short(plain(value))
-
-def f(source, entry, cases):
+def f(source, entry, limit, cases):
     scope = {"__name__": "program"}
     exec(source, scope)
-    return [output(eval(entry, scope)(*case)) for case in cases]
+    return [short(plain(eval(entry, scope)(*case)), limit) for case in cases]
 '''
 READ = '''
 import io, sys, threading
@@ -580,89 +519,76 @@ def f(source, text):
     sys.stdout.flush()
     return sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")
 '''
-PRELUDE = """\
-import bisect, collections, copy, functools, heapq, itertools, json, math, operator, re, string
-from bisect import *
-from collections import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import ceil, comb, dist, factorial, floor, gcd, hypot, inf, isqrt, lcm, log, log2, perm, pi, sqrt
-from typing import *
-"""  # contest programs are written where these names are known
+STARRED = "bisect collections functools heapq itertools math typing".split()
+PRELUDE = "\n".join([  # contest programs are written where these names are known
+    "import copy, json, operator, re, string, " + ", ".join(STARRED),
+    *(f"from {module} import *" for module in STARRED), "del pow  # the one of math\n"])
 
 
 def run_programs(executor, jobs):
-    """[(source, entry, [arguments])] → [[value] or None]: None if one of its calls gives no value.
+    """[(source, entry, [arguments], limit)] → [[value] or None]: None if one of its calls gives no value.
 
-    A hundred calls share a process. If they take too much time or room, the first is tried alone, so that
-    a program that never ends is soon given up, and then the halves of the rest. No job is run further once
-    a call of it has failed.
+    Of values longer than limit only a hash comes back. A hundred calls share a process. If they take too
+    much time or room, the first is tried alone, so that a program that never ends is soon given up, and
+    then the halves of the rest. No job is run further once a call of it has failed.
     """
-    results, failed, slow = [[None] * len(cases) for *_, cases in jobs], set(), set()
-    waiting = [[] for _ in jobs]
-    for pieces, (_, entry, cases) in zip(waiting, jobs):
-        start = size = 0
-        for stop, case in enumerate(cases, 1):
-            size += len(case)
-            if entry is None or size > 50_000 or stop - start == 100 or stop == len(cases):
-                pieces.append((start, stop))
-                start, size = stop, 0
+    results, waiting = [], []
+    for _, entry, arguments, _ in jobs:
+        places, size = range(len(arguments)), 100 if entry else 1
+        results.append([None] * len(places))
+        waiting.append([places[start:start + size] for start in places[::size]])
     while any(waiting):
-        now = [(i, *pieces.pop(0)) for i, pieces in enumerate(waiting)
-               for _ in range(min(1 if i in slow else 8, len(pieces)))]
-        runs = executor.run(run_text(*jobs[i], start, stop) for i, start, stop in now)
-        for (i, start, stop), run in zip(now, runs):
+        now = [(i, piece) for i, pieces in enumerate(waiting) for piece in pieces[:4]]
+        waiting = [pieces[4:] for pieces in waiting]
+        calls = []
+        for i, piece in now:
+            source, entry, arguments, limit = jobs[i]
+            source, texts = literal(source, EVERYTHING), arguments[piece.start:piece.stop]
+            calls.append((CALL, f"{source}, {entry!r}, {limit}, [{', '.join(texts)}]") if entry else
+                         (READ, f"{source}, {literal(texts[0], EVERYTHING)}"))
+        for (i, piece), run in zip(now, executor.run(calls)):
+            if results[i] is None:
+                continue
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
             values = values if jobs[i][1] else [values]
-            if run.ok and isinstance(values, list) and len(values) == stop - start:
-                results[i][start:stop] = values
-            elif run.status in ("timeout", "memory", "killed", "unrepresentable") and stop - start > 1:
-                middle = (start + 1 + stop) // 2
-                waiting[i][:0] = [piece for piece in ((start, start + 1), (start + 1, middle), (middle, stop))
-                                  if piece[0] < piece[1]]
-                slow.add(i)
+            if run.ok and isinstance(values, list) and len(values) == len(piece):
+                results[i][piece.start:piece.stop] = values
+            elif run.status in ("timeout", "memory", "killed", "unrepresentable") and len(piece) > 1:
+                middle = (len(piece) + 1) // 2
+                waiting[i][:0] = filter(None, (piece[:1], piece[1:middle], piece[middle:]))
             else:
-                failed.add(i)
-        for i in failed:
-            waiting[i] = []
-    return [None if i in failed else result for i, result in enumerate(results)]
-
-
-def run_text(source, entry, cases, start, stop):
-    source = literal(source, EVERYTHING)
-    if entry is None:
-        return READ, f"{source}, {literal(cases[start], EVERYTHING)}"
-    return CALL, f"{source}, {literal(entry)}, [{', '.join(cases[start:stop])}]"
+                results[i], waiting[i] = None, []
+    return results
 
 
 def judge_programs(problems, answers, executor):
     """By the benchmark's base tests; then, for those that pass, by the others."""
-    cases = {problem.id: problem.gold.cases() for problem in problems}
+    golds = {problem.id: problem.gold for problem in problems}
+    cases = {id: gold.cases() for id, gold in golds.items()}
     passed, base = [answer is not None for answer in answers], []
-
-    def runs(sources, part):  # {(place, number of a group of cases): its outputs, or None}
-        jobs = {(i, number): (source + suffix, entry, [arguments for arguments, _ in pairs])
-                for i, source in sources.items()
-                for number, (suffix, entry, pairs) in enumerate(cases[problems[i].id][part])}
-        return dict(zip(jobs, run_programs(executor, list(jobs.values()))))
     for part in ("base", "plus"):
-        first = {problem.id: i for i, (problem, good) in enumerate(zip(problems, passed)) if good}
-        own = runs({i: problems[i].gold.solution for id, i in first.items()
-                    if any(value is UNKNOWN for *_, pairs in cases[id][part] for _, value in pairs)}, part)
-        for (i, _), outputs in own.items():
-            if outputs is None:
-                tqdm.write(f"{problems[i].id}: the benchmark's own solution does not run in the sandbox, so "
-                           "every answer counts as wrong", file=sys.stderr)
-        left = {i: answers[i] for i, good in enumerate(passed) if good}
-        for (i, number), outputs in runs(left, part).items():
-            id, agree = problems[i].id, partial(agrees, problems[i].gold.agree)
-            arguments, values = zip(*cases[id][part][number][2]) if cases[id][part][number][2] else ((), ())
-            values = own.get((first[id], number), values)
-            passed[i] &= None not in (outputs, values) and all(map(agree, outputs, values, arguments))
+        left = [i for i, good in enumerate(passed) if good]
+        expected = {problems[i].id: cases[problems[i].id][part][-1] for i in left}
+        unknown = [id for id, values in expected.items() if values is None]
+        jobs = []
+        for id, source in [*((id, golds[id].solution) for id in unknown),
+                           *((problems[i].id, answers[i]) for i in left)]:
+            suffix, entry, arguments, values = cases[id][part]
+            jobs.append((source + suffix, entry, arguments, 10_000 if values is None else EVERYTHING))
+        outputs = run_programs(executor, jobs)
+        for id in unknown:
+            expected[id] = outputs.pop(0)
+            if expected[id] is None:
+                tqdm.write(f"{id}: the benchmark's own solution does not run in the sandbox, so every answer "
+                           "counts as wrong", file=sys.stderr)
+        for i, values in zip(left, outputs):
+            id = problems[i].id
+            passed[i] = None not in (values, expected[id]) and all(
+                map(partial(agrees, golds[id].agree), values, expected[id], cases[id][part][2]))
         base = base or list(passed)
     for problem, good, simple in zip(problems, passed, base):
-        yield {"correct": good, "base": simple if cases[problem.id]["base"] else None}
+        yield {"correct": good, "base": simple if cases[problem.id]["base"][2] else None}
+
 
 
 def agrees(agree, output, expected, arguments):
@@ -685,12 +611,13 @@ def near(a, b, atol):
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
-def as_set(output, expected, arguments, atol):
-    return set(output) == set(expected)
+def alike(view):
+    """Right if it looks the same to view."""
+    return lambda output, expected, arguments, atol: view(output) == view(expected)
 
 
-def is_some(output, expected, arguments, atol):  # a match object or a bool, either will do
-    return len({value if isinstance(value, bool) else value is not None for value in (output, expected)}) == 1
+def lists(value):
+    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def root(output, expected, arguments, atol):
@@ -713,8 +640,8 @@ def all_divisors(n):
 ORACLES = dict(
     find_zero=root, sum_div=or_else(lambda n: 0),
     **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                    "intersection_array find_dissimilar Diff".split(), as_set),
-    **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_some),
+                    "intersection_array find_dissimilar Diff".split(), alike(set)),
+    **dict.fromkeys("check_str text_match_three text_starta_endb".split(), alike(bool)),
     are_equivalent=or_else(lambda a, b: all_divisors(a) == all_divisors(b)),
     surface_Area=or_else(lambda base, height: round(base ** 2 + 2 * base * math.hypot(base / 2, height))),
     digit_distance_nums=or_else(lambda a, b: sum(abs(int(x) - int(y)) for x, y in itertools.zip_longest(
@@ -742,19 +669,12 @@ def tuples(value):
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
-def same_value(output, expected, arguments):
-    return lists(output) == expected
-
-
-def lists(value):
-    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def same_print(output, expected, arguments):
     """Line by line, without the spaces around; or the same numbers in a line."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
     return len(ours) == len(theirs) and all(a == b or [*map(Decimal, a.split())] == [*map(Decimal, b.split())]
                                             for a, b in zip(ours, theirs))
+
 
 
 # --- mathematics ------------------------------------------------------------------------------------
@@ -772,9 +692,9 @@ class MathJudge:
 
     def __call__(self, gold, answer, rough=False):
         if not self.process:
-            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-            self.process = subprocess.Popen([sys.executable, "-c", code + "import eval; eval.serve_math()"],
-                                            bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen([sys.executable, "-c", "import eval; eval.serve_math()"],
+                                            cwd=Path(__file__).parent, bufsize=0, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE)
             self.process.stdout.readline()  # it is ready
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([gold, answer, rough]).encode() + b"\n")
@@ -801,10 +721,9 @@ def serve_math():
     same_math("a", "b")  # imports
     print(flush=True, file=results)
     for line in sys.stdin:
-        try:
+        verdict = False
+        with contextlib.suppress(Exception):  # formulas that make no sense raise whatever there is
             verdict = same_math(*json.loads(line))
-        except Exception:  # math-verify and sympy raise whatever there is on formulas that make no sense
-            verdict = False
         print(json.dumps(verdict), flush=True, file=results)
 
 
@@ -822,14 +741,15 @@ def same_math(gold, answer, rough=False):
     Tuples, intervals, sets and lists are compared part by part here, texts by the letter, and single
     formulas by math-verify, which takes (1, 2) for an interval and words for products of letters.
     """
-    gold, answer = tidy(gold), tidy(answer)
+    texts = tidy(gold), tidy(answer)
+    names = [re.match(r"([a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=(?=[^=<>]+$)", text) for text in texts]
+    if all(names) or any(names) and "".join(texts).count("=") == 1:  # x = 5 is 5, and it is not y = 5
+        if all(names) and squeeze(names[0][1]) != squeeze(names[1][1]):
+            return False
+        texts = [tidy(text[name.end():] if name else text) for name, text in zip(names, texts)]
+    gold, answer = texts
     if not gold or not answer or squeeze(gold) == squeeze(answer):
         return gold != "" and answer != ""
-    sides = [re.fullmatch(r"([a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=([^=<>]+)", text)
-             for text in (gold, answer)]
-    if all(sides) or any(sides) and (gold + answer).count("=") == 1:  # x = 5 is 5, and it is not y = 5
-        return (not all(sides) or squeeze(sides[0][1]) == squeeze(sides[1][1])) and same_math(
-            *(side[2] if side else text for side, text in zip(sides, (gold, answer))), rough)
     if re.fullmatch(WORDS + r"\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*", gold):
         said, meant = (re.sub(r"[^a-z0-9]", "", re.sub(WORDS, "", text).lower()) for text in (answer, gold))
         return said == meant
@@ -849,12 +769,12 @@ def same_math(gold, answer, rough=False):
         return False
     if re.search(r"\d_\{?\d", gold + answer):  # digits in another base, and the texts differ
         return False
-    numbers = [re.fullmatch(r"([-+]?\d*\.?\d+)(?:\\(?:times|cdot)10\^\{?([-+]?\d+)\}?)?", squeeze(text))
+    numbers = [re.sub(r"\\(?:times|cdot)10\^\{?([-+]?\d+)\}?$", r"e\1", re.sub(r"\s", "", text))
                for text in (gold, answer)]
-    if all(numbers) and (rough or not (numbers[0][2] or numbers[1][2])):
-        a, b = (Decimal(number[1]).scaleb(int(number[2] or 0)) for number in numbers)
-        last = Decimal(5).scaleb(int(numbers[0][2] or 0) - len(numbers[0][1].partition(".")[2]) - 1)
-        return abs(a - b) <= (min(abs(a) / 10000, last) if rough else 0)
+    if all(re.fullmatch(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", number) for number in numbers):
+        a, b = map(Decimal, numbers)
+        last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
+        return abs(a - b) <= (min(abs(a) / 10000, last_digit / 2) if rough else 0)
     from math_verify import LatexExtractionConfig, parse, verify
     gold, answer = (parse(f"$\\boxed{{{text}}}$", [LatexExtractionConfig()], parsing_timeout=None)
                     for text in (gold, answer))
@@ -862,16 +782,16 @@ def same_math(gold, answer, rough=False):
 
 
 def same_parts(kind, gold, other, answer, rough):
-    if kind != other and {kind, other} != {"", "{}"} or len(gold) != len(answer):
+    if kind != other and {kind, other} != {"", r"\{\}"} or len(gold) != len(answer):
         return False
     if kind[:1] in ("(", "["):
         return all(same_math(a, b, rough) for a, b in zip(gold, answer))
     left = list(answer)
     for item in gold:  # in any order, each once
-        match = next((i for i, candidate in enumerate(left) if same_math(item, candidate, rough)), None)
+        match = next((candidate for candidate in left if same_math(item, candidate, rough)), None)
         if match is None:
             return False
-        del left[match]
+        left.remove(match)
     return True
 
 
@@ -901,34 +821,36 @@ def split_unit(text):
 
 
 def parts(text):
-    """('()', ['1', '2']) of a tuple or an interval, '{}' of a set, '' of a list; None of a single formula."""
-    text = text.replace("\\{", "\x01").replace("\\}", "\x02")
-    if len(union := cut(text, "\\cup")) > 1:
+    r"""('()', ['1', '2']) of a tuple or an interval, '\{\}' of a set, '' of a list; None of one formula."""
+    if len(union := cut(text, r"\cup")) > 1:
         return "∪", union
-    if "\\pm" in text:
-        return "", list(dict.fromkeys(item for sign in "+-" for item in cut(text.replace("\\pm", sign), ",")))
-    kind = text[:1] + text[-1:]
-    whole = kind in ("()", "[]", "(]", "[)", "\x01\x02") and len(cut(text, "")) == 1
-    items, kind = cut(text[1:-1] if whole else text, ","), kind.replace("\x01\x02", "{}") if whole else ""
-    return (kind, items) if len(items) > 1 or kind == "{}" else None
+    if r"\pm" in text:
+        return "", list(dict.fromkeys(item for sign in "+-" for item in cut(text.replace(r"\pm", sign))))
+    opening, inner, closing = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", text, re.S).groups()
+    kind = opening + closing
+    if kind not in ("()", "[]", "(]", "[)", r"\{\}") or len(cut(text)) > 1:
+        kind, inner = "", text
+    items = cut(inner)
+    return (kind, items) if len(items) > 1 or kind == r"\{\}" else None
 
 
-def cut(text, separator):
-    """The pieces between separators that stand in no brackets; '' cuts behind each closed pair of them."""
-    pieces, start, depth = [], 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "([{\x01") - (letter in ")]}\x02")
-        if depth == 0 and (text.startswith(separator, place) if separator else letter in ")]\x02"):
-            pieces.append(text[start:place + (not separator)])
-            start = place + max(1, len(separator))
-    pieces.append(text[start:])
-    return [piece.strip().replace("\x01", "\\{").replace("\x02", "\\}") for piece in pieces if piece.strip()]
+def cut(text, separator=","):
+    """The pieces between separators that stand in no brackets."""
+    pieces, depth = [""], 0
+    for token in re.findall(r"\\cup(?![a-z])|\\?.", text, re.S):
+        depth += (token[-1] in "([{") - (token[-1] in ")]}")
+        if token == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 # --- an evaluation ----------------------------------------------------------------------------------
 
-KINDS = {"value": (value_answer, judge_values), "program": (program_answer, judge_programs),
-         "math": (math_answer, judge_math)}
+JUDGES = {"heldout": (lambda problem, response: parse_answer(problem.gold.type, response), judge_values),
+          "io": (value_answer, judge_values), "code": (program_answer, judge_programs),
+          "math": (math_answer, judge_math)}
 
 
 def sandbox(workers):
@@ -941,11 +863,11 @@ def sandbox(workers):
 
 def judge(name, problems, responses, executor):
     """[Problem], [response] → [{"correct", "base", "well_formed"}], in order."""
-    extract, verdicts_of = KINDS[BENCHMARKS[name].kind]
+    benchmark, verdicts = BENCHMARKS[name], []
+    extract, verdicts_of = JUDGES[benchmark.group]
     answers = list(map(extract, problems, responses))
-    size = 16 if BENCHMARKS[name].read is read_contest else 256  # contests have megabytes of tests
-    verdicts = []
-    for start in tqdm(range(0, len(problems), size), f"{name}: judge", leave=False, dynamic_ncols=True):
+    size = 16 if benchmark.read is read_contest else 256  # contests have megabytes of tests
+    for start in progress(range(0, len(problems), size), f"{name}: judge"):
         chunk = slice(start, start + size)
         verdicts += verdicts_of(problems[chunk], answers[chunk], executor)
     return [verdict | {"well_formed": answer is not None} for verdict, answer in zip(verdicts, answers)]
@@ -975,9 +897,8 @@ def answer(policy, name, problems, how, done=(), column="model"):
     todo = [problem for problem in problems if problem.id not in done]
     size = max(1, 128 // how.samples)
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tqdm(
-            total=len(problems), initial=len(problems) - len(todo), desc=f"{name}: {column}", unit="task",
-            leave=False, dynamic_ncols=True) as bar:
+    with torch.random.fork_rng(devices), progress(
+            desc=f"{name}: {column}", total=len(problems), initial=len(problems) - len(todo)) as bar:
         for chunk in (todo[start:start + size] for start in range(0, len(todo), size)):
             torch.manual_seed(zlib.crc32(f"{how.seed} {name} {chunk[0].id}".encode()))
             started = time.perf_counter()
@@ -986,9 +907,9 @@ def answer(policy, name, problems, how, done=(), column="model"):
                                  temperature=how.temperature or 1.0)
             seconds = (time.perf_counter() - started) / len(responses)
             for place, ids in enumerate(responses):
-                text, problem = policy.text(ids), chunk[place // how.samples]
-                yield {"column": column, "benchmark": name, "id": problem.id, "response": text,
-                       "tokens": len(ids), "seconds": round(seconds, 4),
+                text, id = policy.text(ids), chunk[place // how.samples].id
+                yield {"column": column, "benchmark": name, "id": id, "response": text, "tokens": len(ids),
+                       "seconds": round(seconds, 4),
                        "truncated": not (ids[-1] in policy.end_ids or "</answer>" in text)}
             bar.update(len(chunk))
 
@@ -999,25 +920,23 @@ def evaluate_benchmarks(policy, problems, max_response=2048, workers=None, templ
     scores = {}
     with sandbox(workers) as executor:
         for name, tasks in problems.items():
-            rows = list(answer(policy, name, tasks, how))
-            figures = score(tasks, rows, judge(name, tasks, [row["response"] for row in rows], executor))
+            figures = judged(name, tasks, list(answer(policy, name, tasks, how)), executor)
             scores[name] = figures["accuracy"], figures["stderr"], figures["n"]
     return scores
 
 
 def evaluate(options):
     given = read_answers(options.judge) if options.judge else {}
-    columns, model, length = ({"answers": None}, None, None) if given else models(options)
+    columns, model = ({"answers": None}, None) if given else models(options)
     names = chosen(options.benchmarks or ",".join(name for _, name in given) or "heldout")
     problems, missing = load_benchmarks(names, options.data, options.limit, options.heldout, options.split)
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     if not problems:
         raise UsageError("none of the benchmarks can be had, for the reasons above")
-    options.max_response = length
     kept = "run adapter template samples temperature seed max_response heldout split quantize dtype".split()
-    settings = {"model": model, **{name: getattr(options, name) for name in kept}}
-    settings = {"judge": options.judge} if given else settings
+    settings = {"judge": options.judge} if given else {
+        "model": model, **{name: getattr(options, name) for name in kept}}
     stem = Path(options.judge or options.run or model).stem
     out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
     out.mkdir(parents=True, exist_ok=True)
@@ -1039,16 +958,16 @@ def generate_answers(columns, problems, how, folder, settings):
     kept.write_text(json.dumps(settings, indent=1) + "\n")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # none that was cut in the middle
     samples = defaultdict(list)
-    for line in lines:
-        row = json.loads(line)
-        samples[row["column"], row["benchmark"], row["id"]].append((row, line))
-    whole = [pair for pairs in samples.values() if len(pairs) == how.samples for pair in pairs]
+    for row in map(json.loads, lines):
+        samples[row["column"], row["benchmark"], row["id"]].append(row)
     fresh = path.with_suffix(".new")
-    fresh.write_text("".join(f"{line}\n" for _, line in whole))
+    with open(fresh, "w") as file:
+        for (column, name, _), found in samples.items():
+            if len(found) == how.samples:
+                rows[column, name] += found
+                file.writelines(json.dumps(row) + "\n" for row in found)
     os.replace(fresh, path)
-    for row, _ in whole:
-        rows[row["column"], row["benchmark"]].append(row)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", buffering=1) as file:
         for column, load in columns.items():
             done = {name: {row["id"] for row in rows[column, name]} for name in problems}
             if all(problem.id in done[name] for name, tasks in problems.items() for problem in tasks):
@@ -1059,7 +978,6 @@ def generate_answers(columns, problems, how, folder, settings):
                     for row in answer(policy, name, tasks, how, done[name], column):
                         rows[column, name].append(row)
                         file.write(json.dumps(row) + "\n")
-                        file.flush()
     return rows
 
 
@@ -1080,16 +998,18 @@ def read_answers(path):
         for number, row in enumerate(read_rows(Path(path)), 1):
             for name in chosen(row["benchmark"]):
                 found["answers", name].append({"id": str(row["id"]), "response": str(row["response"] or "")})
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UsageError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"--judge {path}: after line {number}: {error!r}; a line is an object with "
-                          "benchmark, id and response") from error
+                         "benchmark, id and response") from error
     if not found:
         raise UsageError(f"--judge {path}: there are no answers in it")
     return found
 
 
 def models(options):
-    """→ ({column: a function that loads (policy, context of its weights)}, model's name, response length)"""
+    """→ ({column: a function that loads (policy, context of its weights)}, model's name); fills options."""
     import torch
     from azr import base_weights, load_policy
     run, trained = Path(options.run or ""), {}
@@ -1098,28 +1018,28 @@ def models(options):
             trained = json.loads((run / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UsageError(f"{run} is not a run folder: cannot read its config.json") from error
-        if not (run / "adapter").is_dir() and not (run / "model").is_dir():
+        if not {"adapter", "model"} & {path.name for path in run.iterdir()}:
             raise UsageError(f"{run} has no trained weights yet: no folder adapter or model")
-    name = options.model or trained.get("model", "tiny")
-    adapter = options.adapter
-    if options.run and not adapter and (run / "adapter").is_dir():
+    name, adapter = options.model or trained.get("model", "tiny"), options.adapter
+    if (run / "adapter").is_dir() and options.run and not adapter:
         adapter = str(run / "adapter")
-    length = options.max_response or trained.get("max_response", 128 if name == "tiny" else 4096)
+    if not options.max_response:
+        options.max_response = trained.get("max_response", 128 if name == "tiny" else 4096)
     if name == "tiny":
         torch.set_num_threads(1)  # its matrices are too small for more
 
+    @cache
     def load(source):
         return load_policy(source, options.quantize or trained.get("quantize", "auto"), 1 if adapter else 0,
                            options.dtype, options.device, adapter, rows=options.generate_batch)
-    plain = contextlib.nullcontext()
-    if adapter:  # one model in memory, its adapter off and on
-        load = cache(load)
-        return {"base": lambda: (load(name), base_weights(load(name))), "trained": lambda: (load(name), plain)
-                }, name, length
-    columns = {"base" if options.run else "model": lambda: (load(name), plain)}
-    if options.run:
-        columns["trained"] = lambda: (load(str(run / "model")), plain)
-    return columns, name, length
+        return load_policy(source, options.quantize or trained.get("quantize", "auto"), 1 if adapter else 0,
+                           options.dtype, options.device, adapter, rows=options.generate_batch)
+    whole = contextlib.nullcontext()
+    base, columns = "base" if options.run or adapter else "model", {}
+    columns[base] = lambda: (load(name), base_weights(load(name)) if adapter else whole)
+    if base == "base":  # with an adapter there is one model in memory
+        columns["trained"] = lambda: (load(name if adapter else str(run / "model")), whole)
+    return columns, name
 
 
 def parse(arguments):

@@ -178,7 +178,7 @@ def test_values_that_are_not_literals_agree_only_with_their_like(executor):
     program = ("import fractions, collections, enum\nclass E(enum.IntEnum):\n    A = 3\n"
                "def g(x):\n    return [fractions.Fraction(1, 3), frozenset([x]), float('nan'), collections.deque([x]),"
                " collections.Counter('aa'), E.A, 10 ** 5000 + x, collections.namedtuple('P', 'a')(x)][x]")
-    outputs, again = e.run_programs(executor, [(program, "g", [f"[{i}]" for i in range(8)])] * 2)
+    outputs, again = e.run_programs(executor, [(program, "g", [f"[{i}]" for i in range(8)], 10 ** 6)] * 2)
     assert outputs == again and outputs[1] == {1} and outputs[4] == {"a": 2} and outputs[5] == 3 and outputs[7] == (7,)
     assert outputs[0] == ("\0Fraction", "1/3") and outputs[2] == ("\0nan",) and outputs[6][0] == "\0int"
 
@@ -186,8 +186,8 @@ def test_values_that_are_not_literals_agree_only_with_their_like(executor):
 def test_one_slow_call_does_not_fail_the_others():
     program = "def g(x):\n    t = 0\n    for i in range(2_000_000 if x % 40 == 0 else 1):\n        t += i\n    return x"
     with Executor(1, timeout=0.6) as quick:
-        outputs = e.run_programs(quick, [(program, "g", [f"[{i}]" for i in range(400)]),
-                                         ("def g(x):\n    while x == 7: pass\n    return x", "g", ["[6]", "[7]"])])
+        outputs = e.run_programs(quick, [(program, "g", [f"[{i}]" for i in range(400)], 99),
+                                         ("def g(x):\n    while x == 7: pass\n    return x", "g", ["[6]", "[7]"], 99)])
     assert outputs == [list(range(400)), None]
 
 
@@ -236,8 +236,8 @@ def test_benchmarks_may_use_more_modules():
     program = ("import hashlib, random, datetime, os, sys, time\ndef g():\n    random.seed(1)\n"
                "    return hashlib.md5(b'a').hexdigest()[:4], sys.maxsize > 1, datetime.date(2020, 1, 1).year")
     with e.sandbox(1) as executor:
-        assert e.run_programs(executor, [(program, "g", ["[]"])]) == [[("0cc1", True, 2020)]]
-        assert e.run_programs(executor, [("import os\ndef g():\n    return os.listdir('/')", "g", ["[]"])]) == [None]
+        assert e.run_programs(executor, [(program, "g", ["[]"], 99)]) == [[("0cc1", True, 2020)]]
+        assert e.run_programs(executor, [("import os\ndef g():\n    return os.listdir('/')", "g", ["[]"], 99)]) == [None]
 
 
 def test_private_tests_are_read_without_running_them():
@@ -247,7 +247,7 @@ def test_private_tests_are_read_without_running_them():
     pack = lambda value: base64.b64encode(zlib.compress(pickle.dumps(value))).decode()  # noqa: E731
     assert e.unpack('[{"input": "1"}]') == '[{"input": "1"}]' and e.unpack(pack("[1]")) == "[1]"
     for value in (Evil(), [1], {"a": Evil()}):
-        with pytest.raises((ValueError, pickle.UnpicklingError)):
+        with pytest.raises(ValueError):
             e.unpack(pack(value))
 
 
@@ -518,7 +518,6 @@ def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, 
     assert e.main([*arguments, "--out", str(tmp_path / "a")]) == 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]
     assert list(results) == ["base", "trained"] and results["base"]["heldout-deduction"]["n"] == 2
-    assert "difference" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and {row["response"] for row in rows[:6]} != {row["response"] for row in rows[6:]}
 
