@@ -528,9 +528,8 @@ PRELUDE = "\n".join([  # contest programs are written where these names are know
 def run_programs(executor, jobs):
     """[(source, entry, [arguments], limit)] → [[value] or None]: None if one of its calls gives no value.
 
-    Of values longer than limit only a hash comes back. A hundred calls share a process. If they take too
-    much time or room, the first is tried alone, so that a program that never ends is soon given up, and
-    then the halves of the rest. No job is run further once a call of it has failed.
+    Of values longer than limit only a hash comes back. A hundred calls share a process; those that take
+    too much time or room together are run one by one. No job is run further once a call of it has failed.
     """
     results, waiting = [], []
     for _, entry, arguments, _ in jobs:
@@ -554,8 +553,7 @@ def run_programs(executor, jobs):
             if run.ok and isinstance(values, list) and len(values) == len(piece):
                 results[i][piece.start:piece.stop] = values
             elif run.status in ("timeout", "memory", "killed", "unrepresentable") and len(piece) > 1:
-                middle = (len(piece) + 1) // 2
-                waiting[i][:0] = filter(None, (piece[:1], piece[1:middle], piece[middle:]))
+                waiting[i][:0] = [piece[place:place + 1] for place in range(len(piece))]
             else:
                 results[i], waiting[i] = None, []
     return results
@@ -641,7 +639,8 @@ ORACLES = dict(
     find_zero=root, sum_div=or_else(lambda n: 0),
     **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
                     "intersection_array find_dissimilar Diff".split(), alike(set)),
-    **dict.fromkeys("check_str text_match_three text_starta_endb".split(), alike(bool)),
+    **dict.fromkeys("check_str text_match_three text_starta_endb".split(),
+                    alike(lambda found: found is not None and found is not False)),
     are_equivalent=or_else(lambda a, b: all_divisors(a) == all_divisors(b)),
     surface_Area=or_else(lambda base, height: round(base ** 2 + 2 * base * math.hypot(base / 2, height))),
     digit_distance_nums=or_else(lambda a, b: sum(abs(int(x) - int(y)) for x, y in itertools.zip_longest(
@@ -674,7 +673,6 @@ def same_print(output, expected, arguments):
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
     return len(ours) == len(theirs) and all(a == b or [*map(Decimal, a.split())] == [*map(Decimal, b.split())]
                                             for a, b in zip(ours, theirs))
-
 
 
 # --- mathematics ------------------------------------------------------------------------------------
@@ -855,10 +853,7 @@ JUDGES = {"heldout": (lambda problem, response: parse_answer(problem.gold.type, 
 
 def sandbox(workers):
     """For benchmarks, whose tests and solutions need more modules, time and room than AZR's own tasks."""
-    try:
-        return Executor(workers, TIMEOUT, MEMORY_MB, allow=MODULES, max_text=EVERYTHING)
-    except TypeError:
-        return Executor(workers, TIMEOUT)
+    return Executor(workers, TIMEOUT, MEMORY_MB, allow=MODULES, max_text=EVERYTHING)
 
 
 def judge(name, problems, responses, executor):
@@ -998,9 +993,7 @@ def read_answers(path):
         for number, row in enumerate(read_rows(Path(path)), 1):
             for name in chosen(row["benchmark"]):
                 found["answers", name].append({"id": str(row["id"]), "response": str(row["response"] or "")})
-    except UsageError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--judge {path}: after line {number}: {error!r}; a line is an object with "
                          "benchmark, id and response") from error
     if not found:

@@ -1,12 +1,12 @@
 """Benchmarks: every published format with invented tasks, the judges, resuming, judging from a file."""
 
 import base64
-import inspect
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +18,6 @@ from conftest import ROOT, make_random_model
 
 import eval as e
 from executor import Executor
-
-FULL = "allow" in inspect.signature(Executor.__init__).parameters
 
 
 def write(path, rows):
@@ -44,7 +42,8 @@ def correct(name, problems, responses, executor):
 # --- invented tasks in the published formats ---------------------------------------------------------
 
 HALF = 'def half(x: float) -> float:\n    """ Half of x. """\n'
-HELPED = 'import math\n\n\ndef ceil2(x):\n    return 2 * math.ceil(x)\n\n\ndef lift(x):\n    """ Two ceilings. """\n'
+HELPED = ("import math\n\n\ndef ceil2(x):\n    return 2 * math.ceil(x)\n\n\n"
+          "def lift(x):\n    'Two ceilings.'\n")
 RELEASE = [
     {"task_id": "HumanEval/900", "prompt": HALF, "entry_point": "half", "contract": "", "atol": 0,
      "canonical_solution": "    return x / 2\n", "base_input": [[1.0], [3]],
@@ -56,17 +55,20 @@ RELEASE = [
      "contract": "", "atol": 0, "canonical_solution": "    return list(range(n)) + ['ü' * n, 7 ** n]\n",
      "base_input": [[2]], "plus_input": [[30000], [5], [20000], [1]]},
 ]
-MBPP = [  # 106: a list and a tuple; 579: two tuples; 252: a complex number
-    {"task_id": "Mbpp/106", "prompt": '"""\nWrite a function to put a list behind a tuple.\nassert 1\n"""\n',
-     "entry_point": "behind", "canonical_solution": "\ndef behind(items, front):\n    return front + tuple(items)\n",
-     "base_input": [[[1], [2, 3]]], "plus_input": [[[], []]], "contract": "", "assertion": "", "atol": 0},
-    {"task_id": "Mbpp/579", "prompt": '"""\nWhat two tuples do not share.\n"""\n', "entry_point": "find_dissimilar",
-     "canonical_solution": "\ndef find_dissimilar(a, b):\n    return tuple(set(a) ^ set(b))\n", "atol": 0,
-     "base_input": [[[1, 2], [2, 3]]], "plus_input": [[["x"], []]], "contract": "", "assertion": ""},
-    {"task_id": "Mbpp/252", "prompt": '"""\nLength of a complex number.\n"""\n', "entry_point": "length",
-     "canonical_solution": "\nimport cmath\ndef length(z):\n    return cmath.polar(z)[0]\n", "atol": 0.0001,
-     "base_input": [["(3+4j)"]], "plus_input": [["1j"]], "contract": "", "assertion": ""},
-]
+
+
+def mbpp(number, name, code, base, plus, atol=0):
+    return {"task_id": f"Mbpp/{number}", "prompt": f'"""\nWrite {name}.\nassert 1\n"""\n', "contract": "",
+            "entry_point": name, "canonical_solution": code, "base_input": [base], "plus_input": [plus],
+            "assertion": "", "atol": atol}
+
+
+MBPP = [mbpp(106, "behind", "\ndef behind(items, front):\n    return front + tuple(items)\n",
+             [[1], [2, 3]], [[], []]),  # a list and a tuple
+        mbpp(579, "find_dissimilar", "\ndef find_dissimilar(a, b):\n    return tuple(set(a) ^ set(b))\n",
+             [[1, 2], [2, 3]], [["x"], []]),  # two tuples
+        mbpp(252, "length", "\nimport cmath\ndef length(z):\n    return cmath.polar(z)[0]\n",
+             ["(3+4j)"], ["1j"], 0.0001)]  # a complex number
 HUB_TEST = """\
 import numpy as np
 
@@ -85,11 +87,10 @@ def check(candidate):
 HUB = [{"task_id": "HumanEval/903", "prompt": "def pair(items, text):\n    ''' Length and text. '''\n",
         "canonical_solution": "    return len(items), text\n", "entry_point": "pair", "test": HUB_TEST}]
 HUB.append(HUB[0] | {  # a value too long to be carried around whole
-    "task_id": "HumanEval/906", "test": HUB_TEST.replace("'in\\'f'", "'y' * 3").replace("'y' * 3", repr("y" * 99_000))
-    .replace('"in\'f"', repr("y" * 99_000))})
+    "task_id": "HumanEval/906", "test": HUB_TEST.replace("'in\\'f'", repr("y" * 99_000))})
 HUB_MBPP = [{"task_id": 904, "code": "def add(a, b):\n    return a + b", "prompt": "Write a function to add.",
-             "source_file": "", "test_imports": ["import math"], "test_list": ["assert add(1, math.floor(2.5)) == 3"],
-             "test": "import numpy as np\nfrom math import inf\n\ndef assertion(out, exp, atol):\n    pass\n\n"
+             "test_imports": ["import math"], "test_list": ["assert add(1, math.floor(2.5)) == 3"],
+             "test": "import numpy as np\n\ndef assertion(out, exp, atol):\n    pass\n\n"
                      "inputs = [[1, 2], [0.1, 0.2]]\nresults = [3, 0.3]\nfor i, (inp, exp) in "
                      "enumerate(zip(inputs, results)):\n    assertion(add(*inp), exp, 0)\n"}]
 ORIGINAL = [{"task_id": "HumanEval/905", "prompt": "def up(s):\n    ''' Upper. '''\n", "entry_point": "up",
@@ -120,13 +121,13 @@ CONTEST = [
      "public_test_cases": json.dumps(cases(("[1, 2]\n2", "[2, 4]"), kind="functional")),
      "private_test_cases": private(cases(("[]\n1", "[]"), ("[3]\n0", "[0]"), kind="functional"))}]
 MATHS = {
-    "MATH-500/test.jsonl": ("MATH500", [{"problem": "?", "solution": "", "answer": "\\frac{1}{2}", "subject": "",
+    "MATH-500/test.jsonl": ("MATH500", [{"problem": "?", "solution": "", "answer": "\\frac{1}{2}",
                                          "level": 1, "unique_id": "test/algebra/1.json"}]),
     "aime_2024.jsonl": ("AIME24", [{"id": 60, "problem": "?", "answer": "025"}]),
     "amc23.jsonl": ("AMC23", [{"id": 3, "question": "?", "answer": 27.0, "url": ""}]),
-    "minerva_math/test.jsonl": ("Minerva", [{"problem": "?", "solution": "So \\boxed{4.5e33} erg", "idx": 5}]),
+    "minerva_math/test.jsonl": ("Minerva", [{"problem": "?", "solution": "\\boxed{4.5e33} erg", "idx": 5}]),
     "olympiadbench.jsonl": ("OlympiadBench", [{"id": 9, "question": "?", "context": "Let.", "unit": None,
-                                               "final_answer": ["$(1,2),(3,4)$"], "is_multiple_answer": True}]),
+                                               "final_answer": ["$(1,2),(3,4)$"]}]),
 }
 
 
@@ -160,7 +161,8 @@ def test_base_tests_alone_are_not_enough(tmp_path):
         verdicts = e.judge("HumanEval+", problems * len(answers), map(fence, answers), executor)
     assert [(v["base"], v["correct"]) for v in verdicts] == [
         (True, True), (True, False), (True, True), *[(False, False)] * 5]
-    malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2", "</think><answer></answer>"]
+    malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2",
+                 "</think><answer></answer>"]
     for verdict in e.judge("HumanEval+", problems * len(malformed), malformed, None):
         assert verdict == {"base": False, "correct": False, "well_formed": False}
 
@@ -169,75 +171,85 @@ def test_programs_cannot_pass_by_cheating(tmp_path, executor):
     write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
     problems = load("HumanEval+", tmp_path)
     cheats = ["class Yes:\n    def __eq__(self, other): return True\ndef half(x):\n    return Yes()",
-              "raise SystemExit(0)\ndef half(x): pass", "def half(x):\n    return x / 2\nprint('a' * 10 ** 7)\n1 / 0",
+              "raise SystemExit(0)\ndef half(x): pass",
+              "def half(x):\n    return x / 2\nprint('a' * 10 ** 7)\n1 / 0",
               "def half(x):\n    return {'0': float('nan')}"]
     assert not any(correct("HumanEval+", problems * len(cheats), map(fence, cheats), executor))
 
 
 def test_values_that_are_not_literals_agree_only_with_their_like(executor):
     program = ("import fractions, collections, enum\nclass E(enum.IntEnum):\n    A = 3\n"
-               "def g(x):\n    return [fractions.Fraction(1, 3), frozenset([x]), float('nan'), collections.deque([x]),"
+               "def g(x):\n    return [fractions.Fraction(1, 3), frozenset([x]), float('nan'), 4,"
                " collections.Counter('aa'), E.A, 10 ** 5000 + x, collections.namedtuple('P', 'a')(x)][x]")
     outputs, again = e.run_programs(executor, [(program, "g", [f"[{i}]" for i in range(8)], 10 ** 6)] * 2)
-    assert outputs == again and outputs[1] == {1} and outputs[4] == {"a": 2} and outputs[5] == 3 and outputs[7] == (7,)
-    assert outputs[0] == ("\0Fraction", "1/3") and outputs[2] == ("\0nan",) and outputs[6][0] == "\0int"
+    assert outputs == again and outputs[6][0] == "\0int" and outputs[:6] + outputs[7:] == [
+        ("\0Fraction", "1/3"), {1}, ("\0nan",), 4, {"a": 2}, 3, (7,)]
 
 
 def test_one_slow_call_does_not_fail_the_others():
-    program = "def g(x):\n    t = 0\n    for i in range(2_000_000 if x % 40 == 0 else 1):\n        t += i\n    return x"
+    program = "def g(x):\n    for i in range(1 if x % 40 else 2_000_000):\n        x += i - i\n    return x"
     with Executor(1, timeout=0.6) as quick:
         outputs = e.run_programs(quick, [(program, "g", [f"[{i}]" for i in range(400)], 99),
-                                         ("def g(x):\n    while x == 7: pass\n    return x", "g", ["[6]", "[7]"], 99)])
+                                         ("def g(x):\n    while x == 7: pass", "g", ["[6]", "[7]"], 99)])
     assert outputs == [list(range(400)), None]
 
 
-def test_tasks_with_more_than_one_answer():
-    close = e.ORACLES
-    for x, right in ((2.00001, True), (2.1, False)):
-        assert close["find_zero"](x, None, "[[-4, 0, 1]]", 1e-3) is right
-    assert close["find_char_long"](["b", "a"], ["a", "b"], "", 0) and not close["Diff"]([1], [2], "", 0)
-    assert close["check_str"](("\0Match", ""), True, "", 0) and not close["check_str"](None, True, "", 0)
-    assert close["surface_Area"](35, 0, "[3, 4]", 0) and not close["surface_Area"](34, 0, "[3, 4]", 0)
-    assert close["digit_distance_nums"](17, 0, "[192, 9]", 0) and not close["digit_distance_nums"](8, 0, "[19, 92]", 0)
-    assert e.close([1.0, 2.0000001], [1.0, 2.0], "") and not e.close([1, 2], [1, 3], "") and e.close(1, True, "")
-    assert not e.close(False, True, "", atol=100.0)
-    assert not e.close((1.0,), [1.0000001], "") and e.close([[1.0], [2.00001]], [[1.0], [2.0]], "", atol=1e-4)
+@pytest.mark.parametrize("name,output,expected,arguments,right", [
+    ("find_zero", 2.00001, None, "[[-4, 0, 1]]", True), ("find_zero", 2.1, None, "[[-4, 0, 1]]", False),
+    ("find_char_long", ["b", "a"], ["a", "b"], "", True), ("Diff", [1], [2], "", False),
+    ("check_str", ("\0Match", ""), True, "", True), ("check_str", None, True, "", False),
+    ("surface_Area", 35, 0, "[3, 4]", True), ("surface_Area", 34, 0, "[3, 4]", False),
+    ("digit_distance_nums", 17, 0, "[192, 9]", True), ("digit_distance_nums", 8, 0, "[19, 92]", False),
+    ("check_str", [], True, "", True), ("sum_div", 0, 3, "[4]", True),
+    ("are_equivalent", True, False, "[36, 57]", False)])
+def test_tasks_with_more_than_one_answer(name, output, expected, arguments, right):
+    assert e.ORACLES[name](output, expected, arguments, atol=1e-3) == right
+
+
+@pytest.mark.parametrize("output,expected,atol,right", [
+    ([1.0, 2.0000001], [1.0, 2.0], 0, True), ([1, 2], [1, 3], 0, False), (1, True, 0, True),
+    (False, True, 100.0, False), ((1.0,), [1.0000001], 0, False),
+    ([[1.0], [2.00001]], [[1.0], [2.0]], 1e-4, True)])
+def test_tolerance(output, expected, atol, right):
+    assert e.close(output, expected, "", atol) == right
 
 
 def test_contests_with_functions(tmp_path, executor):
     write(tmp_path / "code_generation_lite" / "test5.jsonl", CONTEST)
     problem = load("LCB-Generation", tmp_path)[1]
     head = "class Solution:\n    def twice(self, xs: List[int], k: int) -> List[int]:\n        "
-    answers = [head + "return [x * k for x in xs]", head + "return tuple(x * k for x in xs)",
-               "def twice(xs, k):\n    return [gcd(0, x * k) for x in xs]", head + "return [x * 2 for x in xs]"]
+    answers = [head + "return [pow(x * k, 1, 99) for x in xs]", head + "return tuple(x * k for x in xs)",
+               "def twice(xs, k):\n    return [gcd(0, x * k) for x in xs]",
+               head + "return [x * 2 for x in xs]"]
     verdicts = e.judge("LCB-Generation", [problem] * 4, map(fence, answers), executor)
     assert [(v["base"], v["correct"]) for v in verdicts] == [(True, True)] * 3 + [(True, False)]
 
 
-@pytest.mark.skipif(not FULL, reason="programs that read standard input need the sandbox to allow sys")
 def test_contests_with_standard_input(tmp_path):
     write(tmp_path / "livecodebench.jsonl", CONTEST)
     problem = load("LCB-Generation", tmp_path)[0]
     good = ["input()\nprint(sum(map(float, input().split())))",
             "import sys\nprint(sum(map(float, sys.stdin.read().split()[1:])))",
-            "import sys\nfor i, line in enumerate(sys.stdin):\n    if i: print(sum(map(float, line.split())))",
-            "import sys\ndef main():\n    data = sys.stdin.buffer.read().split()\n    print(sum(map(float, data[1:])))\n"
-            "    sys.exit()\nif __name__ == '__main__':\n    main()",
+            "import sys\nfor i, line in enumerate(sys.stdin):\n"
+            "    if i: print(sum(map(float, line.split())))",
+            "import sys\ndef main():\n    data = sys.stdin.buffer.read().split()\n"
+            "    print(sum(map(float, data[1:])))\n    sys.exit()\nif __name__ == '__main__':\n    main()",
             "import threading\ndef main():\n    n = input()\n    print(sum(map(float, input().split())))\n"
             "t = threading.Thread(target=main)\nt.start()\nt.join()"]
-    bad = ["print(3)", "print(sum(map(float, input().split())))", "import os\nos.system('echo 3')", "raise SystemExit"]
+    bad = ["print(3)", "print(sum(map(float, input().split())))", "import os\nos.system('echo 3')",
+           "raise SystemExit"]
     with e.sandbox(2) as executor:
         assert correct("LCB-Generation", [problem] * 5, map(fence, good), executor) == [True] * 5
         assert not any(correct("LCB-Generation", [problem] * 4, map(fence, bad), executor))
 
 
-@pytest.mark.skipif(not FULL, reason="the sandbox allows no more modules")
 def test_benchmarks_may_use_more_modules():
     program = ("import hashlib, random, datetime, os, sys, time\ndef g():\n    random.seed(1)\n"
-               "    return hashlib.md5(b'a').hexdigest()[:4], sys.maxsize > 1, datetime.date(2020, 1, 1).year")
+               "    return hashlib.md5(b'a').hexdigest()[:4], sys.maxsize > 1, datetime.date(20, 1, 1).year")
+    hostile = "import os\ndef g():\n    return os.listdir('/')"
     with e.sandbox(1) as executor:
-        assert e.run_programs(executor, [(program, "g", ["[]"], 99)]) == [[("0cc1", True, 2020)]]
-        assert e.run_programs(executor, [("import os\ndef g():\n    return os.listdir('/')", "g", ["[]"], 99)]) == [None]
+        outputs = e.run_programs(executor, [(program, "g", ["[]"], 99), (hostile, "g", ["[]"], 99)])
+    assert outputs == [[("0cc1", True, 20)], None]
 
 
 def test_private_tests_are_read_without_running_them():
@@ -262,18 +274,21 @@ def test_input_and_output(tmp_path, executor):
     problems = {name: load(name, tmp_path) for name in ("CRUXEval-I", "CRUXEval-O", "LCB-Execution")}
     assert [p.id for p in problems["CRUXEval-I"]] == ["sample_0", "sample_1"] and \
         problems["LCB-Execution"][0].id == "sample_7"
-    assert "'ab', 2" not in problems["CRUXEval-I"][0].question and "'abab'" not in problems["CRUXEval-O"][0].question
+    assert "'ab', 2" not in problems["CRUXEval-I"][0].question
+    assert "'abab'" not in problems["CRUXEval-O"][0].question
     assert "f = countIt" in problems["LCB-Execution"][0].question
     assert "xs = [1, 2, (1)], k = 1" in problems["LCB-Execution"][0].question
 
-    inputs = ["'ab', 2", "f('ab', 2)", "assert f('abab', 1) == 'abab'", "2, 'ab'", "'ab'", "`'ab', n=2`"]
-    assert correct("CRUXEval-I", [problems["CRUXEval-I"][0]] * 6, inputs, executor) == [True] * 4 + [False, True]
-    outputs = ["'abab'", '"abab"', "f('ab', 2) == 'abab'", fence("'abab'", "output"), "[ANSWER]'abab'[/ANSWER]",
-               "so</think> <answer>'abab'</answer>", "'ab' * 2", "abab", "It is\n'abab'", ""]
-    assert correct("CRUXEval-O", [problems["CRUXEval-O"][0]] * 10, outputs, executor) == [True] * 6 + [False] * 4
-    assert correct("CRUXEval-O", [problems["CRUXEval-O"][1]] * 2, ["{True: None, 2: None}", "{1: None, 2: None}"],
-                   executor) == [True, False]
-    assert correct("LCB-Execution", problems["LCB-Execution"] * 2, ["2", "3"], executor) == [True, False]
+    def verdicts(name, place, answers):
+        return correct(name, [problems[name][place]] * len(answers), answers, executor)
+    inputs = ["'ab', 2", "f('ab', 2)", "assert f('abab', 1) == 'abab'", "2, 'ab'", "`'ab', n=2`", "'ab'"]
+    assert verdicts("CRUXEval-I", 0, inputs) == [True] * 5 + [False]
+    outputs = ["'abab'", '"abab"', "f('ab', 2) == 'abab'", fence("'abab'", "output"),
+               "[ANSWER]'abab'[/ANSWER]", "so</think> <answer>'abab'</answer>", "'ab' * 2",
+               "abab", "It is\n'abab'", ""]
+    assert verdicts("CRUXEval-O", 0, outputs) == [True] * 6 + [False] * 4
+    assert verdicts("CRUXEval-O", 1, ["{True: None, 2: None}", "{1: None, 2: None}"]) == [True, False]
+    assert verdicts("LCB-Execution", 0, ["2", "3"]) == [True, False]
 
 
 # --- mathematics -------------------------------------------------------------------------------------
@@ -286,14 +301,17 @@ def same():
 
 
 @pytest.mark.parametrize("gold,right,wrong", [
-    (r"\frac{1}{2}", [r"\dfrac12", "0.5", "1/2", r"\tfrac{2}{4}", "x = 1/2", ".5"], ["0.51", r"\frac{2}{1}", "12"]),
-    ("13535", ["13,535", "13{,}535", r"13\,535", "13535.0", r"\$13535", "13535."], ["1353", "13,536", "13,5,35"]),
+    (r"\frac{1}{2}", [r"\dfrac12", "0.5", "1/2", r"\tfrac{2}{4}", "x = 1/2", ".5"],
+     ["0.51", r"\frac{2}{1}", "12"]),
+    ("13535", ["13,535", "13{,}535", r"13\,535", "13535.0", r"\$13535", "13535."],
+     ["1353", "13,536", "13,5,35"]),
     (r"90^\circ", ["90", r"90^{\circ}", r"90 \text{ degrees}", "90°"], ["91", r"\frac{\pi}{2}", r"9^\circ"]),
     (r"15\%", ["15", "15%", "0.15"], ["1.5", "16\\%", "0.16"]),
     (r"10\text{ cm}^2", ["10", r"10 \mathrm{cm}^{2}", "10.0"], [r"10\text{ cm}", r"10\text{ m}^2", "100"]),
     ("(3,1)", [r"\left( 3, 1 \right)", r"(3, \frac22)"], ["(1,3)", "(5,2)", "3", "(3,1,0)", r"\{3,1\}"]),
     ("[0,1)", [r"\left[0,1\right)", r"x \in [0, 1)"], ["[0,1]", "(0,1)", "(0,1]", "[0,2)"]),
-    (r"(-\infty,2)\cup(3,\infty)", [r"(3, \infty) \cup (-\infty, 2)"], [r"(-\infty,2]\cup(3,\infty)", "(3,\\infty)"]),
+    (r"(-\infty,2)\cup(3,\infty)", [r"(3, \infty) \cup (-\infty, 2)"],
+     [r"(-\infty,2]\cup(3,\infty)", r"(3,\infty)"]),
     ("1,-2", ["-2, 1", r"x=1 \text{ or } x=-2", r"\{1, -2\}"], ["1", "1,2", "1,-2,3", "(1,-2)"]),
     (r"1 \pm \sqrt{19}", [r"1-\sqrt{19}, 1+\sqrt{19}"], [r"1+\sqrt{19}", r"1 \pm \sqrt{18}"]),
     ("x=5", ["5", "x = 5"], ["y=5", "x=6"]),
@@ -312,10 +330,12 @@ def test_equal_and_nearly_equal(gold, right, wrong, same):
     assert [form for form in wrong if same(gold, form, False)] == []
 
 
-def test_rounding_counts_only_where_it_is_asked_for(same):
-    assert same("4.5e33", r"4.5 \times 10^{33}", True) and same("1.6", "1.60001", True)
-    assert not same("4.5e33", "4.5e32", True) and not same("1.6", "1.61", True) and not same("303.03", "303.04", True)
-    assert not same("1.6", "1.60001", False)
+@pytest.mark.parametrize("gold,answer,rough,right", [
+    ("4.5e33", r"4.5 \times 10^{33}", True, True), ("1.6", "1.60001", True, True),
+    ("4.5e33", "4.5e32", True, False), ("1.6", "1.61", True, False),
+    ("303.03", "303.04", True, False), ("1.6", "1.60001", False, False)])
+def test_rounding_counts_only_where_it_is_asked_for(gold, answer, rough, right, same):
+    assert same(gold, answer, rough) is right
 
 
 def test_mathematics_that_hangs_is_wrong_and_does_not_stay(same, monkeypatch):
@@ -326,14 +346,16 @@ def test_mathematics_that_hangs_is_wrong_and_does_not_stay(same, monkeypatch):
 
 
 def test_mathematical_formats(tmp_path, executor):
-    right = {"MATH500": r"\boxed{\dfrac{1}{2}}", "AIME24": "so\n\\boxed{25}", "AMC23": "<answer>27</answer>",
-             "Minerva": "Thus the answer is $4.5e33$.", "OlympiadBench": r"First \boxed{5}. No: \boxed{(3,4), (1,2)}"}
-    ids = {"MATH500": "test/algebra/1.json", "AIME24": "60", "AMC23": "3", "Minerva": "5", "OlympiadBench": "9"}
+    expected = {"MATH500": ("test/algebra/1.json", r"\boxed{\dfrac{1}{2}}"),
+                "AIME24": ("60", "so\n\\boxed{25}"),
+                "AMC23": ("3", "<answer>27</answer>"), "Minerva": ("5", "Thus the answer is $4.5e33$."),
+                "OlympiadBench": ("9", r"First \boxed{5}. No: \boxed{(3,4), (1,2)}")}
     for file, (name, rows) in MATHS.items():
         write(tmp_path / file, rows)
         problem, = load(name, tmp_path)
-        assert problem.id == ids[name] and problem.question.endswith("\\boxed{}.")
-        verdicts = e.judge(name, [problem] * 4, [right[name], r"\boxed{26}", "I give up\nnow", ""], executor)
+        id, right = expected[name]
+        assert problem.id == id and problem.question.endswith("\\boxed{}.")
+        verdicts = e.judge(name, [problem] * 4, [right, r"\boxed{26}", "I give up\nnow", ""], executor)
         assert [v["correct"] for v in verdicts] == [True, False, False, False]
         assert [v["well_formed"] for v in verdicts] == [True, True, False, False]
 
@@ -374,7 +396,7 @@ def test_scores_count_what_is_missing_as_wrong():
 def test_tables():
     columns = {"base": {"a": (0.5, 0.1, 4), "b": (0.25, 0.1, 4)}, "trained": {"a": (1.0, 0.0, 4)}}
     lines = e.table(columns).splitlines()
-    assert lines[1].split() == ["a", "50.0", "±", "10.0", "100.0", "±", "0.0"] and lines[3].split()[0] == "mean"
+    assert lines[1].split() == "a 50.0 ± 10.0 100.0 ± 0.0".split() and lines[3].split()[0] == "mean"
     assert lines[2].endswith("–") and lines[3].endswith("–")
     assert e.table(columns, markdown=True).splitlines()[1].startswith("| ----")
 
@@ -382,9 +404,12 @@ def test_tables():
 # --- names and files ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text,names", [
-    ("humaneval", ["HumanEval+"]), ("HumanEvalPlus, mbpp+", ["HumanEval+", "MBPP+"]), ("math-500", ["MATH500"]),
+    ("humaneval", ["HumanEval+"]), ("math-500", ["MATH500"]),
+    ("HumanEvalPlus, mbpp+", ["HumanEval+", "MBPP+"]),
+    ("amc 2023,LiveCodeBench Generation", ["LCB-Generation", "AMC23"]),
     ("AIME 2024,aime25", ["AIME24", "AIME25"]), ("cruxeval", ["CRUXEval-I", "CRUXEval-O"]),
-    ("livecodebench", ["LCB-Generation"]), ("lcb_execution", ["LCB-Execution"]), ("minerva_math", ["Minerva"]),
+    ("livecodebench", ["LCB-Generation"]), ("lcb_execution", ["LCB-Execution"]),
+    ("minerva_math", ["Minerva"]),
     ("code", ["HumanEval+", "MBPP+", "LCB-Generation"]), ("CRUXEval-i", ["CRUXEval-I"]),
     ("olympiad", ["OlympiadBench"]), ("in-distribution", ["CRUXEval-I", "CRUXEval-O", "LCB-Execution"])])
 def test_names_as_people_write_them(text, names):
@@ -400,7 +425,8 @@ def test_groups():
 
 def test_files_are_found_by_their_names(tmp_path):
     for path in ("livecodebench/execution-v2/test.jsonl", "livecodebench/code_generation_lite/test.jsonl",
-                 "livecodebench/code_generation_lite/test2.jsonl", "HumanEval.jsonl", "HumanEvalPlus-v0.1.10.jsonl",
+                 "livecodebench/code_generation_lite/test2.jsonl", "HumanEval.jsonl",
+                 "HumanEvalPlus-v0.1.10.jsonl", "aime25/dataset_infos.json",
                  "MbppPlus.jsonl", "cruxeval_60.jsonl", "aime25.jsonl", "notes.jsonl", "math500_100.jsonl"):
         write(tmp_path / path, [{}])
     files = {name: [path.name for path in paths] for name, paths in e.local_files(tmp_path).items()}
@@ -422,7 +448,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path):
 
 def test_revisions_are_pinned():
     for name, benchmark in e.BENCHMARKS.items():
-        assert benchmark.group == "heldout" or len(benchmark.revision) == 40 and int(benchmark.revision, 16), name
+        assert benchmark.group == "heldout" or re.fullmatch("[0-9a-f]{40}", benchmark.revision), name
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -440,23 +466,18 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def test_judging_answers_made_elsewhere(data, tmp_path):
+def test_judging_answers_made_elsewhere(data, tmp_path, monkeypatch):
     write(tmp_path / "answers.jsonl", [
         *({"benchmark": "AIME 2024", "id": i, "response": f"\\boxed{{{i + 1}}}"} for i in range(299)),
         {"benchmark": "humaneval+", "id": "HumanEval/900", "response": fence(HALF + "    return x / 2")},
         {"benchmark": "humaneval+", "id": "HumanEval/900", "response": fence(HALF + "    return x")},
         {"benchmark": "humaneval+", "id": "HumanEval/901", "response": "no idea"},
         {"benchmark": "humaneval+", "id": "HumanEval/901", "response": "none"}])
-    # torch and transformers that cannot be imported: judging must do without
-    (tmp_path / "no" / "torch").mkdir(parents=True)
+    (tmp_path / "no").mkdir()  # judging must do without what cannot be imported
     for name in ("torch", "transformers", "datasets", "peft"):
         (tmp_path / "no" / f"{name}.py").write_text("raise SystemExit('imported')\n")
-    (tmp_path / "no" / "torch").rmdir()
-    os.environ["PYTHONPATH"] = str(tmp_path / "no")
-    try:
-        done = run("--judge", tmp_path / "answers.jsonl", "--data", data, "--out", tmp_path / "out", "--markdown")
-    finally:
-        del os.environ["PYTHONPATH"]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no"))
+    done = run("--judge", tmp_path / "answers.jsonl", "--data", data, "--out", tmp_path / "out", "--markdown")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["answers"]
     assert results["AIME24"]["accuracy"] == 299 / 300 and results["AIME24"]["unanswered"] == 1
@@ -468,7 +489,8 @@ def test_judging_answers_made_elsewhere(data, tmp_path):
 @pytest.mark.parametrize("arguments,message", [
     (["--benchmarks", "gsm8k"], "no benchmark 'gsm8k'"), (["--judge", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--samples", "4", "--temperature", "0"], "all the same"), (["--limit", "0"], "--limit is 0"),
-    (["--benchmarks", "math", "--data", "nowhere"], "--data nowhere"), (["--run", "nowhere"], "not a run folder")])
+    (["--benchmarks", "math", "--data", "nowhere"], "--data nowhere"),
+    (["--run", "nowhere"], "not a run folder")])
 def test_usage_errors(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert e.main(arguments) == 2
@@ -496,7 +518,8 @@ def test_a_killed_evaluation_goes_on(random_model, data, tmp_path, capsys):
     assert [json.loads(line) for line in before[:20]] == rows[:20]
     assert sorted(row["id"] for row in rows) == sorted(str(i) for i in range(300) for _ in range(2))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]["AIME24"]
-    assert results["n"] == 300 and results["samples"] == 2 and results["tokens"] == sum(r["tokens"] for r in rows)
+    assert results["n"] == 300 and results["samples"] == 2
+    assert results["tokens"] == sum(row["tokens"] for row in rows)
     assert e.main([*map(str, arguments), "--seed", "5"]) == 2 and "other settings" in capsys.readouterr().err
 
 
@@ -530,7 +553,8 @@ def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
     assert e.main(["--run", str(run_folder), "--heldout", str(heldout), "--device", "cpu",
                    "--out", str(tmp_path / "a")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
-    assert {row["column"] for row in rows} == {"base", "trained"} and rows[0]["response"] != rows[-1]["response"]
+    assert {row["column"] for row in rows} == {"base", "trained"}
+    assert rows[0]["response"] != rows[-1]["response"]
 
 
 def test_templates(policy):
@@ -557,7 +581,6 @@ def test_heldout_accuracy_is_the_same_either_way(policy, heldout, executor):
     assert {type: score[2] for type, score in scores.items()} == {type: 3 for type in e.TASK_TYPES}
 
 
-@pytest.mark.skipif(not (ROOT / "tiny" / "model.safetensors").exists(), reason="the shipped model is not there yet")
 def test_the_shipped_model(tmp_path):
     done = run("--limit", "2", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
