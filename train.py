@@ -71,7 +71,10 @@ def train(cfg, run):
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, rows=cfg.generate_batch)
     optimizer = make_optimizer(policy, cfg)
     buffer = TaskBuffer(cfg.buffer, rng)
-    heldout = load_heldout(cfg.heldout, cfg.heldout_limit)["easy"]
+    splits = load_heldout(cfg.heldout, cfg.heldout_limit)
+    heldout = splits.get("easy") or [task for tasks in splits.values() for task in tasks]
+    if not heldout:
+        raise UsageError(f"there are no held-out tasks in {cfg.heldout}")
     benchmarks = benchmark_problems(cfg)
 
     with Executor(cfg.workers, cfg.timeout) as executor, Interrupt() as interrupt:

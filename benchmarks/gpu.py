@@ -129,6 +129,8 @@ def measure(size, quantize, cap, options):
     """One row of the table, in a process of its own: a cap holds for the life of a process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    if device == "cpu":
+        torch.set_num_threads(1)
     if device == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
