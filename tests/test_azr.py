@@ -421,6 +421,28 @@ def test_full_fine_tuning_trains_every_weight(random_model):
     assert generate(policy, PROMPTS, 8, greedy=True) != before
 
 
+@pytest.mark.filterwarnings("ignore:.*gemv_4bit")  # of bitsandbytes' kernel for CPUs
+def test_4bit_base_with_lora_trains_and_generates_at_the_real_vocabulary(tmp_path):
+    """Llama, because bitsandbytes on a CPU cannot train layers that have a bias."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    folder = make_random_model(tmp_path)  # for its tokenizer
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1, eos_token_id=256)).save_pretrained(folder)
+    policy = load_policy(folder, quantize="4bit", lora_rank=8, device="cpu")
+    linear = policy.causal.model.layers[0].self_attn.q_proj.base_layer
+    assert type(linear).__name__ == "Linear4bit" and linear.weight.dtype == torch.uint8
+    rollouts = rollouts_of(policy, [1.0, 1.0, -1.0, -1.0], max_tokens=8)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+    before = [naive_logprobs(policy, r)[0].sum().item() for r in rollouts]
+    for _ in range(5):
+        trr_update(policy, optimizer, rollouts, config(max_grad_norm=1.0))
+    after = [naive_logprobs(policy, r)[0].sum().item() for r in rollouts]
+    assert all((new > old) == (r.advantage > 0) for r, old, new in zip(rollouts, before, after))
+    assert len(generate(policy, PROMPTS, 5, copies=2)) == 10
+
+
 def test_a_tokenizer_without_pad_token_and_a_model_with_several_end_tokens(tmp_path):
     import json
     folder = make_random_model(tmp_path)
