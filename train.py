@@ -116,7 +116,7 @@ def train(cfg, run):
             bar.set_postfix(run.headline(metrics), refresh=False)
             if interrupt.requested or step == cfg.steps or step % cfg.save_every == 0:
                 run.save(step, policy, optimizer, buffer, rng)
-            if interrupt.requested:
+            if interrupt.requested and step < cfg.steps:
                 bar.close()
                 print(f"stopped after step {step}; go on with: python train.py --resume {run.folder}")
                 return
