@@ -272,6 +272,17 @@ def test_paper_values_and_that_a_flag_beats_them(tmp_path):
         64, 8, 6, 10, 6144, 8096, 1e-6, 16384, False, 3)
 
 
+def test_benchmarks_are_measured_during_training(tmp_path, capsys):
+    rows = [{"id": f"sample_{n}", "code": f"def f(n):\n    n = n + {n}\n    return n", "input": "3", "output": str(3 + n)} for n in (1, 2)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cruxeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--steps", "1", "--eval-benchmarks", "CRUXEval-O", "--eval-data", str(tmp_path / "data")]
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 0
+    before, after = log(tmp_path / "run")
+    assert before["benchmark/CRUXEval-O"] in (0.0, 0.5, 1.0) and "benchmark_stderr/CRUXEval-O" in after
+    assert "cannot be had" in misuse(capsys, "--eval-benchmarks", "AIME24", "--eval-data", tmp_path / "data", "--out", tmp_path / "x")
+
+
 def test_readme_names_every_flag_with_its_defaults():
     readme = (ROOT / "README.md").read_text()
     for name, (tiny, card, paper, text) in train.KNOBS.items():
