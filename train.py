@@ -186,7 +186,7 @@ def benchmark_problems(cfg):
         return {}
     problems, missing = load_benchmarks(chosen(cfg.eval_benchmarks), cfg.eval_data, cfg.heldout_limit)
     for name, reason in missing.items():
-        raise UsageError(f"--eval-benchmarks: {name} cannot be had: {reason}")
+        raise UsageError(f"--eval-benchmarks: {name} cannot be had: {' '.join(reason.split())}")
     return problems
 
 
