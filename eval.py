@@ -157,7 +157,7 @@ def report(results, markdown=False):
         shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
                   for key in ("base_tests", "well_formed", "truncated")]
         unit = "tokens" if s["tokens"] else "characters"
-        passes = ", ".join(f"{k}: {100 * value:.1f}" for k, (value, _) in s["pass@k"].items())
+        passes = ", ".join(f"{k}: {100 * value:.1f} ± {100 * error:.1f}" for k, (value, error) in s["pass@k"].items())
         lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares,
                       f"{s[f'response_{unit}']:.0f} {unit}", s["tokens"], s["seconds"]])
     return table(columns, "pass@1, %", markdown, means) + "\n\n" + layout(lines, markdown)

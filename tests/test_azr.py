@@ -421,6 +421,53 @@ def test_full_fine_tuning_trains_every_weight(random_model):
     assert generate(policy, PROMPTS, 8, greedy=True) != before
 
 
+FAMILIES = {"Llama": {}, "Qwen3": {"head_dim": 12}, "Gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_sample_and_train_what_they_say(tmp_path, family):
+    """Greedy sampling equals a plain loop and logprobs the model's own, also with sliding windows and a logit cap."""
+    import transformers
+    folder = make_random_model(tmp_path)  # for its tokenizer
+    torch.manual_seed(0)
+    config_class, model_class = getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
+    model_class(config_class(
+        vocab_size=258, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, eos_token_id=256, pad_token_id=257, bos_token_id=None, initializer_range=0.1,
+        **FAMILIES[family])).save_pretrained(folder)
+    policy = load_policy(folder, lora_rank=4, device="cpu")
+    policy.end_ids = frozenset(range(0, 258, 16))
+
+    def plain(prompt):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < 40 and (ids == list(prompt) or ids[-1] not in policy.end_ids):
+            with torch.no_grad():
+                ids.append(int(policy.causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(prompt):]
+
+    expected = [plain(prompt) for prompt in PROMPTS]
+    for policy.rows in (0, 4):
+        assert generate(policy, PROMPTS, 40, copies=2, greedy=True) == [r for r in expected for _ in range(2)]
+    rollouts = rollouts_of(policy, [1.0, -1.0, 0.5])
+    logps_N, _ = response_logprobs(policy, rollouts)
+    assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(random_model):
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        policy = load_policy(random_model, lora_rank=4, device="cpu", gradient_checkpointing=checkpointing)
+        policy.causal.train()
+        rollouts = rollouts_of(policy, [1.0, -1.0, 0.5])
+        policy.causal.train()
+        azr._accumulate_gradients(policy, rollouts, 10 ** 6, config())
+        found.append(gradients(policy))
+    assert any(float(grad.abs().sum()) > 0 for grad in found[0].values())
+    for name, grad in found[0].items():
+        assert torch.allclose(grad, found[1][name], atol=1e-6), name
+
+
 @pytest.mark.filterwarnings("ignore:.*gemv_4bit")  # of bitsandbytes' kernel for CPUs
 def test_4bit_base_with_lora_trains_and_generates_at_the_real_vocabulary(tmp_path):
     """Llama, because bitsandbytes on a CPU cannot train layers that have a bias."""
