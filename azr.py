@@ -38,6 +38,8 @@ from rewards import composite_reward, is_correct, learnability
 from tasks import (CHAT_FRAME, FRAME, THINK, Task, UsageError, parse_answer, parse_proposal,
                    propose_prompt, solve_prompt, within_limits)
 
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
+
 TINY = Path(__file__).resolve().parent / "tiny"
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta-Llama": "meta-llama", "gemma": "google"}
 
