@@ -445,19 +445,15 @@ def draft(policy, executor, buffer, types, cfg):
 
 def _complete(policy, task, results, max_prompt):
     """(the task with its outputs, 'valid'), or (None, why not)."""
-    good = [run.ok for run in results]
-    if task.type == "induction":  # inputs that do not run are left out; one pair must stay hidden
-        pairs = [(text, run.output) for text, run in zip(task.inputs, results) if run.ok]
-        if len(pairs) >= 2:
-            inputs, outputs = zip(*pairs)
-            task, good = replace(task, inputs=inputs, outputs=outputs), [True]
-        else:
-            good = [False]
-    else:
-        task = replace(task, output=results[0].output)
-    if not all(good):
+    good = [(text, run.output) for text, run in zip(task.inputs or (task.input,), results) if run.ok]
+    if len(good) < (2 if task.type == "induction" else 1):  # of two pairs one can stay hidden
         failed = next(run for run in results if not run.ok)
         return None, f"{failed.status}: {failed.error}"
+    if task.type == "induction":  # inputs that do not run are left out
+        inputs, outputs = zip(*good)
+        task = replace(task, inputs=inputs, outputs=outputs)
+    else:
+        task = replace(task, output=good[0][1])
     problem = within_limits(task)
     if not problem and len(policy.encode(solve_prompt(task))) > max_prompt:
         problem = f"the solver's prompt would be over {max_prompt} tokens"

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 import json
 import pytest
 
-import tasks
 from tasks import (OUTPUT_LIMIT, TASK_TYPES, ZERO_TRIPLET, Task, TaskBuffer, edit_distance, fenced_blocks,
                    final_answer, fingerprint, parse_answer, parse_proposal, propose_prompt, solve_prompt,
                    split_pairs, within_limits)
