@@ -97,14 +97,23 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def paired_difference(before, after):
+    """(mean, standard error) of after − before over the same problems: {id: [correct]} each."""
+    return mean_error([sum(flags) / len(flags) - sum(before[id]) / len(before[id]) for id, flags in after.items()])
+
+
 def table(columns, title="held-out accuracy", markdown=False, means=None):
-    """{column: {row: (accuracy, error, …)}} as text, with a further row for each mean in {name: rows}."""
+    """{column: {row: (accuracy, error, …)}} as text, with a further row for each mean in {name: rows}.
+
+    A column named "difference" is written with its signs.
+    """
     rows = {row: [row] for scores in columns.values() for row in scores}
     lines = [[title, *columns]]
     for row, members in (rows | ({"mean": list(rows)} if means is None else means)).items():
         cells = [mean_score({name: scores[name] for name in members}) if {*members} <= {*scores} else None
                  for scores in columns.values()]
-        lines.append([row, *(f"{100 * c[0]:.1f} ± {100 * c[1]:.1f}" if c else "–" for c in cells)])
+        signs = ("+" if column == "difference" else "" for column in columns)
+        lines.append([row, *(f"{100 * c[0]:{sign}.1f} ± {100 * c[1]:.1f}" if c else "–" for c, sign in zip(cells, signs))])
     return layout(lines, markdown)
 
 
@@ -124,21 +133,25 @@ def score(problems, rows, verdicts):
     for row, verdict in zip(rows, verdicts, strict=True):
         samples[row["id"]].append(verdict)
     n = min(map(len, samples.values()), default=1)
-    wrong = [{"correct": False, "base": False, "well_formed": False}] * n
+    has_base = any(verdict.get("base") is not None for verdict in verdicts)
+    wrong = [{"correct": False, "base": False if has_base else None, "well_formed": False}] * n
     answers = {problem.id: samples.get(problem.id, wrong) for problem in problems}
     correct = {id: [verdict["correct"] for verdict in verdicts] for id, verdicts in answers.items()}
     passes = {k: mean_error([pass_at_k(len(flags), sum(flags), k) for flags in correct.values()])
               for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
 
-    def mean(name, items):
-        values = [item[name] for item in items if item.get(name) is not None]
-        return sum(values) / len(values) if values else None
-    flat = list(itertools.chain.from_iterable(answers.values()))
+    def share(name, items):
+        """(mean, standard error) over problems, whose samples are not independent; None if nobody says."""
+        values = [[item[name] for item in ours if item.get(name) is not None] for ours in items.values()]
+        return mean_error([sum(ours) / len(ours) for ours in values if ours]) if any(values) else None
+    given = defaultdict(list)
+    for row in rows:
+        given[row["id"]].append(row | {"characters": len(row["response"])})
     return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
             "unanswered": len(answers) - len(samples), "pass@k": passes,
-            "base_tests": mean("base", flat), "well_formed": mean("well_formed", flat),
-            "truncated": mean("truncated", rows), "response_tokens": mean("tokens", rows),
-            "response_characters": sum(len(row["response"]) for row in rows) / max(1, len(rows)),
+            "base_tests": share("base", answers), "well_formed": share("well_formed", answers),
+            "truncated": share("truncated", given), "response_tokens": share("tokens", given),
+            "response_characters": share("characters", given),
             "tokens": sum(row.get("tokens", 0) for row in rows),
             "seconds": round(sum(row.get("seconds", 0) for row in rows), 1), "correct": correct}
 
@@ -147,6 +160,10 @@ def report(results, markdown=False):
     """{column: {benchmark: score}} as two tables: accuracies side by side, and the rest."""
     columns = {column: {name: (s["accuracy"], s["stderr"]) for name, s in scores.items()}
                for column, scores in results.items()}
+    if len(results) == 2:
+        before, after = results.values()
+        columns["difference"] = {name: paired_difference(s["correct"], after[name]["correct"])
+                                 for name, s in before.items() if name in after}
     names = list(next(iter(results.values())))
     groups = {group: [name for name in names if BENCHMARKS[name].group == group] for group in GROUPS}
     means = {f"mean of {group}": members for group, members in groups.items() if len(members) > 1}
@@ -154,12 +171,13 @@ def report(results, markdown=False):
               "truncated", "length", "tokens", "seconds"]]
     for name, (column, scores) in itertools.product(names, results.items()):
         s = scores[name]
-        shares = ["–" if s[key] is None else f"{100 * s[key]:.1f}%"
+        shares = ["–" if s[key] is None else f"{100 * s[key][0]:.1f} ± {100 * s[key][1]:.1f}%"
                   for key in ("base_tests", "well_formed", "truncated")]
         unit = "tokens" if s["tokens"] else "characters"
+        length = s[f"response_{unit}"]
         passes = ", ".join(f"{k}: {100 * value:.1f} ± {100 * error:.1f}" for k, (value, error) in s["pass@k"].items())
         lines.append([name, column, s["n"], s["unanswered"], s["samples"], passes, *shares,
-                      f"{s[f'response_{unit}']:.0f} {unit}", s["tokens"], s["seconds"]])
+                      f"{length[0]:.0f} ± {length[1]:.0f} {unit}" if length else "–", s["tokens"], s["seconds"]])
     return table(columns, "pass@1, %", markdown, means) + "\n\n" + layout(lines, markdown)
 
 

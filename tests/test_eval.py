@@ -390,7 +390,24 @@ def test_scores_count_what_is_missing_as_wrong():
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
     score = e.score(problems, rows, verdicts)
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
-    assert score["well_formed"] == 3 / 8 and score["n"] == 4 and score["truncated"] is None
+    assert score["n"] == 4 and score["truncated"] is None
+    # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
+    assert score["well_formed"] == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
+    assert score["response_characters"] == (1.5, pytest.approx(0.5 / math.sqrt(2)))
+    assert score["base_tests"] is None
+
+
+def test_base_and_trained_differ_pairwise():
+    before = {"1": [True, False], "2": [False, False], "3": [True, True], "4": [False, False]}
+    after = {"1": [True, True], "2": [True, True], "3": [True, True], "4": [False, False]}
+    assert e.paired_difference(before, after) == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
+    problems = [e.Problem(id, "", None) for id in before]
+    columns = {column: {"AIME24": e.score(problems, [{"id": id, "response": "a"} for id, flags in answers.items() for _ in flags],
+                                          [{"correct": flag, "well_formed": True} for flags in answers.values() for flag in flags])}
+               for column, answers in (("base", before), ("trained", after))}
+    first, second = e.report(columns).splitlines()[:2]
+    assert first.split() == ["pass@1,", "%", "base", "trained", "difference"] and second.endswith("+37.5 ± 20.7")
+    assert "difference" not in e.report({"base": columns["base"]})
 
 
 def test_tables():
@@ -482,7 +499,7 @@ def test_judging_answers_made_elsewhere(data, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["answers"]
     assert results["AIME24"]["accuracy"] == 299 / 300 and results["AIME24"]["unanswered"] == 1
     assert results["HumanEval+"]["accuracy"] == 0.25 and results["HumanEval+"]["pass@k"]["2"][0] == 0.5
-    assert results["HumanEval+"]["well_formed"] == 0.5 and "| HumanEval+ |" in done.stdout
+    assert results["HumanEval+"]["well_formed"] == [0.5, pytest.approx(0.5 / math.sqrt(2))] and "| HumanEval+ |" in done.stdout
     assert "| AIME24" in (tmp_path / "out" / "results.md").read_text()
 
 
