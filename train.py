@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -71,10 +71,7 @@ def train(cfg, run):
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, rows=cfg.generate_batch)
     optimizer = make_optimizer(policy, cfg)
     buffer = TaskBuffer(cfg.buffer, rng)
-    splits = load_heldout(cfg.heldout, cfg.heldout_limit)
-    heldout = splits.get("easy") or [task for tasks in splits.values() for task in tasks]
-    if not heldout:
-        raise UsageError(f"there are no held-out tasks in {cfg.heldout}")
+    heldout = heldout_tasks(cfg)
     benchmarks = benchmark_problems(cfg)
 
     with Executor(cfg.workers, cfg.timeout) as executor, Interrupt() as interrupt:
@@ -125,8 +122,16 @@ def train(cfg, run):
 
 
 def set_advantages(rollouts, cfg, rng):
-    """Equation 8 over the (type, role) groups, six of them when all types and both roles train."""
+    """Equation 8 over the (type, role) groups, six of them when all types and both roles train.
+
+    --baseline task: solutions of one task, where a step holds several, are compared with each other alone, as in
+    GRPO. A hard task solved once then counts for more than an easy one solved as always.
+    """
     groups = [(rollout.type, rollout.role) for rollout in rollouts]
+    if cfg.baseline == "task":
+        tries = Counter(rollout.task for rollout in rollouts if rollout.role == "solve")
+        groups = [(*group, rollout.task if rollout.role == "solve" and tries[rollout.task] > 1 else None)
+                  for group, rollout in zip(groups, rollouts)]
     rewards = [rollout.reward for rollout in rollouts]
     if cfg.shuffle_rewards:  # a control: the same rewards, but no longer those of the responses
         for group in dict.fromkeys(groups):
@@ -180,6 +185,19 @@ def make_optimizer(policy, cfg):
 
 # --- what is measured -------------------------------------------------------------------------------
 
+def heldout_tasks(cfg):
+    """{prefix of the metrics: [Task]}: the first split is `heldout`, others `heldout/<split>`. Raises UsageError."""
+    splits = load_heldout(cfg.heldout, cfg.heldout_limit)
+    names = cfg.heldout_splits.split(",") if cfg.heldout_splits else ["easy"] if "easy" in splits else []
+    if not names:  # a file of the user's own, with whatever splits
+        splits, names = {"all": [task for tasks in splits.values() for task in tasks]}, ["all"]
+    for name in names:
+        if not splits.get(name):
+            raise UsageError(f"there are no held-out tasks of the split {name!r} in {cfg.heldout}; "
+                             f"it has {', '.join(splits) or 'none'}")
+    return {f"heldout/{name}" if i else "heldout": splits[name] for i, name in enumerate(names)}
+
+
 def benchmark_problems(cfg):
     """{benchmark: problems} of --eval-benchmarks, fetched before the first step. Raises UsageError."""
     if not cfg.eval_benchmarks:
@@ -192,10 +210,12 @@ def benchmark_problems(cfg):
 
 def measure(policy, executor, heldout, benchmarks, cfg, buffer):
     """Greedy accuracy on held-out tasks and benchmarks, and the buffer's sizes."""
-    scores = heldout_accuracy(policy, executor, heldout, cfg)
-    metrics = {f"heldout/{type}": score for type, (score, _, _) in scores.items()}
-    metrics |= {f"heldout_stderr/{type}": error for type, (_, error, _) in scores.items()}
-    metrics["heldout/mean"], metrics["heldout_stderr/mean"] = mean_score(scores)
+    metrics = {}
+    for prefix, tasks in heldout.items():
+        scores = heldout_accuracy(policy, executor, tasks, cfg)
+        for name, (score, error, *_) in (scores | {"mean": mean_score(scores)}).items():
+            metrics[f"{prefix}/{name}"] = score
+            metrics[f"{prefix}/{name}".replace("heldout", "heldout_stderr", 1)] = error
     if benchmarks:
         scores = evaluate_benchmarks(policy, benchmarks, cfg.max_response, cfg.workers)
         metrics |= {f"benchmark/{name}": score for name, (score, _, _) in scores.items()}
@@ -480,6 +500,8 @@ def parse(arguments):
         help="control: rewards are shuffled within each group before advantages")
     add("--train-on-estimates", action="store_true", default=None,
         help="also train the solver on the n tries of each new task")
+    add("--baseline", choices=("group", "task"),
+        help="advantages against the mean of a role and type (default, the paper's), or of the tries of one task")
     add("--no-dedup", dest="dedup", action="store_false", default=None,
         help="reward and store programs that were seen before")
     add("--zero-learnability", choices=("paper", "official"),
@@ -493,15 +515,16 @@ def parse(arguments):
     add("--workers", type=int, help="sandbox workers; default: all cores")
     add("--heldout", help="JSON lines of held-out tasks; default: the tiny model's")
     add("--heldout-limit", type=int, help="at most so many held-out tasks a type, and of each benchmark; default: all")
+    add("--heldout-splits", help="splits of that file to measure, with commas; default: easy, or all together")
     add("--eval-benchmarks", help="benchmarks of eval.py to measure at every evaluation, with commas; default: none")
     add("--eval-data", help="a folder with their files; default: the Hugging Face hub")
     return parser.parse_args(arguments)
 
 
 DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False,
-            "train_on_estimates": False, "dedup": True, "zero_learnability": "paper", "seed": 0,
+            "train_on_estimates": False, "baseline": "group", "dedup": True, "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,
-            "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "eval_benchmarks": "",
+            "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "heldout_splits": "", "eval_benchmarks": "",
             "eval_data": None}
 
 
