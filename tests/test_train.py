@@ -248,18 +248,30 @@ REWARDS = {("deduction", "solve"): [1.0, -0.5, -0.5], ("deduction", "propose"): 
 def test_advantages_are_per_type_and_role_and_lambda_weighs_the_solver():
     plain, weighted = rollouts_with(REWARDS), rollouts_with(REWARDS)
     for rollouts, weight in ((plain, 1.0), (weighted, 3.0)):
-        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=weight), random.Random(0))
+        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=weight, baseline="group"), random.Random(0))
     assert [r.advantage for r in plain[:3]] == train.task_relative_advantages([1.0, -0.5, -0.5], "aaa")
     assert [r.advantage for r in plain[-2:]] == [0.0, 0.0]
     for a, b in zip(plain, weighted):
         assert b.advantage == pytest.approx(a.advantage * (3.0 if a.role == "solve" else 1.0))
 
 
+def test_with_a_baseline_for_each_task_solutions_are_compared_with_those_of_their_task():
+    rollouts = rollouts_with({("deduction", "solve"): [1.0, 1.0, -0.5, 1.0, -1.0, 1.0, -0.5], ("deduction", "propose"): [0.75, 0.0]})
+    for rollout, task in zip(rollouts, "abababcd?"):
+        rollout.task = task
+    rollouts[6].task, rollouts[5].task = "c", "d"  # tried once each: compared with each other
+    train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=1.0, baseline="task"), random.Random(0))
+    for members in ([0, 2, 4], [1, 3], [5, 6], [7, 8]):
+        expected = train.task_relative_advantages([rollouts[i].reward for i in members], "a" * len(members))
+        assert [rollouts[i].advantage for i in members] == expected
+    assert rollouts[1].advantage == 0.0 != rollouts[0].advantage  # solved as always, and solved for once
+
+
 def test_shuffled_rewards_stay_in_their_group_and_rewards_are_kept_for_the_log():
     seen = set()
     for seed in range(20):
         rollouts = rollouts_with(REWARDS)
-        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=True, solve_weight=1.0), random.Random(seed))
+        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=True, solve_weight=1.0, baseline="group"), random.Random(seed))
         assert [r.reward for r in rollouts] == [r.reward for r in rollouts_with(REWARDS)]
         assert sorted(r.advantage for r in rollouts[:3]) == pytest.approx(sorted(train.task_relative_advantages([1.0, -0.5, -0.5], "aaa")))
         seen.add(tuple(r.advantage > 0 for r in rollouts[:3]))
@@ -294,11 +306,27 @@ def test_readme_names_every_flag_with_its_defaults():
 
 
 @pytest.mark.parametrize("flags", [["--no-train-proposer", "--samples", "0"], ["--references", "0", "--types", "deduction"],
-                                   ["--train-on-estimates", "--types", "abduction,induction", "--shuffle-rewards"], ["--lora-rank", "0", "--lr", "1e-4"]])
+                                   ["--train-on-estimates", "--types", "abduction,induction", "--shuffle-rewards"], ["--lora-rank", "0", "--lr", "1e-4"],
+                                   ["--baseline", "task", "--train-on-estimates", "--heldout-splits", "hard,easy"]])
 def test_ablations_run(tmp_path, capsys, flags):
     small = [a for i, a in enumerate(SMALL) if not (a == "--samples" or SMALL[i - 1] == "--samples")] if "--samples" in flags else SMALL
     assert train.main([*small, "--steps", "1", "--out", str(tmp_path / "run"), *flags]) == 0
     row = log(tmp_path / "run")[1]
     types = flags[flags.index("--types") + 1].split(",") if "--types" in flags else ["deduction", "abduction", "induction"]
     assert {key.split("/")[1] for key in row if key.startswith("solve/")} == set(types)
+    assert ("heldout/easy/mean" in row) == ("--heldout-splits" in flags) and "heldout/mean" in row
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")  # bitsandbytes does not page on a CPU
+def test_8bit_optimizers_train_and_resume_as_if_nothing_had_happened(tmp_path, capsys, optimizer):
+    flags = [*SMALL, "--optimizer", optimizer, "--types", "deduction", "--eval-every", "0", "--lr", "1e-2"]
+    assert train.main([*flags, "--steps", "4", "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*flags, "--steps", "2", "--out", str(tmp_path / "halved")]) == 0
+    assert train.main(["--resume", str(tmp_path / "halved"), "--steps", "4"]) == 0
+    whole, halved = figures(tmp_path / "whole"), figures(tmp_path / "halved")
+    assert whole[3:4] == halved[3:4] and whole[1]["entropy"] != whole[3]["entropy"]
+    state = torch.load(tmp_path / "whole" / "checkpoint" / "state.pt", weights_only=True)["optimizer"]["state"]
+    moments = [entry["__bnb_optimizer_quant_state__"]["state1"] for entry in state.values()]
+    assert all((moment.dtype == torch.uint8) == (moment.numel() >= 4096) for moment in moments)  # its smallest tensor
