@@ -34,9 +34,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
                           GenerationConfig)
 from transformers.cache_utils import DynamicLayer
 
-from rewards import composite_reward, is_correct, learnability
-from tasks import (CHAT_FRAME, FRAME, THINK, Task, UsageError, parse_answer, parse_proposal,
-                   propose_prompt, solve_prompt, within_limits)
+from executor import literal, parse_literal
+from rewards import composite_reward, intrinsic_reward, is_correct, learnability
+from tasks import (CHAT_FRAME, FRAME, THINK, Task, UsageError, complexity, edit_distance, parse_answer,
+                   parse_proposal, propose_prompt, shortened, solve_prompt, within_limits)
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
 
@@ -63,6 +64,7 @@ class Rollout:
     advantage: float = 0.0          # eq. 8
     estimate: bool = False          # one of the n rollouts that estimate learnability
     references: list = field(default_factory=list)  # programs that a proposer was shown
+    traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -381,8 +383,9 @@ def propose(policy, executor, buffer, cfg):
     --train-on-estimates can train on them (the paper does not).
     """
     rollouts = draft(policy, executor, buffer, cfg.types, cfg)
+    padded = _padded(rollouts, executor) if cfg.unpadded else ()
     accepted = []
-    for rollout in rollouts:
+    for index, rollout in enumerate(rollouts):
         if rollout.task is None:
             rollout.reward = composite_reward(None, rollout.well_formed)
         elif cfg.dedup and rollout.type != "induction" and buffer.is_repeat(rollout.task.program):
@@ -390,7 +393,12 @@ def propose(policy, executor, buffer, cfg):
             # the proposer finds that repeating one learnable program pays best.
             rollout.verdict, rollout.task = "repeat", None
             rollout.reward = composite_reward(0.0, True)
+        elif index in padded:
+            # Not in the paper either: a statement that could go without a trace makes a program longer, not harder.
+            rollout.verdict, rollout.task = "padded", None
+            rollout.reward = composite_reward(0.0, True)
         else:
+            rollout.traits = _traits(rollout.task, rollout.references, buffer)
             buffer.add(rollout.task)
             accepted.append(rollout)
     estimates = []
@@ -400,10 +408,34 @@ def propose(policy, executor, buffer, cfg):
         if estimates:
             tries = estimates[index * cfg.samples:(index + 1) * cfg.samples]
             rollout.solve_rate = sum(r.verdict == "correct" for r in tries) / cfg.samples
-            rollout.reward = composite_reward(learnability(rollout.solve_rate, cfg.zero), True)
+            rollout.reward = composite_reward(
+                learnability(rollout.solve_rate, cfg.zero) + intrinsic_reward(rollout.traits, cfg.intrinsic), True)
     for rollout in estimates:
         rollout.estimate = True
     return rollouts, [rollout.task for rollout in accepted], estimates
+
+
+def _padded(rollouts, executor):
+    """Indices of the new programs that return the same for their input when one of their statements is left out."""
+    jobs, expected, owners = [], [], []
+    for index, rollout in enumerate(rollouts):
+        if rollout.task and rollout.type != "induction":
+            for program in shortened(rollout.task.program):
+                jobs.append((program, rollout.task.input))
+                expected.append(rollout.task.output)
+                owners.append(index)
+    return {owner for owner, run, output in zip(owners, executor.run(jobs), expected) if run.ok and run.output == output}
+
+
+def _traits(task, references, buffer):
+    """What the paper measures of accepted tasks; `buffer` does not hold the task yet."""
+    found = {"answers": 1.0 - buffer.answer_share(task)}
+    if task.type != "induction":  # whose program is not its own
+        found["complexity"] = complexity(task.program)
+        distances = [edit_distance(task.program, other) for other in references]
+        if distances:
+            found["edit_distance"] = sum(distances) / len(distances)
+    return found
 
 
 def draft(policy, executor, buffer, types, cfg):
@@ -446,9 +478,14 @@ def draft(policy, executor, buffer, types, cfg):
 def _complete(policy, task, results, max_prompt):
     """(the task with its outputs, 'valid'), or (None, why not)."""
     good = [(text, run.output) for text, run in zip(task.inputs or (task.input,), results) if run.ok]
+    if task.type == "induction":  # a hidden input must not be a shown one in other words, as 0x1 is 1
+        different = {}
+        for text, output in good:
+            different.setdefault(_value_of(text), (text, output))
+        good = list(different.values())
     if len(good) < (2 if task.type == "induction" else 1):  # of two pairs one can stay hidden
-        failed = next(run for run in results if not run.ok)
-        return None, f"{failed.status}: {failed.error}"
+        reasons = (f"{run.status}: {run.error}" for run in results if not run.ok)
+        return None, next(reasons, "too few: its inputs are all the same")
     if task.type == "induction":  # inputs that do not run are left out
         inputs, outputs = zip(*good)
         task = replace(task, inputs=inputs, outputs=outputs)
@@ -458,6 +495,14 @@ def _complete(policy, task, results, max_prompt):
     if not problem and len(policy.encode(solve_prompt(task))) > max_prompt:
         problem = f"the solver's prompt would be over {max_prompt} tokens"
     return (None, f"too long: {problem}") if problem else (task, "valid")
+
+
+def _value_of(text):
+    """An input's values in one spelling, where it is made of literals; else its text."""
+    try:
+        return literal(parse_literal(f"({text.rstrip(', ')},)"))
+    except ValueError:
+        return text
 
 
 # --- solve -------------------------------------------------------------------------------------------

@@ -73,6 +73,21 @@ def learnability(success_rate, zero=0.0):
     return zero if success_rate in (0.0, 1.0) else 1.0 - success_rate
 
 
+TRAITS = {"edit_distance": 1.0, "complexity": 10.0, "answers": 1.0}  # each is divided by this, and cut at 1
+
+
+def intrinsic_reward(traits, weights):
+    """What the paper tried on top of learnability: Σ weight · trait over the traits of a new task.
+
+    edit_distance: to the references that were shown; complexity: branches, of ten; answers: how rare its answer is.
+
+    >>> intrinsic_reward({"answers": 0.5, "complexity": 31}, {"complexity": 0.2, "answers": 0.1})
+    0.25
+    """
+    return sum(weight * min(1.0, (traits[name] - (name == "complexity")) / TRAITS[name])
+               for name, weight in weights.items() if name in traits)
+
+
 def composite_reward(reward, well_formed):
     """Equation 6: the role's own reward, or the penalty for a failure or a malformed response.
 

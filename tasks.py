@@ -317,6 +317,43 @@ def edit_distance(program, other):
     return 1.0 - difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
 
 
+def complexity(program):
+    """Cyclomatic complexity, after McCabe: 1 + the number of places where the program can branch.
+
+    >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
+    4
+    """
+    branches = 0
+    for node in ast.walk(ast.parse(program)):
+        branches += isinstance(node, (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case))
+        branches += 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
+        branches += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+    return 1 + branches
+
+
+def shortened(program):
+    """The program without one of the top-level statements of `f`, for each of them in turn.
+
+    The return that ends it stays; so do docstrings, which do nothing by intention.
+    """
+    found = []
+    for position in range(sum(map(len, _bodies(ast.parse(program))))):
+        tree = ast.parse(program)
+        for body in _bodies(tree):
+            if position < len(body):
+                statement = body.pop(position)
+                idle = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                if body and not idle and not (isinstance(statement, ast.Return) and position == len(body)):
+                    found.append(ast.unparse(tree))
+                break
+            position -= len(body)
+    return found
+
+
+def _bodies(tree):
+    return [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "f"]
+
+
 # --- the buffers ------------------------------------------------------------------------------------
 
 class TaskBuffer:
@@ -346,6 +383,12 @@ class TaskBuffer:
     def is_repeat(self, program):
         """Whether a program with the same syntax tree was accepted before."""
         return fingerprint(program) in self.seen
+
+    def answer_share(self, task):
+        """Share of the type's tasks that have the same answer: the output, the input, or all outputs."""
+        answer = {"deduction": "output", "abduction": "input", "induction": "outputs"}[task.type]
+        bucket = self.tasks[task.type]
+        return sum(getattr(other, answer) == getattr(task, answer) for other in bucket) / max(1, len(bucket))
 
     def references(self, k):
         """At most k different tasks, uniform over deduction ∪ abduction."""

@@ -29,8 +29,8 @@ from eval import (HELDOUT, chosen, evaluate_benchmarks, heldout_accuracy, load_b
                   mean_score, table)
 from executor import Executor
 from report import draw_curves
-from rewards import task_relative_advantages
-from tasks import TASK_TYPES, TaskBuffer, UsageError, edit_distance
+from rewards import TRAITS, task_relative_advantages
+from tasks import TASK_TYPES, TaskBuffer, UsageError
 
 # Every number that shapes a run. Three columns: the shipped tiny model on a CPU, a model of 3B on one
 # 24 GB GPU, and the paper's values (--paper). A flag beats its column.
@@ -229,13 +229,16 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+VALID = ("valid", "repeat", "padded")
+
+
 def describe(proposals, solutions, buffer, cfg):
     """The metrics of a step that follow from its rollouts; README explains each in one line."""
     metrics = {}
     for type in cfg.types:
         ours = [r for r in proposals if r.type == type]
         metrics |= {
-            f"propose/{type}/valid": mean(r.verdict in ("valid", "repeat") for r in ours),
+            f"propose/{type}/valid": mean(r.verdict in VALID for r in ours),
             f"propose/{type}/reward": mean(r.reward for r in ours),
             f"propose/{type}/learnable": mean(
                 r.solve_rate is not None and 0 < r.solve_rate < 1 for r in ours),
@@ -248,13 +251,13 @@ def describe(proposals, solutions, buffer, cfg):
             f"solve/{type}/reward": mean(r.reward for r in ours),
             f"solve/{type}/well_formed": mean(r.well_formed for r in ours),
             f"response_tokens/solve/{type}": mean(len(r.response_ids) for r in ours)}
-    written = [r for r in proposals if r.type != "induction" and r.verdict in ("valid", "repeat")]
+    written = [r for r in proposals if r.type != "induction" and r.verdict in VALID]
     new = [r for r in written if r.verdict == "valid"]
     return metrics | {
         "truncated": mean(r.truncated for r in proposals + solutions),
         "diversity/unique_ast": mean(r.verdict == "valid" for r in written),
-        "diversity/edit_distance": mean(edit_distance(r.task.program, other)
-                                        for r in new for other in r.references),
+        **{f"diversity/{name}": mean(r.traits[name] for r in proposals if name in r.traits) for name in TRAITS},
+        "diversity/padded": mean(r.verdict == "padded" for r in written) if cfg.unpadded else None,
         "diversity/trivial": mean(r.task.output == r.task.input for r in new),
         **{f"buffer/{type}": len(tasks) for type, tasks in buffer.tasks.items()}}
 
@@ -504,6 +507,10 @@ def parse(arguments):
         help="advantages against the mean of a role and type (default, the paper's), or of the tries of one task")
     add("--no-dedup", dest="dedup", action="store_false", default=None,
         help="reward and store programs that were seen before")
+    add("--unpadded", action="store_true", default=None,
+        help="programs from which a statement can be left out, with the same output, count as repeats")
+    add("--intrinsic", metavar="NAME=WEIGHT,…",
+        help="reward added to learnability for edit_distance, complexity, answers (the paper's); default: none")
     add("--zero-learnability", choices=("paper", "official"),
         help="reward of tasks solved never or always: paper 0 (default), official code -0.5")
     add("--seed", type=int, help="random seed (0)")
@@ -522,7 +529,8 @@ def parse(arguments):
 
 
 DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False,
-            "train_on_estimates": False, "baseline": "group", "dedup": True, "zero_learnability": "paper", "seed": 0,
+            "train_on_estimates": False, "baseline": "group", "dedup": True, "unpadded": False, "intrinsic": "",
+            "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,
             "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "heldout_splits": "", "eval_benchmarks": "",
             "eval_data": None}
@@ -548,10 +556,22 @@ def configure(options):
     cfg = SimpleNamespace(**values)
     check(cfg)
     cfg.types = tuple(cfg.types.split(","))
+    cfg.intrinsic = weights_of(cfg.intrinsic)
     cfg.zero = -0.5 if cfg.zero_learnability == "official" else 0.0
     if not options.resume:
         run.create(values)
     return cfg, run
+
+
+def weights_of(text):
+    """'answers=0.2,complexity=0.1' → {name: weight}. Raises UsageError."""
+    try:
+        weights = {name: float(weight) for name, weight in (pair.split("=") for pair in text.split(",") if text)}
+    except ValueError as error:
+        raise UsageError(f"--intrinsic {text!r}: give NAME=WEIGHT pairs with commas, as answers=0.2") from error
+    if not set(weights) <= set(TRAITS) or any(not 0 <= weight < float("inf") for weight in weights.values()):
+        raise UsageError(f"--intrinsic {text!r}: the names are {', '.join(TRAITS)}, and no weight is negative")
+    return weights
 
 
 def check(cfg):

@@ -20,7 +20,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
 def config(**changes):
     return SimpleNamespace(**{
         "micro_tokens": 400, "logit_chunk": 7, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
-        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "zero": 0.0} | changes)
+        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "unpadded": False, "intrinsic": {}, "zero": 0.0} | changes)
 
 
 def rollouts_of(policy, advantages, seed=0, max_tokens=20):
@@ -366,6 +366,37 @@ def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypa
                                                 lambda copy: answer("```python\ndef f(y):\n    return y\n```"), cfg)
     assert task == Task("induction", ZERO_TRIPLET.program, inputs=("1", "2", "3"), outputs=("1", "2", "3"), message="same")
     assert [r.reward for r in rollouts] == [0.0, -0.5] and rollouts[0].solve_rate == 1.0
+
+
+def test_inputs_that_are_equal_in_other_words_are_one(policy, executor, monkeypatch):
+    cfg = config(types=("induction",), batch=2, inputs=7)
+    def inputs(*texts):
+        return answer("".join(f"```input\n{t}\n```\n" for t in texts) + "```message\nsame\n```")
+    proposals = [inputs("16", "0x10", "16.0", "'a'", "1_6", "+16,", '"a"'), inputs("1", "0x1")]
+    _, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("no"), cfg)
+    assert task.inputs == ("16", "16.0", "'a'") and task.outputs == ("16", "16.0", "'a'")
+    assert rollouts[1].verdict == "too few: its inputs are all the same" and rollouts[1].reward == -0.5
+
+
+def test_padded_programs_earn_nothing_where_that_is_asked(policy, executor, monkeypatch):
+    padded = block("def f(x):\n    x = x + 1\n    x = max(x, 0)\n    return x", "2")
+    needed = block("def f(x):\n    x = x * 3\n    x = x - 1\n    return x", "2")
+    for asked, verdicts in ((True, ["padded", "valid"]), (False, ["valid", "valid"])):
+        cfg = config(types=("deduction",), batch=2, unpadded=asked)
+        _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, [padded, needed], lambda copy: answer("5" if copy else "3"), cfg)
+        assert [r.verdict for r in rollouts] == verdicts and len(tasks) == verdicts.count("valid")
+    assert rollouts[0].reward > 0
+
+
+def test_intrinsic_rewards_are_added_for_new_tasks_alone(policy, executor, monkeypatch):
+    proposals = [block(ADD, "2"), block(ADD, "3"), "nothing"]
+    plain, more = (propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("3" if copy else "4"),
+                                config(types=("deduction",), batch=3, intrinsic=weights))[1]
+                   for weights in ({}, {"answers": 0.25, "complexity": 0.5, "edit_distance": 0.5}))
+    traits = more[0].traits
+    assert traits["answers"] == 1.0 and traits["complexity"] == 1 and 0 < traits["edit_distance"] < 1
+    assert more[0].reward == pytest.approx(plain[0].reward + 0.25 + 0.5 * traits["edit_distance"])
+    assert [r.reward for r in more[1:]] == [r.reward for r in plain[1:]] == [0.0, -1.0]
 
 
 def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypatch):

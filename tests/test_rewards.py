@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from rewards import composite_reward, is_correct, learnability, task_relative_advantages
+from rewards import composite_reward, intrinsic_reward, is_correct, learnability, task_relative_advantages
 from tasks import Task
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -82,6 +82,13 @@ def test_learnability_is_equation_4():
     for nonsense in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError):
             learnability(nonsense)
+
+
+def test_intrinsic_rewards_are_weighted_and_bounded():
+    traits = {"edit_distance": 0.5, "complexity": 6, "answers": 0.25}
+    assert intrinsic_reward(traits, {}) == 0 and intrinsic_reward({}, {"answers": 1.0}) == 0
+    assert intrinsic_reward(traits, {"edit_distance": 0.2, "complexity": 0.4, "answers": 1.0}) == pytest.approx(0.1 + 0.2 + 0.25)
+    assert intrinsic_reward({"complexity": 1000}, {"complexity": 0.3}) == 0.3
 
 
 def test_composite_reward_is_equation_6():

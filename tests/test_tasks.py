@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 import json
 import pytest
 
-from tasks import (OUTPUT_LIMIT, TASK_TYPES, ZERO_TRIPLET, Task, TaskBuffer, edit_distance, fenced_blocks,
-                   final_answer, fingerprint, parse_answer, parse_proposal, propose_prompt, solve_prompt,
+from tasks import (OUTPUT_LIMIT, TASK_TYPES, ZERO_TRIPLET, Task, TaskBuffer, complexity, edit_distance, fenced_blocks,
+                   final_answer, fingerprint, parse_answer, parse_proposal, propose_prompt, shortened, solve_prompt,
                    split_pairs, within_limits)
 
 PROGRAM = "def f(a, b={'k': 1}):\n    return {**b, 'a': a}"
@@ -157,6 +157,32 @@ def test_edit_distance_orders_programs_as_a_person_would():
 
 
 # --- the buffer
+
+@pytest.mark.parametrize("body,expected", [
+    ("return x", 1), ("return x if x else 1", 2), ("if x and x > 1 or x < 0:\n        x = 1\n    return x", 4),
+    ("for i in range(3):\n        while x:\n            x -= 1\n    return x", 3), ("return [y for z in x for y in z if y]", 4),
+    ("try:\n        return 1 / x\n    except ZeroDivisionError:\n        return 0", 2)])
+def test_complexity_counts_branches(body, expected):
+    assert complexity(f"def f(x):\n    {body}") == expected
+
+
+def test_shortened_programs_lack_one_statement_each():
+    program = "import math\n\ndef g(x):\n    y = x\n    return y\n\ndef f(x):\n    'doc'\n    x += 1\n    if x:\n        x = 2\n    return g(x)"
+    without_add, without_if = shortened(program)
+    assert "x += 1" not in without_add and "if x" in without_add and "y = x" in without_add
+    assert "x += 1" in without_if and "if x" not in without_if and "return g(x)" in without_if
+    assert shortened(ZERO_TRIPLET.program) == shortened("f = lambda x: x") == []
+
+
+def test_answer_share_is_of_the_type_and_its_answer():
+    buffer = TaskBuffer(10, random.Random(0))  # with the zero triplet
+    task = Task("deduction", program(1), "5", "6")
+    assert buffer.answer_share(task) == 0.0
+    buffer.add(replace(task, program=program(2), input="7"))
+    assert buffer.answer_share(task) == 0.5 and buffer.answer_share(replace(task, output="9")) == 0.0
+    assert buffer.answer_share(replace(task, type="abduction")) == 0.0
+    assert buffer.answer_share(Task("induction", program(1), outputs=("1", "2"))) == 0.0
+
 
 def test_buffer_starts_with_the_identity_and_keeps_it_when_full():
     buffer = TaskBuffer(4, random.Random(0))
