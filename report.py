@@ -239,3 +239,161 @@ def screen(step, rollouts):
         flags += [{"step": step, "role": rollout.role, "type": rollout.type, "rule": rule, "match": found,
                    "context": text[max(start - CONTEXT, 0):end + CONTEXT]} for rule, found, start, end in hits]
     return flags
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+# Characters of JSON that the page may carry; it stays near 5 MB at most, which a phone still opens.
+ROOM = {"samples": 2_500_000, "tasks": 1_500_000, "flags": 400_000}
+MAX_POINTS = 1000  # steps of a curve; more than a screen has columns
+MAX_BINS = 60      # columns of the picture of solve rates
+
+
+def write_page(folder):
+    """Write report.html into a run folder: one file that needs no other and no network. → its path
+
+    Reads config.json, metrics.jsonl, samples.jsonl, tasks.jsonl and flags.jsonl; the last three may be absent, and
+    a last line that was cut in the middle is skipped. The page replaces its predecessor in one rename. Raises
+    UsageError if the folder holds no run, or one with a damaged line.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is not a run folder: cannot read its config.json; "
+                         "give a folder that train.py wrote, such as runs/<model>-<date>") from error
+    if not isinstance(config, dict) or not {"model", "steps", "types"} <= config.keys():
+        raise UsageError(f"{folder} is not a run folder: its config.json is no run's; "
+                         "give a folder that train.py wrote, such as runs/<model>-<date>")
+    metrics, samples, tasks, flags = (_read_rows(folder / f"{name}.jsonl")
+                                      for name in ("metrics", "samples", "tasks", "flags"))
+    if not metrics:
+        raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
+                         f"start it again with python train.py --resume {folder}")
+    for task in tasks:
+        task["statements"], task["nodes"], task["branches"] = complexity(task["program"])
+    data = {"name": folder.resolve().name, "config": config, "curves": _curves(metrics), "alarms": alarms(metrics),
+            "rates": _solve_rates(tasks), "complexity": _complexity_curves(tasks),
+            "rules": Counter(flag["rule"] for flag in flags),
+            "samples": _thinned(samples, ROOM["samples"]), "flags": _thinned(flags, ROOM["flags"]),
+            "tasks": _thinned([{key: value for key, value in task.items() if value not in ("", [])}
+                               for task in tasks], ROOM["tasks"])}
+    # Text of the model must not end the script element or open a comment in it. All that is not ASCII is escaped too,
+    # lone surrogates and U+2028 among them.
+    text = json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    before, after = TEMPLATE.read_text(encoding="utf-8").split("{{DATA}}")
+    path = folder / "report.html"
+    fresh = folder / "report.html.new"
+    fresh.write_text(before + text + after, encoding="utf-8")
+    os.replace(fresh, path)
+    return path
+
+
+def _read_rows(path):
+    """The objects of a file of JSON lines, [] if there is no file. NaN and infinities become None."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")  # not splitlines: model text may hold U+2028, which is no end of a line
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                rows.append(json.loads(line, parse_constant=lambda name: None))
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(f"line {number} of {path} is not a JSON object: it was edited or the disk is "
+                                 "damaged; take the line out") from error
+    return rows
+
+
+@lru_cache(maxsize=1 << 16)  # a page is written many times in a run, and induction tasks share their programs
+def complexity(program):
+    """(statements inside f, nodes of the syntax tree, cyclomatic complexity of f); Nones if it does not parse.
+
+    Docstrings are no statements. Cyclomatic complexity is 1 + the branches: if, for, while, except, case,
+    conditional expressions, parts of comprehensions, and each `and` or `or`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in model programs
+            tree = ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None, None, None
+    f = next((node for node in reversed(tree.body) if isinstance(node, ast.FunctionDef) and node.name == "f"), None)
+    inside = list(ast.walk(f))[1:] if f else []
+    statements = sum(isinstance(node, ast.stmt) and not (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in inside)
+    branches = sum(isinstance(node, (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
+                                     ast.match_case)) for node in inside)
+    branches += sum(1 + len(node.ifs) for node in inside if isinstance(node, ast.comprehension))
+    branches += sum(len(node.values) - 1 for node in inside if isinstance(node, ast.BoolOp))
+    return statements if f else None, sum(1 for _ in ast.walk(tree)), 1 + branches if f else None
+
+
+def _curves(metrics):
+    """{"step": [steps], key: [values]} of all metrics; None where a step lacks one. Five digits are enough to see."""
+    stride = -(-len(metrics) // MAX_POINTS)
+    rows = [row for i, row in enumerate(metrics) if i % stride == 0 or "heldout/mean" in row or row is metrics[-1]]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [value if value is None or key == "step" else float(f"{value:.5g}")
+                  for value in (row.get(key) for row in rows)] for key in keys}
+
+
+def _complexity_curves(tasks):
+    """Means by step, in the form of `_curves`. Induction tasks take their programs from the others: not counted."""
+    steps = defaultdict(list)
+    for task in [task for task in tasks if task["type"] != "induction"] or tasks:
+        steps[task["step"]].append(task)
+    return {"step": list(steps), **{key: [_mean(task[key] for task in group) for group in steps.values()]
+                                    for key in ("statements", "nodes", "branches")}}
+
+
+def _solve_rates(tasks):
+    """Shares of the new tasks by solve rate, over steps or bins of them: {"step", rate: [shares]}, rates ascending.
+
+    More than ten tries are gathered into tenths, with never and always apart.
+    """
+    tried = [(task["step"], task["solve_rate"]) for task in tasks if task["solve_rate"] is not None]
+    if len({rate for _, rate in tried}) > 11:
+        tried = [(step, rate if rate in (0, 1) else min(max(round(rate, 1), 0.1), 0.9)) for step, rate in tried]
+    width = -(-max((step for step, _ in tried), default=1) // MAX_BINS)
+    bins = defaultdict(Counter)
+    for step, rate in tried:
+        bins[-(-step // width) * width][rate] += 1
+    return {"step": list(bins), "width": width, "shares": {
+        f"{rate:.3g}": [counts[rate] / counts.total() for counts in bins.values()]
+        for rate in sorted({rate for _, rate in tried})}}
+
+
+def _thinned(rows, room):
+    """{"rows", "total", "steps", "all_steps"}: the rows of as many steps, evenly spread, as fit in `room` characters.
+
+    The last step is always among them.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["step"]].append(row)
+    sizes = {step: len(json.dumps(group)) for step, group in groups.items()}
+    steps, count = sorted(groups), len(groups)
+    kept = steps
+    while count > 1 and sum(sizes[step] for step in kept) > room:
+        count -= max(count // 50, 1)
+        kept = sorted({steps[-1 - i * len(steps) // count] for i in range(count)})
+    return {"rows": [row for step in kept for row in groups[step]], "total": len(rows),
+            "steps": len(kept), "all_steps": len(steps)}
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python report.py RUN", file=sys.stderr)
+        return 2
+    try:
+        print(write_page(arguments[0]))
+    except (UsageError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
