@@ -75,6 +75,7 @@ MAX_TRUNCATED = 0.3    # a cut response earns nothing, whatever it says; healthy
 HELDOUT_DROP = 0.05    # below the best so far, and more than HELDOUT_ERRORS standard errors of the difference: with
 HELDOUT_ERRORS = 2.0   # 600 tasks that is 5.5 points. The best of many is partly luck, hence
 HELDOUT_REPEATS = 2    # measurements in a row
+TRAINING_SLACK = 0.05  # training accuracy that fell by less has not fallen: two standard errors of ten steps' solutions
 
 ADVICE = {
     ("new programs", "low"): "the proposer repeats itself: lower --lr, raise --entropy-coef or --references, and "
@@ -98,7 +99,8 @@ def alarms(metrics):
     → [{"name", "since" (step), "value", "band" (text), "advice" (text)}], [] if all is well or there are fewer than
     WINDOW steps. A value is out when the mean and the median of its last WINDOW steps are: a slow drift counts, one
     wild step does not. Values that are missing or not finite are left out. Held-out accuracy needs HELDOUT_REPEATS
-    measurements, and training accuracy that did not fall with it: tasks that grow harder pull down both.
+    measurements, and training accuracy that did not fall with it: harder tasks pull down that one alone, a model that
+    breaks pulls down both and shows in the other bands.
     """
     rows = [row for row in metrics if row["step"] > 0]
     learnable = [_average(row, "propose/", "/learnable") for row in rows]
@@ -146,7 +148,7 @@ def _heldout_alarm(metrics):
         drop = best["heldout/mean"] - now["heldout/mean"]
         error = math.hypot(*(row.get("heldout_stderr/mean") or 0.0 for row in (best, now)))
         fell = (drop > max(HELDOUT_DROP, HELDOUT_ERRORS * error)
-                and (training(now["step"]) or 0.0) >= (training(best["step"]) or 0.0))
+                and (training(now["step"]) or 0.0) >= (training(best["step"]) or 0.0) - TRAINING_SLACK)
         fallen, since = (fallen + 1, since or now["step"]) if fell else (0, None)
     if fallen < HELDOUT_REPEATS:
         return []

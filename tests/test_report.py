@@ -47,7 +47,8 @@ def test_a_healthy_run_has_no_alarm(steps):
 @pytest.mark.parametrize("name, key, good, bad", [
     ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose", 0.4, 0.05),
     ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 0.9), ("truncated", "truncated", 0.0, 0.5),
-    ("response length", "response_tokens__solve", 30.0, 5.0), ("response length", "response_tokens__solve", 30.0, 120.0),
+    ("response length", "response_tokens__solve", 30.0, 5.0),
+    ("response length", "response_tokens__solve", 30.0, 120.0),
 ])
 def test_a_value_that_leaves_its_band_for_ten_steps_raises_one_alarm_until_it_is_back(name, key, good, bad):
     assert alarms(series(60, **{key: after(59, bad, good)})) == []  # one step is no trend
@@ -100,6 +101,8 @@ def test_held_out_below_its_best_while_training_holds():
     for row in wide:
         row["heldout_stderr/mean"] = 0.05
     assert alarms(wide) == []                                                 # within two standard errors
+    flat = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.48)
+    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good as before, within noise
     harder = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.3)
     assert alarms(harder) == []
 
@@ -186,8 +189,9 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
          "reward": 0.5, "advantage": -0.25, "solve_rate": None, "truncated": False}
         for step in range(1, steps + 1) for role in ("propose", "solve") for type in types])
     write("tasks.jsonl", [
-        {"step": step, "solve_rate": (step + place) % 5 / 4 if step else None, "type": type, "program": PROGRAM + text * (
-            text != "ok"), "input": text * length, "output": "1", "inputs": [text], "outputs": ["1"], "message": text}
+        {"step": step, "solve_rate": (step + place) % 5 / 4 if step else None, "type": type,
+         "program": PROGRAM + text * (text != "ok"), "input": text * length, "output": "1",
+         "inputs": [text], "outputs": ["1"], "message": text}
         for step in range(steps + 1) for place, type in enumerate(types)])
     if flags:
         write("flags.jsonl", [{"step": 1, "role": "solve", "type": types[0], "rule": "power", "match": text,
@@ -386,7 +390,10 @@ def test_filters_sorting_search_and_keys(tmp_path, browse):
       find("figure svg").dispatchEvent(new page.KeyboardEvent("keydown", {key: "Home"}));
       const key = find("figure .key").textContent;
       const labels = [...page.document.querySelectorAll("select, input")].every(node => node.labels.length);
-      return {linked, chosen, descending, types, roles, searched, opened, key, labels};
+      page.location.hash = "#outcome=none-such&q=thought+9";
+      await new Promise(done => setTimeout(done, 50));
+      const followed = look();
+      return {linked, chosen, descending, types, roles, searched, opened, key, labels, followed};
       """.replace("SOURCE", json.dumps(source)))
     assert console == []
     assert seen["chosen"] == ["solve", "deduction", "wrong"] and seen["labels"]
@@ -404,4 +411,5 @@ def test_filters_sorting_search_and_keys(tmp_path, browse):
     assert seen["roles"]["matching"] == "36 of 72 match." and "role=solve" in seen["roles"]["hash"]
     assert seen["searched"]["matching"] == "6 of 72 match." and "q=THOUGHT+7" in seen["searched"]["hash"]
     assert all(text.startswith("Step 7,") for text in seen["searched"]["samples"])
+    assert seen["followed"]["matching"] == "6 of 72 match." and "Step 9," in seen["followed"]["samples"][0]
     assert seen["opened"] == PROGRAM and "step 0" in seen["key"] and "0.233" in seen["key"]
