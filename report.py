@@ -99,8 +99,8 @@ def alarms(metrics):
     → [{"name", "since" (step), "value", "band" (text), "advice" (text)}], [] if all is well or there are fewer than
     WINDOW steps. A value is out when the mean and the median of its last WINDOW steps are: a slow drift counts, one
     wild step does not. Values that are missing or not finite are left out. Held-out accuracy needs HELDOUT_REPEATS
-    measurements, and training accuracy that did not fall with it: harder tasks pull down that one alone, a model that
-    breaks pulls down both and shows in the other bands.
+    measurements, and training accuracy that did not fall with it: what this looks for is a judge that lets wrong answers
+    pass, and a fall of both, as when a model breaks, raises no alarm of this kind.
     """
     rows = [row for row in metrics if row["step"] > 0]
     learnable = [_average(row, "propose/", "/learnable") for row in rows]
