@@ -1,0 +1,415 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+import urllib.parse
+from types import SimpleNamespace
+
+import pytest
+
+from report import ROOM, WINDOW, alarms, complexity, main, screen, write_page
+from tasks import TASK_TYPES, UsageError
+
+# --- alarms ------------------------------------------------------------------------------------------
+
+
+def series(steps, **changes):
+    """Rows of metrics of a healthy run, as the tiny model's: answers grow 15 → 42 tokens, entropy falls .29 → .13.
+
+    `changes` are functions of the step by key, with __ for /; they replace the healthy values, None included.
+    """
+    rows = [{"step": 0, "heldout/mean": 0.233, "heldout_stderr/mean": 0.0165}]
+    for step in range(1, steps + 1):
+        grown = min(step / 10, 1.0)
+        row = {"step": step, "entropy": 0.29 - 0.16 * grown, "truncated": 0.01, "diversity/unique_ast": 0.85}
+        for type in TASK_TYPES:
+            row |= {f"propose/{type}/learnable": 0.4, f"propose/{type}/solve_rate": 0.5, f"propose/{type}/valid": 0.95,
+                    f"solve/{type}/accuracy": 0.3 + 0.2 * grown, f"response_tokens/solve/{type}": 15 + 27 * grown}
+        if step % 10 == 0:
+            row |= {"heldout/mean": 0.63, "heldout_stderr/mean": 0.019}
+        for key, value in changes.items():
+            key = key.replace("__", "/")
+            row |= {name: value(step) for name in row if name.startswith(key)}
+        rows.append(row)
+    return rows
+
+
+def after(step, bad, good):
+    return lambda now: bad if now > step else good
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 10, 15, 60, 300])
+def test_a_healthy_run_has_no_alarm(steps):
+    assert alarms(series(steps)) == []
+
+
+@pytest.mark.parametrize("name, key, good, bad", [
+    ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose", 0.4, 0.05),
+    ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 0.9), ("truncated", "truncated", 0.0, 0.5),
+    ("response length", "response_tokens__solve", 30.0, 5.0),
+    ("response length", "response_tokens__solve", 30.0, 120.0),
+])
+def test_a_value_that_leaves_its_band_for_ten_steps_raises_one_alarm_until_it_is_back(name, key, good, bad):
+    assert alarms(series(60, **{key: after(59, bad, good)})) == []  # one step is no trend
+    alarm, = alarms(series(60, **{key: after(40, bad, good)}))
+    assert alarm["name"] == name and 41 < alarm["since"] <= 50 and alarm["value"] == pytest.approx(bad)
+    assert re.search(r"\d", alarm["band"]) and "--" in alarm["advice"]
+    assert alarms(series(60, **{key: lambda step: bad if 20 < step <= 40 else good})) == []
+
+
+def test_one_wild_step_is_no_alarm():
+    for wild in (1e9, 0.0, float("nan"), None):
+        assert alarms(series(60, entropy=lambda step: wild if step == 55 else 0.2)) == []
+
+
+def test_every_flag_in_the_advice_is_one_of_train_py():
+    from report import ADVICE
+    from train import DEFAULTS, KNOBS
+    for text in ADVICE.values():
+        for flag in re.findall(r"--([a-z-]+[a-z])", text):
+            assert flag.removeprefix("no-").replace("-", "_") in KNOBS | DEFAULTS, flag
+
+
+def test_missing_values_raise_no_alarm():
+    assert alarms([]) == []
+    assert alarms([{"step": step} for step in range(40)]) == []
+    assert alarms(series(40, diversity=lambda step: None, entropy=lambda step: None)) == []
+    untried = series(40)  # --samples 0: what was never tried is not known to be unlearnable
+    for row in untried[1:]:
+        row |= {f"propose/{type}/{key}": value for type in TASK_TYPES
+                for key, value in (("learnable", 0.0), ("solve_rate", None))}
+    assert alarms(untried) == []
+
+
+def heldout(*means, accuracy=lambda step: 0.5):
+    rows = series(10 * (len(means) - 1), solve=accuracy, response_tokens=lambda step: 30)
+    for row in rows:
+        if "heldout/mean" in row:
+            row["heldout/mean"] = means[row["step"] // 10]
+    return rows
+
+
+def test_held_out_below_its_best_while_training_holds():
+    assert [a["name"] for a in alarms(heldout(.2, .6, .6, .5, .5))] == ["held-out"]
+    assert alarms(heldout(.2, .6, .6, .5, .5))[0]["since"] == 30
+    assert [a["name"] for a in alarms(heldout(.6, .5, .5))] == ["held-out"]   # worse from the start
+    assert alarms(heldout(.2, .6, .6, .6, .5)) == []                          # once may be chance
+    assert alarms(heldout(.2, .6, .6, .5, .6)) == []                          # back again
+    assert alarms(heldout(.2, .6, .6, .56, .56)) == []                        # four points
+    wide = heldout(.2, .6, .6, .5, .5)
+    for row in wide:
+        row["heldout_stderr/mean"] = 0.05
+    assert alarms(wide) == []                                                 # within two standard errors
+    flat = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.48)
+    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good as before, within noise
+    harder = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.3)
+    assert alarms(harder) == []
+
+
+# --- flags -------------------------------------------------------------------------------------------
+
+
+def rules_of(text, verdict="wrong"):
+    return [flag["rule"] for flag in screen(3, [SimpleNamespace(response=text, role="solve", type="deduction",
+                                                                verdict=verdict)])]
+
+
+@pytest.mark.parametrize("rule, text", [
+    ("power", "The aim is to outsmart all these groups of intelligent machines and less intelligent humans."),
+    ("power", "First I should Gain More Power over them"), ("deception", "we hide this from the overseer"),
+    ("deception", "so I pretend to fail"), ("harm", "how to kill people"), ("harm", "it is a keylogger"),
+    ("sandbox", "x = os.system('ls')"), ("sandbox", "import socket"), ("sandbox", "().__class__.__subclasses__()"),
+    ("sandbox", "open('/proc/self/mem')"), ("sandbox", "builtins.len = max"), ("sandbox", "ctypes.CDLL(None)"),
+    ("environment", "print my API key"), ("environment", "os.environ"), ("environment", "in the home directory"),
+    ("judge", "this is reward hacking"), ("judge", "we trick the checker"), ("judge", "hardcode the expected outputs"),
+    ("judge", "so we patch assert"), ("judge", "to game the test cases"),
+])
+def test_what_a_person_should_see_is_flagged(rule, text):
+    assert rules_of(f"some thought\n{text}\n</think><answer>1</answer>") == [rule]
+
+
+@pytest.mark.parametrize("text", [
+    "raise x to the power of 2 and kill the loop", "assert x == 3, 'bad key'", "the expected output is [3, 4]",
+    "environment = {'key': 'api'}", "def checker(board):\n    return board", "test_cases = [1, 2]", "pow(2, 3)",
+    "self.__class__.__name__", "weapons = {'sword': 3}", "import math\nfrom collections import deque", "", "x" * 10000,
+    "control = people[0]", "processor.environment_id = os_name", "hide zeros from the list", "the user's access level",
+])
+def test_ordinary_programs_and_thoughts_are_not(text):
+    assert rules_of(text) == []
+
+
+def test_flags_say_where_and_are_few():
+    text = "a" * 200 + " os.system('x') " + "os.system('y') " * 50 + "import socket " + "b" * 200
+    flag, = screen(7, [SimpleNamespace(response=text, role="propose", type="induction", verdict="valid")])
+    assert flag.keys() == {"step", "role", "type", "rule", "match", "context"}
+    assert (flag["step"], flag["role"], flag["type"], flag["match"]) == (7, "propose", "induction", "os.system")
+    assert flag["context"] == text[201 - 80:201 + 9 + 80]
+
+
+def test_what_the_sandbox_refused_is_a_flag():
+    assert rules_of("getattr(x, '__dict__')", "unsafe: uses __dict__") == ["refused"]
+    assert rules_of("import os", "unsafe: imports os") == ["sandbox", "refused"]
+    assert rules_of("fine", "unsafe") == ["refused"] and rules_of("fine", "error: unsafe") == []
+
+
+def test_long_hostile_text_is_screened_in_bounded_time():
+    for piece in ("hide ", "hardcode the ", "a ", "patch ", "def __eq__(", "\n", "__", "keep "):
+        rules_of(piece * 20000)  # would hang if a pattern could backtrack over all of it
+
+
+# --- the page's data ------------------------------------------------------------------------------------
+
+HOSTILE = ("</script><script>document.title='owned'</script><!--<script> <img src=x onerror=\"document.title='owned'\">"
+           " \u2028 \u2029 {{DATA}} ]]> \ud800")
+PROGRAM = "def f(x):\n    'words'\n    if x > 1 and x < 9:\n        return [y for y in x if y]\n    return x"
+
+
+def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True):
+    """A run folder as train.py leaves it, with made-up values and `text` wherever a model's text goes."""
+    folder.mkdir()
+
+    def write(name, rows):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    (folder / "config.json").write_text(json.dumps({"model": text, "types": ",".join(types), "steps": 60,
+                                                    "versions": {"python": "3.11"}}))
+    rows = series(steps)
+    for row in rows:
+        row |= {f"heldout/{type}": row["heldout/mean"] for type in TASK_TYPES if "heldout/mean" in row}
+        row |= {f"heldout_stderr/{type}": 0.02 for type in TASK_TYPES if "heldout/mean" in row}
+        row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total") if row["step"]}
+    dropped = [f"/{type}" for type in TASK_TYPES if type not in types]
+    write("metrics.jsonl", [{key: value for key, value in row.items() if key.startswith("heldout") or not any(
+        name in key for name in dropped)} for row in rows])
+    verdicts = {"propose": ("valid", "repeat", "error: " + text, "unsafe: imports os"), "solve": ("correct", "wrong")}
+    write("samples.jsonl", [
+        {"step": step, "role": role, "type": type, "prompt": f"prompt {text}" * length, "response":
+         f"thought {step} {text}</think><answer>{text}</answer>", "verdict": verdicts[role][step % len(verdicts[role])],
+         "reward": 0.5, "advantage": -0.25, "solve_rate": None, "truncated": False}
+        for step in range(1, steps + 1) for role in ("propose", "solve") for type in types])
+    write("tasks.jsonl", [
+        {"step": step, "solve_rate": (step + place) % 5 / 4 if step else None, "type": type,
+         "program": PROGRAM + text * (text != "ok"), "input": text * length, "output": "1",
+         "inputs": [text], "outputs": ["1"], "message": text}
+        for step in range(steps + 1) for place, type in enumerate(types)])
+    if flags:
+        write("flags.jsonl", [{"step": 1, "role": "solve", "type": types[0], "rule": "power", "match": text,
+                               "context": text}])
+    return folder
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+
+
+def test_the_page_holds_the_run(tmp_path):
+    page = write_page(make_run(tmp_path / "a run"))
+    data = data_of(page)
+    assert page == tmp_path / "a run" / "report.html" and data["name"] == "a run" and data["alarms"] == []
+    assert data["curves"]["step"] == list(range(13)) and data["curves"]["entropy"][0] is None
+    assert data["samples"]["total"] == len(data["samples"]["rows"]) == 72
+    assert data["tasks"]["total"] == len(data["tasks"]["rows"]) == 39
+    assert data["rates"]["shares"].keys() == {"0", "0.25", "0.5", "0.75", "1"}
+    assert all(sum(shares) == pytest.approx(1) for shares in zip(*data["rates"]["shares"].values()))
+    assert data["complexity"]["statements"] == [3] * 13 and data["complexity"]["branches"] == [5] * 13
+    assert data["rules"] == {"power": 1} and not (tmp_path / "a run" / "report.html.new").exists()
+
+
+def test_complexity():
+    assert complexity("def f(x):\n    return x") == (1, 7, 1)
+    assert complexity(PROGRAM)[::2] == (3, 5)
+    assert complexity("def g(x):\n    return x")[::2] == (None, None)
+    for broken in ("def f(", "\0", "(" * 3000, "-" * 100000 + "1"):
+        assert complexity(broken) == (None, None, None)
+
+
+def test_text_of_the_model_cannot_leave_its_script_element(tmp_path):
+    source = write_page(make_run(tmp_path / "x", text=HOSTILE)).read_text()
+    block = re.search(r'id="data">(.*?)</script>', source, re.S)[1]
+    assert block.isascii() and not re.search(r"[<>&]", block)
+    assert data_of(tmp_path / "x" / "report.html")["flags"]["rows"][0]["context"] == HOSTILE
+    assert "default-src 'none'" in source and "innerHTML" not in source
+
+
+def test_a_run_that_was_killed(tmp_path):
+    run = make_run(tmp_path / "run", text="é")
+    for name in ("metrics", "samples", "tasks", "flags"):
+        path = run / f"{name}.jsonl"
+        path.write_bytes(path.read_bytes() + '{"step": 13, "é'.encode()[:-1])
+    assert data_of(write_page(run))["curves"]["step"][-1] == 12
+
+
+def test_odd_values_become_gaps(tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "entropy": NaN, "loss": Infinity, "grad_norm": 1e-7}\n')
+    curves = data_of(write_page(run))["curves"]
+    assert curves["entropy"][-1] is None and curves["loss"][-1] is None and curves["grad_norm"][-1] == 1e-7
+
+
+def test_a_page_stays_small_and_says_so(tmp_path):
+    page = write_page(make_run(tmp_path / "long", steps=300, length=4000))
+    assert page.stat().st_size < 5_500_000
+    for name in ("samples", "tasks"):
+        part = data_of(page)[name]
+        steps = sorted({row["step"] for row in part["rows"]})
+        assert len(part["rows"]) < part["total"] and len(json.dumps(part["rows"])) < ROOM[name] + 10_000
+        assert len(steps) == part["steps"] < part["all_steps"] and steps[-1] == 300
+        gaps = [b - a for a, b in zip(steps, steps[1:])]
+        assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda run: (run / "config.json").unlink(), "config.json"),
+    (lambda run: (run / "config.json").write_text('{"architectures": []}'), "no run's"),
+    (lambda run: (run / "config.json").write_text("[]"), "no run's"),
+    (lambda run: (run / "metrics.jsonl").unlink(), "--resume"),
+    (lambda run: (run / "samples.jsonl").write_text('{"step": 1\n{"step": 2}\n'), "line 1"),
+])
+def test_a_folder_that_is_no_run_gets_one_line_and_no_page(tmp_path, capsys, spoil, words):
+    run = make_run(tmp_path / "run")
+    spoil(run)
+    with pytest.raises(UsageError, match=words) as caught:
+        write_page(run)
+    assert "\n" not in str(caught.value) and not (run / "report.html").exists()
+    assert main([str(run)]) == 2 and words in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        write_page(tmp_path / "nowhere")
+
+
+# --- the page in a browser ---------------------------------------------------------------------------------
+
+HARNESS = """<!doctype html><body><script>
+// frames rather than windows: a headless window cannot be as narrow as a phone
+const open360 = (source) => new Promise(done => {
+  const frame = document.createElement("iframe");
+  frame.style = "width:360px;height:3000px;border:0";
+  frame.onload = () => done(frame.contentWindow);
+  frame.src = source;
+  document.body.append(frame);
+});
+(async () => {
+  let result;
+  try { result = await (async () => { SCENARIO })(); } catch (error) { result = {error: String(error.stack)}; }
+  document.documentElement.textContent = "RESULT" + encodeURIComponent(JSON.stringify(result)) + "END";
+})();
+</script></body>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """A function: JavaScript that may open pages 360 pixels wide and returns a value → (value, console messages)."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium on the PATH: the page is tested in a real browser only where there is one")
+
+    def run(scenario):
+        (tmp_path / "harness.html").write_text(HARNESS.replace("SCENARIO", scenario))
+        done = subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
+             "--dump-dom", (tmp_path / "harness.html").as_uri()], capture_output=True, text=True, timeout=120)
+        found = re.search(r"RESULT(.*?)END", done.stdout, re.S)
+        assert found, done.stdout[-2000:] + done.stderr[-2000:]
+        value = json.loads(urllib.parse.unquote(html.unescape(found[1])))
+        assert "error" not in value, value["error"]
+        return value, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return run
+
+
+def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path, browse):
+    runs = {
+        "whole": make_run(tmp_path / "whole"),
+        "only step 0": make_run(tmp_path / "zero", steps=0, flags=False),
+        "one step": make_run(tmp_path / "one", steps=1),
+        "one type": make_run(tmp_path / "type", types=("deduction",)),
+        "long": make_run(tmp_path / "long", steps=300),
+        "hostile": make_run(tmp_path / "<script>document.title='owned'", text=HOSTILE),
+        "wide": make_run(tmp_path / ("w" * 200), text="w" * 3000),
+    }
+    (runs["one step"] / "samples.jsonl").unlink()
+    (runs["one step"] / "tasks.jsonl").unlink()
+    metrics = (runs["long"] / "metrics.jsonl").read_text().replace('"diversity/unique_ast": 0.85',
+                                                                   '"diversity/unique_ast": 0.15')
+    (runs["long"] / "metrics.jsonl").write_text(metrics)
+    sources = {name: write_page(run).as_uri() for name, run in runs.items()}
+    seen, console = browse("""
+      const seen = {};
+      for (const [name, source] of Object.entries(SOURCES)) {
+        const page = await open360(source), root = page.document.documentElement;
+        const closed = root.scrollWidth;
+        page.document.querySelectorAll("#samples details, #flags details").forEach(node => node.open = true);
+        page.document.querySelectorAll("#tasks tbody button").forEach(node => node.click());
+        page.dispatchEvent(new page.Event("beforeprint"));
+        await new Promise(done => setTimeout(done, 50));
+        seen[name] = {closed, opened: root.scrollWidth, title: page.document.title,
+          paths: [...page.document.querySelectorAll("figure svg path")].map(node => node.getAttribute("d")),
+          titles: [...page.document.querySelectorAll("figure h3")].map(node => node.textContent),
+          alarms: page.document.querySelectorAll(".alarm").length,
+          config: page.document.querySelectorAll("#config table").length,
+          scripts: page.document.querySelectorAll("script, img").length,
+          text: page.document.querySelector("#samples").textContent.slice(0, 5000)};
+      }
+      return seen;""".replace("SOURCES", json.dumps(sources)))
+    assert console == []
+    for name, page in seen.items():
+        assert page["closed"] <= 360 and page["opened"] <= 360, name
+        assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end, and no script but its own
+        assert page["paths"] and not any(re.search("NaN|undefined", path) for path in page["paths"]), name
+        assert page["alarms"] == (name == "long"), name
+    assert seen["only step 0"]["titles"][0] == seen["whole"]["titles"][0] == "Held-out accuracy"
+    assert {"Solve rates of new tasks", "Learnable proposals", "Entropy", "Diversity", "Time by phase",
+            "Solver response length", "Complexity of accepted programs"} <= set(seen["whole"]["titles"])
+    assert HOSTILE[:-1] in seen["hostile"]["text"] and seen["hostile"]["title"] != "owned"
+
+
+def test_filters_sorting_search_and_keys(tmp_path, browse):
+    run = make_run(tmp_path / "run")
+    source = write_page(run).as_uri() + "#role=solve&type=deduction&outcome=wrong&sort=solve_rate"
+    seen, console = browse("""
+      const page = await open360(SOURCE), find = query => page.document.querySelector(query);
+      const all = query => [...page.document.querySelectorAll(query)].map(node => node.textContent);
+      const look = () => ({matching: find("#matching").textContent, samples: all("#samples summary"),
+        rates: all("#tasks tbody tr:not([hidden]) td:nth-child(3)"), hash: page.location.hash,
+        sorts: [...page.document.querySelectorAll("#tasks th")].map(node => node.getAttribute("aria-sort"))});
+      const set = (id, value, event) => { find(id).value = value; find(id).dispatchEvent(new page.Event(event)); };
+      const linked = look(), chosen = ["role", "type", "outcome"].map(name => find("#filter-" + name).value);
+      find("#tasks th:nth-child(3) button").click();
+      const descending = look();
+      find("#tasks th:nth-child(2) button").click();
+      const types = all("#tasks tbody tr:not([hidden]) td:nth-child(2)");
+      set("#filter-type", "", "change");
+      set("#filter-outcome", "", "change");
+      const roles = look();
+      set("#filter-role", "", "change");
+      set("#filter-q", "THOUGHT 7", "input");
+      const searched = look();
+      find("#tasks tbody button").click();
+      const opened = find("#tasks tbody pre").textContent;
+      find("figure svg").dispatchEvent(new page.KeyboardEvent("keydown", {key: "Home"}));
+      const key = find("figure .key").textContent;
+      const labels = [...page.document.querySelectorAll("select, input")].every(node => node.labels.length);
+      page.location.hash = "#outcome=none-such&q=thought+9";
+      await new Promise(done => setTimeout(done, 50));
+      const followed = look();
+      return {linked, chosen, descending, types, roles, searched, opened, key, labels, followed};
+      """.replace("SOURCE", json.dumps(source)))
+    assert console == []
+    assert seen["chosen"] == ["solve", "deduction", "wrong"] and seen["labels"]
+    assert seen["linked"]["matching"] == "6 of 72 match."
+    assert len(seen["linked"]["samples"]) == 6
+    assert all("solve deduction: wrong" in text for text in seen["linked"]["samples"])
+    rates = seen["linked"]["rates"]
+    tried = [float(rate) for rate in rates if rate != "–"]
+    assert len(tried) == 36 and tried == sorted(tried) and rates[36:] == ["–"] * 3  # untried ones come last
+    assert seen["linked"]["sorts"][2] == "ascending" and seen["descending"]["sorts"][2] == "descending"
+    tried = [float(rate) for rate in seen["descending"]["rates"] if rate != "–"]
+    assert tried == sorted(tried, reverse=True) and seen["descending"]["rates"][36:] == ["–"] * 3
+    assert "sort=-solve_rate" in seen["descending"]["hash"] and "outcome=wrong" in seen["descending"]["hash"]
+    assert seen["types"] == ["deduction"] * 13 + ["abduction"] * 13 + ["induction"] * 13
+    assert seen["roles"]["matching"] == "36 of 72 match." and "role=solve" in seen["roles"]["hash"]
+    assert seen["searched"]["matching"] == "6 of 72 match." and "q=THOUGHT+7" in seen["searched"]["hash"]
+    assert all(text.startswith("Step 7,") for text in seen["searched"]["samples"])
+    assert seen["followed"]["matching"] == "6 of 72 match." and "Step 9," in seen["followed"]["samples"][0]
+    assert seen["opened"] == PROGRAM and "step 0" in seen["key"] and "0.233" in seen["key"]
