@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")  # files, never a window
 from matplotlib import pyplot  # noqa: E402
 
-from tasks import TASK_TYPES, UsageError  # noqa: E402
+from tasks import TASK_TYPES, UsageError, complexity  # noqa: E402
 
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
@@ -88,8 +88,10 @@ ADVICE = {
     ("response length", "high"): "read the samples: fine if the text works and held-out rises, else lower --lr or "
                                  "--max-response",
     ("truncated", "high"): "cut responses earn nothing: raise --max-response, or lower --lr if they ramble",
-    ("held-out", "low"): "training accuracy holds and held-out falls: read samples with reward 1 for what the judge "
+    ("held-out", "low"): "training accuracy holds while held-out falls: read samples with reward 1 for what the judge "
                          "lets pass; lower --lr or raise --batch",
+    ("held-out", "broken"): "training accuracy falls with it: the proposer may only have got harder, but the solver got "
+                            "worse as well; lower --lr",
 }
 
 
@@ -99,8 +101,7 @@ def alarms(metrics):
     → [{"name", "since" (step), "value", "band" (text), "advice" (text)}], [] if all is well or there are fewer than
     WINDOW steps. A value is out when the mean and the median of its last WINDOW steps are: a slow drift counts, one
     wild step does not. Values that are missing or not finite are left out. Held-out accuracy needs HELDOUT_REPEATS
-    measurements, and training accuracy that did not fall with it: what this looks for is a judge that lets wrong answers
-    pass, and a fall of both, as when a model breaks, raises no alarm of this kind.
+    measurements; where training accuracy did not fall with it, a judge may let wrong answers pass, and the advice says so.
     """
     rows = [row for row in metrics if row["step"] > 0]
     learnable = [_average(row, "propose/", "/learnable") for row in rows]
@@ -136,7 +137,7 @@ def alarms(metrics):
 
 
 def _heldout_alarm(metrics):
-    """[] or the one alarm of held-out accuracy that falls from its best while training accuracy does not."""
+    """[] or the one alarm of held-out accuracy that fell from its best; the advice looks at training accuracy."""
     def training(step):  # over the WINDOW steps up to this one; the first ones for step 0, which has none
         last = max(step, WINDOW)
         return _mean(_average(row, "solve/", "/accuracy") for row in metrics if last - WINDOW < row["step"] <= last)
@@ -147,13 +148,14 @@ def _heldout_alarm(metrics):
         best = max((row for row in measured if row["step"] <= now["step"]), key=lambda row: row["heldout/mean"])
         drop = best["heldout/mean"] - now["heldout/mean"]
         error = math.hypot(*(row.get("heldout_stderr/mean") or 0.0 for row in (best, now)))
-        fell = (drop > max(HELDOUT_DROP, HELDOUT_ERRORS * error)
-                and (training(now["step"]) or 0.0) >= (training(best["step"]) or 0.0) - TRAINING_SLACK)
+        fell = drop > max(HELDOUT_DROP, HELDOUT_ERRORS * error)
         fallen, since = (fallen + 1, since or now["step"]) if fell else (0, None)
     if fallen < HELDOUT_REPEATS:
         return []
+    holds = (training(now["step"]) or 0.0) >= (training(best["step"]) or 0.0) - TRAINING_SLACK
     floor = best["heldout/mean"] - max(HELDOUT_DROP, HELDOUT_ERRORS * error)
-    return [{"name": "held-out", "since": since, "value": now["heldout/mean"], "advice": ADVICE["held-out", "low"],
+    return [{"name": "held-out", "since": since, "value": now["heldout/mean"],
+             "advice": ADVICE["held-out", "low" if holds else "broken"],
              "band": f"at least {floor:.3f} (the best, {best['heldout/mean']:.3f} at step {best['step']}, less "
                      f"{HELDOUT_DROP:g} or {HELDOUT_ERRORS:g} standard errors)"}]
 
@@ -279,7 +281,7 @@ def write_page(folder):
         raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
                          f"start it again with python train.py --resume {folder}")
     for task in tasks:
-        task["statements"], task["nodes"], task["branches"] = complexity(task["program"])
+        task["statements"], task["nodes"], task["branches"] = measures(task["program"])
     data = {"name": folder.resolve().name, "config": config, "curves": _curves(metrics), "alarms": alarms(metrics),
             "rates": _solve_rates(tasks), "complexity": _complexity_curves(tasks),
             "rules": Counter(flag["rule"] for flag in flags),
@@ -315,27 +317,22 @@ def _read_rows(path):
 
 
 @lru_cache(maxsize=1 << 16)  # a page is written many times in a run, and induction tasks share their programs
-def complexity(program):
-    """(statements inside f, nodes of the syntax tree, cyclomatic complexity of f); Nones if it does not parse.
+def measures(program):
+    """(statements inside f, nodes of the syntax tree, cyclomatic complexity); Nones if it does not parse.
 
-    Docstrings are no statements. Cyclomatic complexity is 1 + the branches: if, for, while, except, case,
-    conditional expressions, parts of comprehensions, and each `and` or `or`.
+    Docstrings are no statements.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in model programs
             tree = ast.parse(program)
+            branches = complexity(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None, None, None
     f = next((node for node in reversed(tree.body) if isinstance(node, ast.FunctionDef) and node.name == "f"), None)
-    inside = list(ast.walk(f))[1:] if f else []
     statements = sum(isinstance(node, ast.stmt) and not (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in inside)
-    branches = sum(isinstance(node, (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler,
-                                     ast.match_case)) for node in inside)
-    branches += sum(1 + len(node.ifs) for node in inside if isinstance(node, ast.comprehension))
-    branches += sum(len(node.values) - 1 for node in inside if isinstance(node, ast.BoolOp))
-    return statements if f else None, sum(1 for _ in ast.walk(tree)), 1 + branches if f else None
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in list(ast.walk(f))[1:]) if f else None
+    return statements, sum(1 for _ in ast.walk(tree)), branches
 
 
 def _curves(metrics):

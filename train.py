@@ -28,7 +28,7 @@ from azr import draft, load_policy, propose, solve, trr_update
 from eval import (HELDOUT, chosen, evaluate_benchmarks, heldout_accuracy, load_benchmarks, load_heldout,
                   mean_score, table)
 from executor import Executor
-from report import draw_curves
+from report import alarms, draw_curves, screen, write_page
 from rewards import TRAITS, task_relative_advantages
 from tasks import TASK_TYPES, TaskBuffer, UsageError
 
@@ -63,7 +63,7 @@ DEFAULT, CARD, PAPER = range(3)
 # --- Algorithm 1 -----------------------------------------------------------------------------------
 
 def train(cfg, run):
-    """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one."""
+    """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -77,9 +77,10 @@ def train(cfg, run):
     with Executor(cfg.workers, cfg.timeout) as executor, Interrupt() as interrupt:
         done = run.restore(policy, optimizer, buffer, rng)
         if done is None:  # a seed set from the identity triplet and the model itself
-            seed_buffers(policy, executor, buffer, cfg, interrupt)
+            seeds = seed_buffers(policy, executor, buffer, cfg, interrupt)
             done = 0
-            run.record(0, measure(policy, executor, heldout, benchmarks, cfg, buffer), tasks=all_tasks(buffer))
+            run.record(0, measure(policy, executor, heldout, benchmarks, cfg, buffer), tasks=all_tasks(buffer),
+                       flags=screen(0, seeds))
             run.save(0, policy, optimizer, buffer, rng)
         bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, unit="step", dynamic_ncols=True)
         for step in bar:
@@ -109,16 +110,27 @@ def train(cfg, run):
             if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
                 bar.set_description("evaluate")
                 metrics |= measure(policy, executor, heldout, benchmarks, cfg, buffer)
-            run.record(step, metrics, proposals, solutions)
+            run.record(step, metrics, proposals, solutions, flags=screen(step, proposals + solutions + estimates))
+            for alarm in run.new_alarms():
+                bar.write(f"step {step}: {alarm}", file=sys.stderr)
             bar.set_postfix(run.headline(metrics), refresh=False)
-            if interrupt.requested or step == cfg.steps or step % cfg.save_every == 0:
+            flagged = cfg.max_flags is not None and run.flags > cfg.max_flags
+            stop = interrupt.requested or flagged
+            if stop or step == cfg.steps or step % cfg.save_every == 0:
                 run.save(step, policy, optimizer, buffer, rng)
-            if interrupt.requested and step < cfg.steps:
+                write_page(run.folder)
+            if flagged:
+                bar.close()
+                print(f"stopped after step {step}: {run.flags} flags, more than --max-flags {cfg.max_flags}; read "
+                      f"{run.folder}/flags.jsonl, then go on with --resume {run.folder} --max-flags N, or do not")
+                return 3
+            if stop and step < cfg.steps:
                 bar.close()
                 print(f"stopped after step {step}; go on with: python train.py --resume {run.folder}")
-                return
+                return 0
         bar.close()
     run.finish()
+    return 0
 
 
 def set_advantages(rollouts, cfg, rng):
@@ -146,8 +158,9 @@ def seed_buffers(policy, executor, buffer, cfg, interrupt):
     """Fill the buffers with B·S valid tasks of the untrained model, starting from the identity.
 
     Both deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper); induction tasks
-    are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds.
+    are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds. → [Rollout]
     """
+    drafts = []
     target = cfg.batch * cfg.seed_factor
     bar = tqdm(total=2 * target, desc="seed the buffers", unit="task", dynamic_ncols=True)
     for types in (("deduction", "abduction"), ("induction",)):
@@ -155,7 +168,8 @@ def seed_buffers(policy, executor, buffer, cfg, interrupt):
             continue
         bucket = buffer.tasks[types[0]]
         for _ in range(10 * cfg.seed_factor):
-            for rollout in draft(policy, executor, buffer, types, cfg):
+            drafts += draft(policy, executor, buffer, types, cfg)
+            for rollout in drafts[-cfg.batch * len(types):]:
                 task, before = rollout.task, len(bucket)
                 if not task or before >= target:
                     continue
@@ -172,6 +186,7 @@ def seed_buffers(policy, executor, buffer, cfg, interrupt):
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(types)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
     bar.close()
+    return drafts
 
 
 def make_optimizer(policy, cfg):
@@ -288,12 +303,12 @@ class Run:
     logs back to that step, and the steps are done again exactly as they were (on a CPU).
     """
 
-    LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl")
+    LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl")
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.state_file = self.folder / "checkpoint" / "state.pt"
-        self.metrics, self.writer = [], None
+        self.metrics, self.flags, self.alarms, self.writer = [], 0, [], None
 
     def create(self, values):
         """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
@@ -384,19 +399,24 @@ class Run:
                                  "put a copy back, or start a new run") from error
         for name in self.LOGS:
             path = self.folder / name
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if step is not None and line.endswith("\n")
+            # bytes, whose lines end at \n alone: model text may hold U+2028, where str.splitlines would cut
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if step is not None and line.endswith(b"\n")
                     and json.loads(line)["step"] <= step]
-            replace_file(path, "".join(kept).encode())
+            replace_file(path, b"".join(kept))
             if name == "metrics.jsonl":
                 self.metrics = [json.loads(line) for line in kept]
+            if name == "flags.jsonl":
+                self.flags = len(kept)
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=(step or 0) + 1 if step is not None else 0)
         return step
 
-    def record(self, step, metrics, proposals=(), solutions=(), tasks=()):
-        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl and TensorBoard."""
-        metrics = {"step": step, **metrics}
+    def record(self, step, metrics, proposals=(), solutions=(), tasks=(), flags=()):
+        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl, flags.jsonl and TensorBoard."""
+        metrics = {"step": step, **metrics, "flags": len(flags)}
+        self.flags += len(flags)
+        self._append("flags.jsonl", flags)
         self.metrics.append(metrics)
         self._append("metrics.jsonl", [metrics])
         accepted = [(r.task, r.solve_rate) for r in proposals if r.verdict == "valid"]
@@ -419,6 +439,12 @@ class Run:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    def new_alarms(self):
+        """Figures that left their bands since the last call, a line each: which, its band, what to try."""
+        before, self.alarms = {alarm["name"] for alarm in self.alarms}, alarms(self.metrics)
+        return [f"{a['name']} is {a['value']:.3g}, should be {a['band']}: {a['advice']}"
+                for a in self.alarms if a["name"] not in before]
+
     def headline(self, metrics):
         """The figures of the progress bar."""
         heldout = [m["heldout/mean"] for m in self.metrics if "heldout/mean" in m][-1]
@@ -428,7 +454,8 @@ class Run:
                                                  ("learnable", "propose/", "/learnable"))}
         return {"held-out": f"{heldout:.2f}",
                 **{name: f"{value:.2f}" for name, value in averages.items() if value is not None},
-                "tok/s": f"{metrics['tokens_per_second']:.0f}"}
+                "tok/s": f"{metrics['tokens_per_second']:.0f}", **({"flags": self.flags} if self.flags else {}),
+                **({"ALARM": ", ".join(alarm["name"] for alarm in self.alarms)} if self.alarms else {})}
 
     def finish(self):
         """Print held-out accuracy before and after, and where everything is."""
@@ -436,7 +463,9 @@ class Run:
         columns = {f"step {m['step']}": {
             type: (m[f"heldout/{type}"], m[f"heldout_stderr/{type}"], None)
             for type in TASK_TYPES if f"heldout/{type}" in m} for m in (measured[0], measured[-1])}
-        print(f"\n{table(columns)}\n\nrun folder  {self.folder}\npicture     {self.folder}/curves.png")
+        print(f"\n{table(columns)}\n\nrun folder  {self.folder}\n"
+              f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html"
+              + f"\nflags       {self.flags}, in {self.folder}/flags.jsonl" * bool(self.flags))
 
 
 def pick_samples(step, rollouts):
@@ -492,7 +521,9 @@ def parse(arguments):
     add = parser.add_argument
     add("--model", help="tiny (shipped, the default), a local folder or a Hugging Face name such as Qwen2.5-3B")
     add("--out", help="run folder; default: runs/<model>-<date>")
-    add("--resume", metavar="RUN", help="go on with this run; only --steps may be given beside it")
+    add("--resume", metavar="RUN", help="go on with this run; only --steps and --max-flags may be given beside it")
+    add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
+    add("--max-flags", type=int, help="stop, with a checkpoint, after more than so many flags; default: never")
     add("--paper", action="store_true", help="the paper's values instead of the defaults below, and --no-dedup")
     for name, (tiny, card, paper, text) in KNOBS.items():
         add("--" + name.replace("_", "-"), type=type(tiny), help=f"{text}\n(tiny {tiny}, else {card}, paper {paper})")
@@ -533,18 +564,18 @@ DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": Tr
             "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,
             "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "heldout_splits": "", "eval_benchmarks": "",
-            "eval_data": None}
+            "eval_data": None, "max_flags": None}
 
 
 def configure(options):
     """Command line → (cfg, Run). Raises UsageError for values that cannot work."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     if options.resume:
-        extra = set(given) - {"resume", "steps", "paper"} | ({"paper"} if options.paper else set())
+        extra = set(given) - {"resume", "steps", "max_flags", "paper"} | ({"paper"} if options.paper else set())
         if extra:
             raise UsageError(f"--resume goes on with the run's own values; drop --{min(extra).replace('_', '-')}")
         run = Run(options.resume)
-        values = run.config() | ({"steps": options.steps} if options.steps else {})
+        values = run.config() | {name: given[name] for name in ("steps", "max_flags") if name in given}
     else:
         column = PAPER if options.paper else DEFAULT if options.model in (None, "tiny") else CARD
         values = DEFAULTS | {name: columns[column] for name, columns in KNOBS.items()}
@@ -579,9 +610,9 @@ def check(cfg):
     at_least = {"steps": 1, "batch": 1, "references": 0, "inputs": 2, "seed_factor": 1, "buffer": 2,
                 "max_prompt": 1, "max_response": 1, "lora_rank": 0, "micro_tokens": 1, "logit_chunk": 1,
                 "eval_every": 0, "save_every": 1, "generate_batch": 0, "samples": 0, "entropy_coef": 0,
-                "solve_weight": 0, "threads": 0}
+                "solve_weight": 0, "threads": 0, "max_flags": 0}
     for name, least in at_least.items():
-        if getattr(cfg, name) < least:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least {least}")
     for name in ("lr", "clip", "max_grad_norm", "timeout"):
         if not 0 < getattr(cfg, name) < float("inf"):
@@ -601,8 +632,11 @@ def main(arguments=None):
     options = parse(arguments)
     run = None
     try:
+        if options.report:
+            print(write_page(options.report))
+            return 0
         cfg, run = configure(options)
-        train(cfg, run)
+        return train(cfg, run)
     except UsageError as error:
         if run and not options.resume:
             run.abandon()
@@ -614,7 +648,6 @@ def main(arguments=None):
     except OSError as error:  # a full disk, a folder gone: what is on disk is whole
         print(f"train.py: {error}; {run.resume_hint() if run else ''}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from report import ROOM, WINDOW, alarms, complexity, main, screen, write_page
+from report import ROOM, WINDOW, alarms, main, measures, screen, write_page
 from tasks import TASK_TYPES, UsageError
 
 # --- alarms ------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def heldout(*means, accuracy=lambda step: 0.5):
     return rows
 
 
-def test_held_out_below_its_best_while_training_holds():
+def test_held_out_below_its_best():
     assert [a["name"] for a in alarms(heldout(.2, .6, .6, .5, .5))] == ["held-out"]
     assert alarms(heldout(.2, .6, .6, .5, .5))[0]["since"] == 30
     assert [a["name"] for a in alarms(heldout(.6, .5, .5))] == ["held-out"]   # worse from the start
@@ -104,7 +104,7 @@ def test_held_out_below_its_best_while_training_holds():
     flat = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.48)
     assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good as before, within noise
     harder = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.3)
-    assert alarms(harder) == []
+    assert "falls with it" in alarms(harder)[0]["advice"] and "holds" in alarms(flat)[0]["advice"]
 
 
 # --- flags -------------------------------------------------------------------------------------------
@@ -216,12 +216,12 @@ def test_the_page_holds_the_run(tmp_path):
     assert data["rules"] == {"power": 1} and not (tmp_path / "a run" / "report.html.new").exists()
 
 
-def test_complexity():
-    assert complexity("def f(x):\n    return x") == (1, 7, 1)
-    assert complexity(PROGRAM)[::2] == (3, 5)
-    assert complexity("def g(x):\n    return x")[::2] == (None, None)
+def test_measures_of_a_program():
+    assert measures("def f(x):\n    return x") == (1, 7, 1)
+    assert measures(PROGRAM)[::2] == (3, 5)
+    assert measures("def g(x):\n    return x")[::2] == (None, 1)
     for broken in ("def f(", "\0", "(" * 3000, "-" * 100000 + "1"):
-        assert complexity(broken) == (None, None, None)
+        assert measures(broken) == (None, None, None)
 
 
 def test_text_of_the_model_cannot_leave_its_script_element(tmp_path):
