@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import report
 import train
 from azr import Rollout
 from conftest import ROOT
@@ -63,7 +65,7 @@ def whole_run(tmp_path_factory):
 
 def test_a_run_leaves_all_its_files_and_says_where(whole_run):
     run = whole_run.folder
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "tasks.jsonl", "curves.png", "checkpoint", "adapter", "tensorboard"):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl", "curves.png", "report.html", "checkpoint", "adapter", "tensorboard"):
         assert (run / name).exists(), name
     assert str(run) in whole_run.out and "curves.png" in whole_run.out and "±" in whole_run.out
     assert "step 0" in whole_run.out and "step 6" in whole_run.out
@@ -76,7 +78,7 @@ def test_metrics_have_every_documented_key(whole_run):
     assert [row["step"] for row in rows] == list(range(7))
     types = ("deduction", "abduction", "induction")
     keys = {"step", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second", "memory_gb",
-            *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial")),
+            "flags", *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial", "complexity", "answers", "padded")),
             *(f"seconds/{k}" for k in ("generate", "execute", "update", "total"))}
     for t in types:
         keys |= {f"propose/{t}/{k}" for k in ("valid", "reward", "learnable", "solve_rate")}
@@ -316,6 +318,45 @@ def test_ablations_run(tmp_path, capsys, flags):
     assert {key.split("/")[1] for key in row if key.startswith("solve/")} == set(types)
     assert ("heldout/easy/mean" in row) == ("--heldout-splits" in flags) and "heldout/mean" in row
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
+
+
+def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(report.RULES, "judge", re.compile("sorted"))  # the tiny model knows no worse word
+    run = tmp_path / "run"
+    flags = [*SMALL, "--save-every", "100", "--max-flags", "1", "--steps", "9", "--out", str(run)]
+    assert train.main(flags) == 3
+    done = log(run)[-1]["step"]
+    assert f"stopped after step {done}" in capsys.readouterr().out and 0 < done < 9
+    found = log(run, "flags.jsonl")
+    assert len(found) > 1 and {f["rule"] for f in found} == {"judge"} and all("sorted" in f["context"] for f in found)
+    assert [sum(f["step"] == row["step"] for f in found) for row in log(run)] == [row["flags"] for row in log(run)]
+    assert train.main(["--resume", str(run), "--max-flags", "100000", "--steps", str(done + 1)]) == 0
+    assert log(run)[-1]["step"] == done + 1 and "flags" in capsys.readouterr().out
+
+
+def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
+    alarm = {"name": "entropy", "since": 1, "value": 0.5, "band": "at least 1", "advice": "sleep"}
+    monkeypatch.setattr(train, "alarms", lambda metrics: [alarm] if metrics[-1]["step"] == 2 else [])
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("step 2: entropy is 0.5, should be at least 1: sleep") == 1 and "ALARM=entropy" in shown
+
+
+def test_the_page_of_a_killed_run_can_be_had_and_a_folder_that_is_none_is_refused(tmp_path, whole_run, capsys):
+    (whole_run.folder / "report.html").unlink()
+    assert train.main(["--report", str(whole_run.folder)]) == 0
+    assert (whole_run.folder / "report.html").stat().st_size > 10_000
+    assert "is not a run folder" in misuse(capsys, "--report", tmp_path)
+
+
+def test_resume_survives_line_separators_that_only_unicode_knows(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "1", "--out", str(run)]) == 0
+    with open(run / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 1, "response": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n")
+    before = (run / "samples.jsonl").read_bytes()
+    assert train.main(["--resume", str(run), "--steps", "2"]) == 0
+    assert (run / "samples.jsonl").read_bytes().startswith(before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "paged8bit"])
