@@ -228,7 +228,7 @@ def read_function(row):
         hints = [prompt.strip().strip('"').strip(), *(row.get("test_list") or [])[:1]]
         question = f"Write a Python function `{name}`. {FENCE}\n\n" + "\n".join(hints)
     written = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
-    atol = row.get("atol") or max(map(float, written), default=0)
+    atol = row["atol"] if "atol" in row else max(map(float, written), default=0)
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
     return question, Program(name, prompt if opening else "", own, partial(function_cases, row, name, test),
                              partial(ORACLES.get(name, close), atol=atol))
@@ -797,6 +797,9 @@ def same_math(gold, answer, rough=False):
         a, b = map(Decimal, numbers)
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
         return abs(a - b) <= (min(abs(a) / 10000, last_digit / 2) if rough else 0)
+    # to sympy dx/dt is 0, as x is no function of t
+    gold, answer = (re.sub(r"\\frac\{\s*d\s*(\\?[a-zA-Z]+)\s*\}\{\s*d\s*(\w)\s*\}", r"\1_{d\2}", text)
+                    for text in (gold, answer))
     from math_verify import LatexExtractionConfig, parse, verify
     gold, answer = (parse(f"$\\boxed{{{text}}}$", [LatexExtractionConfig()], parsing_timeout=None)
                     for text in (gold, answer))
@@ -829,7 +832,8 @@ def tidy(text):
 
 
 def squeeze(text):
-    return re.sub(r"[\s{}]", "", text)
+    """Without the spaces and braces that say nothing: \\frac{1}{23} is not \\frac{12}{3}, nor is 1 1/2 11/2."""
+    return re.sub(r"\{(\w|\\[a-zA-Z]+)\}", r"\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text))
 
 
 def split_unit(text):

@@ -161,6 +161,11 @@ def test_base_tests_alone_are_not_enough(tmp_path):
         verdicts = e.judge("HumanEval+", problems * len(answers), map(fence, answers), executor)
     assert [(v["base"], v["correct"]) for v in verdicts] == [
         (True, True), (True, False), (True, True), *[(False, False)] * 5]
+    # the original tests compare with 5: a value, which is no tolerance where the row itself says that there is none
+    strict = e.read_function(RELEASE[0] | {"test": "def check(f):\n    assert f([]) == (0, 5)\n"}, )
+    with Executor(1) as executor:
+        (verdict,) = e.judge("HumanEval+", [strict], [fence(HALF + "    return x / 2 + 1")], executor)
+    assert not verdict["base"] and not verdict["correct"]
     malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2",
                  "</think><answer></answer>"]
     for verdict in e.judge("HumanEval+", problems * len(malformed), malformed, None):
@@ -323,6 +328,12 @@ def same():
      [r"\begin{pmatrix} -1/3 \\ 1/3 \end{pmatrix}", r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}"]),
     ("p - q", ["-q + p"], ["q - p", "p"]),
     (r"3\sqrt{13}", [r"\sqrt{117}"], [r"3\sqrt{12}", "10.8"]),
+    (r"\frac{3}{56}", [r"\dfrac{3}{56}", r"\frac 3{56}", "3/56"], [r"\frac{35}{6}", r"\frac{35}6"]),
+    (r"\sqrt{15}", [r"\sqrt {15}", "sqrt(15)"], [r"\sqrt{1}5", r"\sqrt{5}"]),
+    (r"2^{1009}", ["2^{1009 }"], [r"2^{100}9", r"2^{10}09"]),
+    ("11/2", ["5.5"], ["1 1/2", "1"]),
+    (r"1+\sqrt{3}i", [r"1+i\sqrt{3}"], [r"1+\sqrt{3i}"]),
+    (r"\frac{d x}{d t}=k x-a", [r"\frac{dx}{dt} = kx - a"], [r"2\frac{d x}{d t}=k x-a", r"\frac{d y}{d t}=k x-a", "0=kx-a"]),
     ("(1,8,19), (2,7,13)", ["(2,7,13),(1,8,19)"], ["(1,8,19)", "(8,1,19),(2,7,13)"]),
 ])
 def test_equal_and_nearly_equal(gold, right, wrong, same):
