@@ -45,6 +45,7 @@ KNOBS = {  #              tiny   24 GB   paper   what it is
     "max_prompt":        ( 512,   4096,   6144, "tokens of a prompt; references are dropped until it fits"),
     "max_response":      (  96,   2048,   8096, "tokens of a response; longer ones are cut and count as malformed"),
     "lr":                (1e-4,   2e-5,   1e-6, "learning rate of AdamW (paper: of full fine-tuning)"),
+    "lr_final":          ( 1.0,    1.0,    1.0, "share of --lr that is left at the last step, on a straight line"),
     "lora_rank":         (  32,     32,      0, "LoRA rank on all linear layers, alpha is twice it; 0 trains all weights"),
     "clip":              ( 0.2,    0.2,    0.2, "PPO's epsilon; with one update a step the ratio is 1"),
     "entropy_coef":      (0.001, 0.001,  0.001, "weight of the entropy bonus in the loss"),
@@ -102,10 +103,12 @@ def train(cfg, run):
             bar.set_description("update")
             rollouts = (proposals * cfg.train_proposer + solutions + estimates * cfg.train_on_estimates)
             set_advantages(rollouts, cfg, rng)
+            for group in optimizer.param_groups:
+                group["lr"] = lr = cfg.lr * (1 - (1 - cfg.lr_final) * (step - 1) / max(1, cfg.steps - 1))
             with policy.timed("update"):
                 update = trr_update(policy, optimizer, rollouts, cfg)
 
-            metrics = {**describe(proposals, solutions, buffer, cfg), **update, "lr": cfg.lr,
+            metrics = {**describe(proposals, solutions, buffer, cfg), **update, "lr": lr,
                        **cost(policy, time.perf_counter() - started)}
             if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
                 bar.set_description("evaluate")
@@ -614,7 +617,7 @@ def check(cfg):
     for name, least in at_least.items():
         if getattr(cfg, name) is not None and getattr(cfg, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least {least}")
-    for name in ("lr", "clip", "max_grad_norm", "timeout"):
+    for name in ("lr", "lr_final", "clip", "max_grad_norm", "timeout"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be greater than 0")
     for name in ("workers", "heldout_limit"):

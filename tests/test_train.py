@@ -286,6 +286,14 @@ def test_paper_values_and_that_a_flag_beats_them(tmp_path):
         64, 8, 6, 10, 6144, 8096, 1e-6, 16384, False, 3)
 
 
+def test_learning_rate_falls_on_a_straight_line(tmp_path, capsys):
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "3", "--lr", "1e-4", "--lr-final", "0.1",
+                       "--out", str(tmp_path / "run")]) == 0
+    assert [row["lr"] for row in log(tmp_path / "run")[1:]] == pytest.approx([1e-4, 0.55e-4, 0.1e-4])
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1e-4)
+
+
 def test_benchmarks_are_measured_during_training(tmp_path, capsys):
     rows = [{"id": f"sample_{n}", "code": f"def f(n):\n    n = n + {n}\n    return n", "input": "3", "output": str(3 + n)} for n in (1, 2)]
     (tmp_path / "data").mkdir()
