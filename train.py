@@ -142,6 +142,10 @@ def set_advantages(rollouts, cfg, rng):
     --baseline task: solutions of one task, where a step holds several, are compared with each other alone, as in
     GRPO. A hard task solved once then counts for more than an easy one solved as always.
     """
+    if cfg.rejection_sampling:  # a control: imitate what was right, whatever it took, and nothing else
+        for rollout in rollouts:
+            rollout.advantage = float(rollout.verdict == "correct")
+        return
     groups = [(rollout.type, rollout.role) for rollout in rollouts]
     if cfg.baseline == "task":
         tries = Counter(rollout.task for rollout in rollouts if rollout.role == "solve")
@@ -535,6 +539,8 @@ def parse(arguments):
         help="ablation: the proposer proposes but is not trained")
     add("--shuffle-rewards", action="store_true", default=None,
         help="control: rewards are shuffled within each group before advantages")
+    add("--rejection-sampling", action="store_true", default=None,
+        help="control: fine-tune on the correct solutions alone, all with the same weight")
     add("--train-on-estimates", action="store_true", default=None,
         help="also train the solver on the n tries of each new task")
     add("--baseline", choices=("group", "task"),
@@ -562,7 +568,7 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False,
+DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False, "rejection_sampling": False,
             "train_on_estimates": False, "baseline": "group", "dedup": True, "unpadded": False, "intrinsic": "",
             "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,

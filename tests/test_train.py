@@ -250,7 +250,7 @@ REWARDS = {("deduction", "solve"): [1.0, -0.5, -0.5], ("deduction", "propose"): 
 def test_advantages_are_per_type_and_role_and_lambda_weighs_the_solver():
     plain, weighted = rollouts_with(REWARDS), rollouts_with(REWARDS)
     for rollouts, weight in ((plain, 1.0), (weighted, 3.0)):
-        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=weight, baseline="group"), random.Random(0))
+        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=weight, baseline="group", rejection_sampling=False), random.Random(0))
     assert [r.advantage for r in plain[:3]] == train.task_relative_advantages([1.0, -0.5, -0.5], "aaa")
     assert [r.advantage for r in plain[-2:]] == [0.0, 0.0]
     for a, b in zip(plain, weighted):
@@ -262,18 +262,26 @@ def test_with_a_baseline_for_each_task_solutions_are_compared_with_those_of_thei
     for rollout, task in zip(rollouts, "abababcd?"):
         rollout.task = task
     rollouts[6].task, rollouts[5].task = "c", "d"  # tried once each: compared with each other
-    train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=1.0, baseline="task"), random.Random(0))
+    train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=1.0, baseline="task", rejection_sampling=False), random.Random(0))
     for members in ([0, 2, 4], [1, 3], [5, 6], [7, 8]):
         expected = train.task_relative_advantages([rollouts[i].reward for i in members], "a" * len(members))
         assert [rollouts[i].advantage for i in members] == expected
     assert rollouts[1].advantage == 0.0 != rollouts[0].advantage  # solved as always, and solved for once
 
 
+def test_rejection_sampling_imitates_what_was_right():
+    rollouts = rollouts_with(REWARDS)
+    for rollout in rollouts:
+        rollout.verdict = {("solve", 1.0): "correct", ("propose", 0.75): "valid"}.get((rollout.role, rollout.reward), "wrong")
+    train.set_advantages(rollouts, SimpleNamespace(rejection_sampling=True), random.Random(0))
+    assert [r.advantage for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
 def test_shuffled_rewards_stay_in_their_group_and_rewards_are_kept_for_the_log():
     seen = set()
     for seed in range(20):
         rollouts = rollouts_with(REWARDS)
-        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=True, solve_weight=1.0, baseline="group"), random.Random(seed))
+        train.set_advantages(rollouts, SimpleNamespace(shuffle_rewards=True, solve_weight=1.0, baseline="group", rejection_sampling=False), random.Random(seed))
         assert [r.reward for r in rollouts] == [r.reward for r in rollouts_with(REWARDS)]
         assert sorted(r.advantage for r in rollouts[:3]) == pytest.approx(sorted(train.task_relative_advantages([1.0, -0.5, -0.5], "aaa")))
         seen.add(tuple(r.advantage > 0 for r in rollouts[:3]))
