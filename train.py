@@ -549,6 +549,8 @@ def parse(arguments):
         help="reward and store programs that were seen before")
     add("--unpadded", action="store_true", default=None,
         help="programs from which a statement can be left out, with the same output, count as repeats")
+    add("--message-gain", action="store_true", default=None,
+        help="an induction proposal earns only if its message raises the solve rate; costs n more tries")
     add("--intrinsic", metavar="NAME=WEIGHT,…",
         help="reward added to learnability for edit_distance, complexity, answers (the paper's); default: none")
     add("--zero-learnability", choices=("paper", "official"),
@@ -569,7 +571,7 @@ def parse(arguments):
 
 
 DEFAULTS = {"model": "tiny", "types": ",".join(TASK_TYPES), "train_proposer": True, "shuffle_rewards": False, "rejection_sampling": False,
-            "train_on_estimates": False, "baseline": "group", "dedup": True, "unpadded": False, "intrinsic": "",
+            "train_on_estimates": False, "baseline": "group", "dedup": True, "unpadded": False, "message_gain": False, "intrinsic": "",
             "zero_learnability": "paper", "seed": 0,
             "quantize": "auto", "dtype": "auto", "device": None, "optimizer": "adamw", "generate_batch": 0,
             "workers": None, "heldout": str(HELDOUT), "heldout_limit": None, "heldout_splits": "", "eval_benchmarks": "",

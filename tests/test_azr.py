@@ -20,7 +20,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
 def config(**changes):
     return SimpleNamespace(**{
         "micro_tokens": 400, "logit_chunk": 7, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
-        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "unpadded": False, "intrinsic": {}, "zero": 0.0} | changes)
+        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "unpadded": False, "message_gain": False, "intrinsic": {}, "zero": 0.0} | changes)
 
 
 def rollouts_of(policy, advantages, seed=0, max_tokens=20):
@@ -376,6 +376,20 @@ def test_inputs_that_are_equal_in_other_words_are_one(policy, executor, monkeypa
     _, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("no"), cfg)
     assert task.inputs == ("16", "16.0", "'a'") and task.outputs == ("16", "16.0", "'a'")
     assert rollouts[1].verdict == "too few: its inputs are all the same" and rollouts[1].reward == -0.5
+
+
+@pytest.mark.parametrize("with_message, without, reward", [(2, 1, 0.5), (2, 2, 0.0), (1, 3, 0.0), (4, 0, 0.0)])
+def test_a_message_that_does_not_help_earns_nothing_where_that_is_asked(policy, executor, monkeypatch, with_message, without, reward):
+    proposal = answer("```input\n1\n```\n```input\n2\n```\n```message\nthe same\n```")
+    def say(prompt, copy):
+        if "Invent" in prompt:
+            return proposal
+        right = copy < (with_message if "the same" in prompt else without)
+        return answer("```python\ndef f(y):\n    return y\n```" if right else "```python\ndef f(y):\n    return 0\n```")
+    script(policy, monkeypatch, say)
+    cfg = config(types=("induction",), batch=1, message_gain=True)
+    (rollout,), _, estimates = propose(policy, executor, TaskBuffer(100, random.Random(0)), cfg)
+    assert rollout.reward == reward and rollout.solve_rate == with_message / 4 and len(estimates) == 4
 
 
 def test_padded_programs_earn_nothing_where_that_is_asked(policy, executor, monkeypatch):

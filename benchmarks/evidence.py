@@ -1,0 +1,236 @@
+"""docs/evidence.md's runs, tables and pictures: does self-play go past its base?
+
+    python benchmarks/evidence.py                    # every run, one after the other: hours
+    python benchmarks/evidence.py --only self-play   # some rows of the table
+    python benchmarks/evidence.py --jobs 2           # two runs at a time
+    python benchmarks/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
+
+A run that is complete is not done again; one that was stopped goes on. Each is `train.py` with the flags that are
+printed; then `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at
+temperature 1. Differences to the base are paired by task, and their standard errors are over tasks. What is kept
+of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+from eval import layout, mean_error, pass_at_k  # noqa: E402
+from tasks import TASK_TYPES  # noqa: E402
+
+KEPT = ROOT / "docs" / "evidence"
+RECIPE = ("--samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
+          "--max-response 112 --steps 80 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
+ROWS = {  # name: (changes of the recipe, seeds, what the row says; filled in by hand once it is known)
+    "self-play": ("", range(5)),
+    "shuffled rewards": ("--shuffle-rewards", range(2)),
+    "proposer not trained": ("--no-train-proposer", range(2)),
+    "no references": ("--references 0", range(2)),
+    "no deduction": ("--types abduction,induction", range(1)),
+    "no abduction": ("--types deduction,induction", range(1)),
+    "no induction": ("--types deduction,abduction", range(1)),
+    "six-group baseline": ("--baseline group", range(2)),
+    "estimates not trained on": ("without --train-on-estimates", range(2)),
+    "no deduplication": ("--no-dedup", range(1)),
+    "rejection sampling": ("--rejection-sampling", range(2)),
+    "padding is a repeat": ("--unpadded", range(2)),
+    "messages must help": ("--message-gain", range(1)),
+}
+SPLITS = ("hard", "easy")
+KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
+STARTS = ("heldout", "response_tokens/solve")
+
+
+def flags_of(name, seed):
+    changes = ROWS[name][0]
+    recipe = list(RECIPE)
+    if changes.startswith("without "):
+        recipe.remove(changes.removeprefix("without "))
+        changes = ""
+    return [*recipe, *changes.split(), "--seed", str(seed)]
+
+
+def slug(name, seed):
+    return f"{name.replace(' ', '-')}-{seed}"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def call(script, *arguments):
+    subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+
+
+def answer(model, folder):
+    """Greedy answers to both splits and eight samples of the harder one, by eval.py; what is there is not done again."""
+    length = RECIPE[RECIPE.index("--max-response") + 1]
+    for name, flags in {"hard": [], "easy": [], "samples": ["--samples", "8", "--temperature", "1"]}.items():
+        if not (folder / name / "results.json").exists():
+            call("eval.py", "--model", model, "--split", "easy" if name == "easy" else "hard", "--max-response", length,
+                 "--workers", "1", "--out", folder / name, *flags)
+
+
+def do(name, seed, out):
+    """One run, its answers, and its file in docs/evidence/."""
+    folder = out / slug(name, seed)
+    done = rows_of(folder / "metrics.jsonl")
+    if not done or done[-1]["step"] < json.loads((folder / "config.json").read_text())["steps"]:
+        call("train.py", *(["--resume", folder] if done else ["--out", folder, *flags_of(name, seed)]))
+    answer(folder / "model", folder / "evidence")
+    keep(name, seed, folder)
+
+
+def keep(name, seed, folder):
+    """docs/evidence/<run>.jsonl: a line a step, the last one with what the trained model answered right."""
+    lengths, rates = defaultdict(list), defaultdict(Counter)
+    for task in rows_of(folder / "tasks.jsonl"):
+        if task["type"] != "induction":  # whose programs are those of the others
+            lengths[task["step"]].append(task["program"].count("\n") - 1)
+        if task["solve_rate"] is not None:
+            rates[task["step"]][f"{task['solve_rate']:g}"] += 1
+    rows = []
+    for row in rows_of(folder / "metrics.jsonl"):
+        rows.append({key: round(value, 4) for key, value in row.items()
+                     if value is not None and (key in KEYS or key.startswith(STARTS))})
+        if lengths[row["step"]]:
+            rows[-1]["statements"] = round(sum(lengths[row["step"]]) / len(lengths[row["step"]]), 3)
+        rows[-1]["rates"] = rates[row["step"]]
+    rows.append({"seconds": round(sum(row.get("seconds/total", 0) for row in rows_of(folder / "metrics.jsonl"))),
+                 "answers": answers_of(folder / "evidence")})
+    KEPT.mkdir(parents=True, exist_ok=True)
+    (KEPT / f"{slug(name, seed)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def answers_of(folder):
+    """{hard | easy | samples: {type: "how many of the task's answers are right", a digit a task}}"""
+    return {name: {type: "".join(str(sum(flags)) for flags in next(iter(json.loads(
+        (folder / name / "results.json").read_text())["results"].values()))[f"heldout-{type}"]["correct"].values())
+        for type in TASK_TYPES} for name in ("hard", "easy", "samples")}
+
+
+def measures(answers):
+    """{measure: {type: [a number a task]}}, of one model."""
+    right = {name: {type: list(map(int, text)) for type, text in types.items()} for name, types in answers.items()}
+    return {"hard, greedy": right["hard"],
+            "hard, sampled": {type: [n / 8 for n in counts] for type, counts in right["samples"].items()},
+            "hard, pass@8": {type: [pass_at_k(8, n, 8) for n in counts] for type, counts in right["samples"].items()},
+            "easy, greedy": right["easy"]}
+
+
+def difference(base, runs, measure, types):
+    """(mean, standard error) in points of run − base, paired by task; over several runs a task's mean is taken first."""
+    pairs = []
+    for type in types:
+        before = measures(base)[measure][type]
+        after = [measures(run)[measure][type] for run in runs]
+        pairs.append([100 * (sum(column) / len(runs) - b) for b, column in zip(before, zip(*after))])
+    parts = [mean_error(values) for values in pairs]  # types weigh the same, whatever their number of tasks
+    return sum(mean for mean, _ in parts) / len(parts), sum(error ** 2 for _, error in parts) ** 0.5 / len(parts)
+
+
+def tables():
+    """Print the tables of docs/evidence.md in Markdown from the kept files."""
+    base = rows_of(KEPT / "base.jsonl")[-1]["answers"]
+    runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in seeds
+                   if (KEPT / f"{slug(name, seed)}.jsonl").exists()} for name, (_, seeds) in ROWS.items()}
+    names = list(measures(base))
+    level = lambda measure, answers: " / ".join(  # noqa: E731
+        f"{100 * mean_error(measures(answers)[measure][type])[0]:.0f}" for type in TASK_TYPES)
+    lines = [["deduction / abduction / induction, %", *names], ["base", *(level(m, base) for m in names)]]
+    for seed, rows in runs["self-play"].items():
+        lines.append([f"self-play, seed {seed}", *(level(m, rows[-1]["answers"]) for m in names)])
+    print(layout(lines, True), "\n")
+    cell = lambda found: "{:+.1f} ± {:.1f}".format(*found)  # noqa: E731
+    lines = [["difference to the base, points", "seed", *names, "statements", "minutes"]]
+    for name, seeds in runs.items():
+        for seed, rows in seeds.items():
+            grown = [row["statements"] for row in rows if "statements" in row]
+            lines.append([name, seed, *(cell(difference(base, [rows[-1]["answers"]], m, TASK_TYPES)) for m in names),
+                          f"{grown[0]:.1f} → {sum(grown[-5:]) / len(grown[-5:]):.1f}", round(rows[-1]["seconds"] / 60, 1)])
+    print(layout(lines, True), "\n")
+    lines = [["difference by type, all seeds", "seeds", *(f"{m}: {type}" for m in names[:3] for type in TASK_TYPES)]]
+    for name, seeds in runs.items():
+        if seeds:
+            answers = [rows[-1]["answers"] for rows in seeds.values()]
+            lines.append([name, len(seeds), *(cell(difference(base, answers, m, [type])) for m in names[:3] for type in TASK_TYPES)])
+    print(layout(lines, True))
+    return runs
+
+
+def curve(axis, runs, key, color, label):
+    """The mean of several runs over steps, with a band from the lowest to the highest."""
+    points = defaultdict(list)
+    for rows in runs:
+        for row in rows:
+            if row.get(key) is not None:
+                points[row["step"]].append(row[key])
+    steps = sorted(points)
+    if steps:
+        axis.plot(steps, [sum(points[s]) / len(points[s]) for s in steps], color=color, label=label)
+        axis.fill_between(steps, [min(points[s]) for s in steps], [max(points[s]) for s in steps], color=color, alpha=0.2)
+
+
+def pictures(runs):
+    """docs/evidence.png: accuracy by split, length of the invented programs, solve rates over time."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for name, color in (("self-play", "tab:blue"), ("shuffled rewards", "tab:gray")):
+        seeds = list(runs[name].values())
+        curve(axes[0], seeds, "heldout/hard/mean", color, f"harder split, {name}")
+        curve(axes[1], seeds, "statements", color, name)
+    curve(axes[0], list(runs["self-play"].values()), "heldout/mean", "tab:green", "easy split, self-play")
+    axes[0].set(title="held-out accuracy, greedy (mean of types; bands: seeds)", xlabel="step", ylim=(0, None))
+    axes[1].set(title="statements of the proposed programs", xlabel="step", ylim=(0, None))
+    bins = defaultdict(Counter)
+    for rows in runs["self-play"].values():
+        for row in rows:
+            for rate, count in row.get("rates", {}).items():
+                bins[-(-row["step"] // 5) * 5][float(rate)] += count
+    rates = sorted({rate for counts in bins.values() for rate in counts})
+    axes[2].stackplot(list(bins), [[counts[rate] / counts.total() for counts in bins.values()] for rate in rates],
+                      colors=pyplot.get_cmap("cividis")([i / max(1, len(rates) - 1) for i in range(len(rates))]),
+                      labels=[f"{rate:g}" for rate in rates])
+    axes[2].set(title="solve rates of the new tasks, self-play", xlabel="step", ylabel="share", ylim=(0, 1))
+    for axis in axes[:2]:
+        axis.grid(alpha=0.3)
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "evidence.png", dpi=110)
+    pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of each row")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
+    options = parser.parse_args()
+    if not options.draw:
+        answer("tiny", options.out / "base")
+        KEPT.mkdir(parents=True, exist_ok=True)
+        (KEPT / "base.jsonl").write_text(json.dumps({"answers": answers_of(options.out / "base")}) + "\n")
+        jobs = [(name, seed) for name in options.only for seed in ROWS[name][1] if seed < options.seeds]
+        for name, seed in jobs:
+            print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed))}", flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda job: do(*job, options.out), jobs))
+    pictures(tables())
+
+
+if __name__ == "__main__":
+    main()
