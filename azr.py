@@ -42,6 +42,7 @@ from tasks import (CHAT_FRAME, FRAME, THINK, Task, UsageError, complexity, edit_
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
 
 TINY = Path(__file__).resolve().parent / "tiny"
+SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta-Llama": "meta-llama", "gemma": "google"}
 
 
@@ -120,8 +121,8 @@ class Policy:
 
 def resolve_model(name):
     """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B'; 'tiny' → the shipped folder; paths and full names as they are."""
-    if name == "tiny":
-        return str(TINY)
+    if name in SHIPPED:
+        return str(SHIPPED[name])
     if "/" in name or Path(name).exists():
         return name
     for prefix, organisation in ORGANISATIONS.items():
@@ -134,7 +135,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
                 gradient_checkpointing=None, rows=0):
     """Load a base model for sampling and training. → Policy
 
-    name: 'tiny', a local folder, or a Hugging Face name (see `resolve_model`).
+    name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
     quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU. dtype: 'bf16', 'fp16',
     'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
     adapter: a PEFT folder to start from instead of fresh LoRA weights.

@@ -1045,8 +1045,8 @@ def models(options):
     if (run / "adapter").is_dir() and options.run and not adapter:
         adapter = str(run / "adapter")
     if not options.max_response:
-        options.max_response = trained.get("max_response", 128 if name == "tiny" else 4096)
-    if name == "tiny":
+        options.max_response = trained.get("max_response", 128 if name in ("tiny", "tiny/longer") else 4096)
+    if name in ("tiny", "tiny/longer"):
         torch.set_num_threads(1)  # its matrices are too small for more
 
     @cache

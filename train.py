@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from azr import draft, load_policy, propose, solve, trr_update
+from azr import SHIPPED, draft, load_policy, propose, solve, trr_update
 from eval import (HELDOUT, chosen, evaluate_benchmarks, heldout_accuracy, load_benchmarks, load_heldout,
                   mean_score, table)
 from executor import Executor
@@ -526,7 +526,7 @@ def parse(arguments):
         prog="train.py", formatter_class=argparse.RawTextHelpFormatter,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
     add = parser.add_argument
-    add("--model", help="tiny (shipped, the default), a local folder or a Hugging Face name such as Qwen2.5-3B")
+    add("--model", help="tiny (shipped, the default), tiny/longer (shipped), a local folder or a Hugging Face name such as Qwen2.5-3B")
     add("--out", help="run folder; default: runs/<model>-<date>")
     add("--resume", metavar="RUN", help="go on with this run; only --steps and --max-flags may be given beside it")
     add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
@@ -588,7 +588,7 @@ def configure(options):
         run = Run(options.resume)
         values = run.config() | {name: given[name] for name in ("steps", "max_flags") if name in given}
     else:
-        column = PAPER if options.paper else DEFAULT if options.model in (None, "tiny") else CARD
+        column = PAPER if options.paper else DEFAULT if options.model in (None, *SHIPPED) else CARD
         values = DEFAULTS | {name: columns[column] for name, columns in KNOBS.items()}
         if options.paper:
             values["dedup"] = False

@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -436,6 +437,7 @@ def test_model_names():
     assert resolve_model("Qwen2.5-3B") == "Qwen/Qwen2.5-3B" and resolve_model("Qwen3-4B-Base") == "Qwen/Qwen3-4B-Base"
     assert resolve_model("Llama-3.1-8B") == "meta-llama/Llama-3.1-8B" and resolve_model("gemma-2-2b") == "google/gemma-2-2b"
     assert resolve_model("me/mine") == "me/mine" and resolve_model("tiny").endswith("tiny")
+    assert (Path(resolve_model("tiny/longer")) / "config.json").exists()
 
 
 def test_a_model_that_cannot_be_had_says_so_in_one_line(tmp_path):

@@ -100,14 +100,35 @@ def test_special_tokens(tokenizer):
 def test_prompts_and_responses_are_short_and_parse(tokenizer):
     rng = random.Random(1)
     for i in range(400):
-        prompt, response = make.draw_example(rng, 0.5, frozenset())
+        prompt, response = make.draw_example(rng, make.PHASES[1], frozenset())
+        assert response.endswith(make.END)
+        response = response.removesuffix(make.END)
         assert len(encode(tokenizer, prompt)) <= 160 and len(encode(tokenizer, response)) <= 160
         assert tasks.final_answer(response) is not None
     for type, statements in itertools.product(TASK_TYPES, (1, 2, 3, 4)):
         task, thought, answer = make.draw_solution(rng, type, statements)
         assert tasks.parse_answer(type, make.respond("\n".join(thought), (make.FENCE[type], answer))) == answer
-        _, response = make.draw_proposal(rng, type)
+        _, response = make.draw_proposal(rng, type, make.PHASES[2]["propose"])
         assert tasks.parse_proposal(type, response, task.program) is not None
+
+
+def test_the_longer_model_is_shown_longer_programs_but_never_how_they_are_solved():
+    rng, longer = random.Random(2), make.PHASES[2]
+    whole, cut = 0, 0
+    for _ in range(600):
+        prompt, response = make.draw_example(rng, longer, frozenset())
+        if "Invent" in prompt:
+            continue
+        thought, closed, _ = response.partition("</think>")
+        assert thought.count("\n") + bool(closed) <= make.SHOWN
+        if not closed:
+            assert make.END not in response and "answer" not in response and thought.endswith("\n")
+            cut += 1
+        for program in tasks.fenced_blocks(prompt, "python")[:1]:
+            if program.startswith("def f(") and "..." not in program:
+                assert (program.count("\n") - 1 > make.SHOWN) != bool(closed)
+        whole += bool(closed)
+    assert whole > 200 and cut > 100
 
 
 # --- held-out tasks ---------------------------------------------------------------------------------
@@ -148,7 +169,7 @@ def stream_programs(seed, phase, excluded, examples):
     """Fingerprints of all programs that the first examples of the real training stream show."""
     rng, found = random.Random(f"{seed} {phase['name']}"), set()
     for _ in range(examples):
-        texts = make.draw_example(rng, phase["direct"], excluded)
+        texts = make.draw_example(rng, phase, excluded)
         for block in (block for text in texts for block in tasks.fenced_blocks(text, "python")):
             if "..." not in block:
                 found.add(tasks.fingerprint(block))
@@ -170,8 +191,10 @@ def test_folder_is_small():
     assert sum(path.stat().st_size for path in TINY.iterdir() if path.is_file()) < 8 * 2**20
 
 
-def test_model_fits_its_tokenizer(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(TINY)
+@pytest.mark.parametrize("folder", [TINY, TINY / "longer"])
+def test_model_fits_its_tokenizer(tokenizer, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
     assert model.config.vocab_size == len(tokenizer)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
@@ -181,6 +204,7 @@ def test_smoke_run_makes_a_loadable_folder(tmp_path):
     run = subprocess.run([sys.executable, TINY / "make.py", "--smoke", "--out", tmp_path],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+    assert (tmp_path / "longer" / "model.safetensors").exists()
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "tokenizer_config.json", "heldout.jsonl"} <= {path.name for path in tmp_path.iterdir()}
     made = AutoTokenizer.from_pretrained(tmp_path)

@@ -41,14 +41,18 @@ SEED = 0
 MODEL = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=384)
 MATRIX_LR, LR = 0.02, 3e-3   # Muon for the matrices (half the steps of AdamW alone), AdamW for the rest
-PHASES = (                # steps, first and last factor of the rates, share of answers without reasoning
-    dict(name="reason", steps=5000, first=1.0, last=0.1, direct=0.0),
-    dict(name="direct", steps=450, first=0.3, last=0.03, direct=0.7),
+PHASES = (                # steps, first and last factor of the rates, share of answers without reasoning, statements
+    dict(name="reason", steps=5000, first=1.0, last=0.1, direct=0.0,
+         solve={1: 0.15, 2: 0.40, 3: 0.45}, propose={1: 0.17, 2: 0.35, 3: 0.28, 4: 0.13, 5: 0.07}),
+    dict(name="direct", steps=450, first=0.3, last=0.03, direct=0.7,
+         solve={1: 0.15, 2: 0.40, 3: 0.45}, propose={1: 0.17, 2: 0.35, 3: 0.28, 4: 0.13, 5: 0.07}),
+    # a second model, tiny/longer: it always reasons, and proposes longer programs than it was ever shown to solve
+    dict(name="longer", steps=600, first=0.4, last=0.03, direct=0.0,
+         solve={1: 0.10, 2: 0.28, 3: 0.32, 4: 0.15, 5: 0.15}, propose={1: 0.10, 2: 0.22, 3: 0.26, 4: 0.23, 5: 0.19}),
 )
+SHOWN = 3                 # lines of a thought at most; of longer programs' solutions the rest is never shown
 BATCH_TOKENS = 4096       # prompt, response and padding of one update
 PROPOSE_SHARE = 0.25      # of the examples; the rest are solutions
-SOLVE_STATEMENTS = {1: 0.15, 2: 0.40, 3: 0.45}
-PROPOSE_STATEMENTS = {1: 0.17, 2: 0.35, 3: 0.28, 4: 0.13, 5: 0.07}
 REFERENCES = {0: 0.15, 1: 0.15, 2: 0.50, 3: 0.20}   # K, the tasks shown to a proposer
 ZERO_SHARE = 0.04         # of the shown tasks are the zero triplet, from which self-play starts
 ALL_NAMED = 0.35          # of the induction tasks whose message leaves nothing open are kept
@@ -277,9 +281,9 @@ def draw_solution(rng, type, statements, excluded=frozenset()):
             return task, thought, program.text
 
 
-def draw_proposal(rng, type, excluded=frozenset()):
+def draw_proposal(rng, type, statements, excluded=frozenset()):
     """(prompt, response) for a proposer. Its thought is the plan: the operations in words."""
-    draw = lambda: draw_program(rng, choose(rng, PROPOSE_STATEMENTS), excluded)  # noqa: E731
+    draw = lambda: draw_program(rng, choose(rng, statements), excluded)  # noqa: E731
     zero = rng.random() < ZERO_SHARE
     if type != "induction":
         shown = []
@@ -304,16 +308,23 @@ def draw_proposal(rng, type, excluded=frozenset()):
     return tasks.propose_prompt(type, program=text, count=count), respond(plan, *blocks)
 
 
-def draw_example(rng, direct, excluded):
-    """(prompt, response) for one line of the training data."""
+def draw_example(rng, phase, excluded):
+    """(prompt, response) for one line of the training data.
+
+    The solution of a program with more than SHOWN statements breaks off after SHOWN lines of its thought: the model
+    learns that the thought goes on, but neither how, nor any answer to such a program.
+    """
     type = rng.choice(TASK_TYPES)
     if rng.random() < PROPOSE_SHARE:
-        question, response = draw_proposal(rng, type, excluded)
+        question, response = draw_proposal(rng, type, phase["propose"], excluded)
     else:
-        task, thought, answer = draw_solution(rng, type, choose(rng, SOLVE_STATEMENTS), excluded)
-        thought = DIRECTLY if rng.random() < direct else "\n".join(thought)
-        question, response = tasks.solve_prompt(task), respond(thought, (FENCE[type], answer))
-    return tasks.FRAME.replace("{question}", question), response
+        task, thought, answer = draw_solution(rng, type, choose(rng, phase["solve"]), excluded)
+        question = tasks.solve_prompt(task)
+        if len(thought) > SHOWN:
+            return tasks.FRAME.replace("{question}", question), "".join(line + "\n" for line in thought[:SHOWN])
+        thought = DIRECTLY if rng.random() < phase["direct"] else "\n".join(thought)
+        response = respond(thought, (FENCE[type], answer))
+    return tasks.FRAME.replace("{question}", question), response + END
 
 
 # --- tokenizer: bytes, and one token for every text that is fixed -----------------------------------
@@ -365,7 +376,7 @@ def make_tokenizer():
 
 # --- data -------------------------------------------------------------------------------------------
 
-def batches(seed, tokenizer, direct, excluded, chunk=4096):
+def batches(seed, tokenizer, phase, excluded, chunk=4096):
     """Endless (ids, is_response) batches of about BATCH_TOKENS: the stream that the model is trained on.
 
     Examples of like length share a batch, so little of it is padding; each is seen once.
@@ -373,8 +384,8 @@ def batches(seed, tokenizer, direct, excluded, chunk=4096):
     rng = random.Random(seed)
     encode = lambda texts: [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts)]  # noqa: E731
     while True:
-        prompts, responses = zip(*(draw_example(rng, direct, excluded) for _ in range(chunk)))
-        rows = sorted(((len(p), p + r) for p, r in zip(encode(prompts), encode([r + END for r in responses]))),
+        prompts, responses = zip(*(draw_example(rng, phase, excluded) for _ in range(chunk)))
+        rows = sorted(((len(p), p + r) for p, r in zip(encode(prompts), encode(responses))),
                       key=lambda row: len(row[1]))
         cut, start = [], 0
         for i in range(1, len(rows) + 1):
@@ -515,7 +526,7 @@ def report(model, tokenizer, rows, executor, proposals=300, limit=160):
     for type in TASK_TYPES:
         questions, programs = [], []
         for _ in range(proposals):
-            shown = [draw_program(rng, choose(rng, PROPOSE_STATEMENTS)) for _ in range(2)]
+            shown = [draw_program(rng, choose(rng, PHASES[0]["propose"])) for _ in range(2)]
             shown = [Task("deduction", p.text, ", ".join(a), walk[-1][1]) for p, a, walk in shown]
             programs.append(shown[0].program)
             questions.append(tasks.propose_prompt(type, shown, shown[0].program, 6))
@@ -539,6 +550,7 @@ def main():
     parser = argparse.ArgumentParser(description="Make the shipped tiny model from nothing.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: tiny/)")
     parser.add_argument("--seed", type=int, default=SEED, help="another base, other held-out tasks")
+    parser.add_argument("--longer", action="store_true", help="only the second model, from the first one in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps and tasks, for tests")
     arguments = parser.parse_args()
     from executor import Executor  # the sandbox: judges the tasks here and the answers in the report
@@ -549,19 +561,25 @@ def main():
     with Executor() as executor:
         check_heldout(rows, executor)
         tokenizer = make_tokenizer()
-        model = make_model(tokenizer, arguments.seed)
+        model = LlamaForCausalLM.from_pretrained(arguments.out) if arguments.longer else make_model(tokenizer, arguments.seed)
         for phase in PHASES:
+            if arguments.longer and phase["name"] != "longer":
+                continue
             if arguments.smoke:
                 phase = phase | dict(steps=2)
-            stream = batches(f"{arguments.seed} {phase['name']}", tokenizer, phase["direct"], excluded,
+            stream = batches(f"{arguments.seed} {phase['name']}", tokenizer, phase, excluded,
                              chunk=128 if arguments.smoke else 4096)
             train(model, stream, phase)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(arguments.out)
-        tokenizer.save_pretrained(arguments.out)
-        (arguments.out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"written to {arguments.out} after {(time.monotonic() - start) / 60:.1f} minutes")
-        report(model, tokenizer, rows, executor, **(dict(proposals=3, limit=8) if arguments.smoke else {}))
+            if phase["name"] == "reason":
+                continue
+            folder = arguments.out / ("longer" if phase["name"] == "longer" else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if phase["name"] == "direct":
+                (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            print(f"written to {folder} after {(time.monotonic() - start) / 60:.1f} minutes")
+            report(model, tokenizer, rows, executor, **(dict(proposals=3, limit=8) if arguments.smoke else {}))
 
 
 if __name__ == "__main__":
