@@ -360,25 +360,32 @@ class TaskBuffer:
     """All tasks that were proposed and found valid, by type: the proposer's examples, the solver's food.
 
     At most `capacity` tasks a type. A full buffer throws out a random task (the official code: the
-    oldest, so the seeds go first and the references drift with the proposer); the zero triplet stays,
-    so that there always is a reference and a program. `rng` (random.Random) makes all choices.
+    oldest, so the seeds go first and the references drift with the proposer). The zero triplet stays,
+    so that there always is a reference and a program, and so do the seeds once `protect` was called.
+    `rng` (random.Random) makes all choices.
     """
 
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
         self.tasks = {type: [] for type in TASK_TYPES}
+        self.kept = dict.fromkeys(TASK_TYPES, 0)  # the first so many tasks of a type are never thrown out
         self.seen = set()  # fingerprints of all programs ever accepted, also of those thrown out since
         for type in ("deduction", "abduction"):
             self.add(replace(ZERO_TRIPLET, type=type))
+            self.kept[type] = 1
+
+    def protect(self):
+        """From now on keep all tasks that are there, but at most half of the capacity."""
+        for type, bucket in self.tasks.items():
+            self.kept[type] = max(self.kept[type], min(len(bucket), self.capacity // 2))
 
     def add(self, task):
         bucket = self.tasks[task.type]
         self.seen.add(fingerprint(task.program))
         if len(bucket) < self.capacity:
             bucket.append(task)
-        elif self.capacity > 1:
-            first = task.type != "induction"  # place 0 is the zero triplet's
-            bucket[self.rng.randrange(first, len(bucket))] = task
+        elif self.kept[task.type] < self.capacity:
+            bucket[self.rng.randrange(self.kept[task.type], len(bucket))] = task
 
     def is_repeat(self, program):
         """Whether a program with the same syntax tree was accepted before."""
@@ -417,11 +424,11 @@ class TaskBuffer:
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
         return {"tasks": {type: [asdict(t) for t in ts] for type, ts in self.tasks.items()},
-                "seen": sorted(self.seen)}
+                "kept": self.kept, "seen": sorted(self.seen)}
 
     def restore(self, state):
         self.tasks = {type: [Task.from_dict(t) for t in ts] for type, ts in state["tasks"].items()}
-        self.seen = set(state["seen"])
+        self.kept, self.seen = dict(state["kept"]), set(state["seen"])
 
     def _programs(self):
         return self.tasks["deduction"] + self.tasks["abduction"]

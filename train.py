@@ -193,6 +193,7 @@ def seed_buffers(policy, executor, buffer, cfg, interrupt):
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(types)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
     bar.close()
+    buffer.protect()
     return drafts
 
 
