@@ -34,7 +34,7 @@ from tasks import TASK_TYPES  # noqa: E402
 KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
-          "--max-response 112 --steps 80 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
+          "--max-response 112 --steps 90 --eval-every 10 --heldout-splits easy,hard --workers 1").split()
 ROWS = {  # name: (changes of the recipe, seeds, what the row says; filled in by hand once it is known)
     "self-play": ("", range(5)),
     "shuffled rewards": ("--shuffle-rewards", range(2)),
