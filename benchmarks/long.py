@@ -1,0 +1,91 @@
+"""README's table of long runs: what keeps accuracy and diversity, and what grows over 300 steps.
+
+    python benchmarks/long.py            # five runs of train.py, one after the other: an hour and more
+    python benchmarks/long.py --out DIR  # keeps the runs there; those that are complete are not run again
+
+Resident memory and open descriptors of train.py are read from /proc every ten seconds (Linux alone).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from eval import layout  # noqa: E402
+
+STEPS = 300
+RUNS = {
+    "default": "",
+    "no deduplication": "--no-dedup",
+    "answers rewarded": "--intrinsic answers=0.5",
+    "edit distance rewarded": "--intrinsic edit_distance=0.5",
+    "complexity rewarded": "--intrinsic complexity=0.5",
+}
+DIVERSITY = ("unique_ast", "edit_distance", "complexity", "answers", "trivial")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(folder, flags):
+    """train.py into `folder`, from its checkpoint if it has one, with its process looked at."""
+    done = rows_of(folder / "metrics.jsonl")
+    if done and done[-1]["step"] >= STEPS:
+        return
+    command = ["--resume", str(folder)] if done else [
+        "--steps", str(STEPS), "--eval-every", "20", "--out", str(folder), *flags.split()]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        time.sleep(10)
+        seen = len(rows_of(folder / "metrics.jsonl")) - 1
+        if seen > 0 and process.poll() is None:
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            look = {"step": seen, "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")),
+                    "memory_gb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)}
+            with open(folder / "process.jsonl", "a") as file:
+                file.write(json.dumps(look) + "\n")
+    if process.returncode:
+        sys.exit(f"train.py failed in {folder}")
+
+
+def summary(folder):
+    """Cells of the table: held-out at its best and at the end, diversity of the last 50 steps, what grew."""
+    rows, looks = rows_of(folder / "metrics.jsonl"), rows_of(folder / "process.jsonl")
+    held = [row["heldout/mean"] for row in rows if "heldout/mean" in row]
+    error = next(row["heldout_stderr/mean"] for row in reversed(rows) if "heldout/mean" in row)
+    cells = [f"{100 * max(held):.1f}", f"{100 * held[-1]:.1f} ± {100 * error:.1f}"]
+    for name in DIVERSITY:
+        values = [row[f"diversity/{name}"] for row in rows[-50:] if row.get(f"diversity/{name}") is not None]
+        cells.append(f"{statistics.mean(values):.2f}")
+    def ends(rows, key, lo, hi):
+        ours = [row[key] for row in rows if lo < row["step"] <= hi]
+        return statistics.median(ours) if ours else float("nan")
+    for source, key, form in ((rows, "seconds/total", ".1f"), (looks, "memory_gb", ".2f"), (looks, "descriptors", ".0f")):
+        cells.append(" → ".join(f"{ends(source, key, lo, hi):{form}}" for lo, hi in ((0, 50), (STEPS - 50, STEPS))))
+    return cells
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "long")
+    options = parser.parse_args()
+    lines = [["python train.py --steps 300", "best", "end", *(name.replace("_", " ") for name in DIVERSITY),
+              "seconds a step", "memory, GB", "descriptors"]]
+    for name, flags in RUNS.items():
+        folder = options.out / name.replace(" ", "-")
+        run(folder, flags)
+        lines.append([f"`{flags}`" if flags else "(default)", *summary(folder)])
+    print(layout(lines, True))
+
+
+if __name__ == "__main__":
+    main()
