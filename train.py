@@ -121,16 +121,11 @@ def train(cfg, run):
             stop = interrupt.requested or flagged
             if stop or step == cfg.steps or step % cfg.save_every == 0:
                 run.save(step, policy, optimizer, buffer, rng)
+            if stop or "heldout/mean" in metrics:
                 write_page(run.folder)
-            if flagged:
+            if flagged or stop and step < cfg.steps:
                 bar.close()
-                print(f"stopped after step {step}: {run.flags} flags, more than --max-flags {cfg.max_flags}; read "
-                      f"{run.folder}/flags.jsonl, then go on with --resume {run.folder} --max-flags N, or do not")
-                return 3
-            if stop and step < cfg.steps:
-                bar.close()
-                print(f"stopped after step {step}; go on with: python train.py --resume {run.folder}")
-                return 0
+                return run.stopped(step, flagged)
         bar.close()
     run.finish()
     return 0
@@ -464,6 +459,13 @@ class Run:
                 **{name: f"{value:.2f}" for name, value in averages.items() if value is not None},
                 "tok/s": f"{metrics['tokens_per_second']:.0f}", **({"flags": self.flags} if self.flags else {}),
                 **({"ALARM": ", ".join(alarm["name"] for alarm in self.alarms)} if self.alarms else {})}
+
+    def stopped(self, step, flagged):
+        """Say how to go on after a stop by a person (exit code 0) or by --max-flags (3). → exit code"""
+        reason = f": {self.flags} flags; read {self.folder}/flags.jsonl first" if flagged else ""
+        print(f"stopped after step {step}{reason}; go on with: python train.py --resume {self.folder}"
+              + " --max-flags N" * flagged)
+        return 3 if flagged else 0
 
     def finish(self):
         """Print held-out accuracy before and after, and where everything is."""
