@@ -35,7 +35,7 @@ KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 90 --eval-every 10 --heldout-splits easy,hard --workers 1").split()
-ROWS = {  # name: (changes of the recipe, seeds, what the row says; filled in by hand once it is known)
+ROWS = {  # name: (changes of the recipe, seeds)
     "self-play": ("", range(5)),
     "shuffled rewards": ("--shuffle-rewards", range(2)),
     "proposer not trained": ("--no-train-proposer", range(2)),
@@ -209,8 +209,8 @@ def pictures(runs):
     axes[2].set(title="solve rates of the new tasks, self-play", xlabel="step", ylabel="share", ylim=(0, 1))
     for axis in axes[:2]:
         axis.grid(alpha=0.3)
-    for axis in axes:
         axis.legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(ROOT / "docs" / "evidence.png", dpi=110)
     pyplot.close(figure)
 
