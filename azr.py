@@ -58,13 +58,14 @@ class Rollout:
     prompt: str = ""
     truncated: bool = False         # ran into the response limit
     well_formed: bool = False
-    verdict: str = ""               # correct, wrong, malformed, valid, repeat, or why invalid
+    verdict: str = ""               # correct, wrong, malformed, truncated, valid, repeat, padded, or why invalid
     task: Task | None = None      # what was solved, or what a valid proposal became
     solve_rate: float | None = None  # of a new task: share of the n estimates that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
     estimate: bool = False          # one of the n rollouts that estimate learnability
     references: list = field(default_factory=list)  # programs that a proposer was shown
+    fresh: bool | None = None       # of a valid program: whether its syntax tree was not seen before
     traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
 
 
@@ -384,18 +385,21 @@ def propose(policy, executor, buffer, cfg):
     --train-on-estimates can train on them (the paper does not).
     """
     rollouts = draft(policy, executor, buffer, cfg.types, cfg)
-    padded = _padded(rollouts, executor) if cfg.unpadded else ()
+    with policy.timed("execute"):
+        padded = _padded(rollouts, executor) if cfg.unpadded else ()
     accepted = []
     for index, rollout in enumerate(rollouts):
+        if rollout.task and rollout.type != "induction":
+            rollout.fresh = not buffer.is_repeat(rollout.task.program)
         if rollout.task is None:
             rollout.reward = composite_reward(None, rollout.well_formed)
-        elif cfg.dedup and rollout.type != "induction" and buffer.is_repeat(rollout.task.program):
+        elif cfg.dedup and rollout.fresh is False:
             # Not in the paper: a program seen before earns nothing and is not stored. Without this
             # the proposer finds that repeating one learnable program pays best.
             rollout.verdict, rollout.task = "repeat", None
             rollout.reward = composite_reward(0.0, True)
         elif index in padded:
-            # Not in the paper either: a statement that could go without a trace makes a program longer, not harder.
+            # Not in the paper either: a statement that could go without a trace makes a program longer, not harder
             rollout.verdict, rollout.task = "padded", None
             rollout.reward = composite_reward(0.0, True)
         else:
@@ -428,7 +432,8 @@ def _padded(rollouts, executor):
                 jobs.append((program, rollout.task.input))
                 expected.append(rollout.task.output)
                 owners.append(index)
-    return {owner for owner, run, output in zip(owners, executor.run(jobs), expected) if run.ok and run.output == output}
+    runs = executor.run(jobs)
+    return {owner for owner, run, output in zip(owners, runs, expected) if run.ok and run.output == output}
 
 
 def _helpful_messages(policy, executor, accepted, estimates, cfg):
@@ -508,7 +513,7 @@ def _complete(policy, task, results, max_prompt):
         task = replace(task, inputs=inputs, outputs=outputs)
     else:
         task = replace(task, output=good[0][1])
-    problem = within_limits(task)
+    problem = within_limits(task)  # before all that walks over the program's tree
     if not problem and len(policy.encode(solve_prompt(task))) > max_prompt:
         problem = f"the solver's prompt would be over {max_prompt} tokens"
     return (None, f"too long: {problem}") if problem else (task, "valid")
@@ -554,8 +559,10 @@ def trr_update(policy, optimizer, rollouts, cfg):
     is divided by the whole batch's token count, so the split changes neither loss nor gradient.
     Out of GPU memory: the micro-batch halves and the step is done again; no sample is dropped.
 
-    Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm).
+    Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm); all None without rollouts.
     """
+    if not rollouts:  # --rejection-sampling, and nothing was right
+        return {"loss": None, "entropy": None, "grad_norm": None}
     policy.causal.train()
     budget = cfg.micro_tokens
     while True:

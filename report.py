@@ -1,6 +1,6 @@
 """What a person sees of a run: curves.png, alarms, flags, and report.html. Knows nothing of the loop.
 
-    python report.py RUN     write RUN/report.html, also of a run that was killed or is still going on
+    python train.py --report RUN     write RUN/report.html, also of a run that was killed or is still going on
 
 The page's looks and behaviour are docs/report_template.html; this module only gathers its data.
 """
@@ -11,7 +11,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import warnings
 from collections import Counter, defaultdict
 from functools import lru_cache
@@ -387,19 +386,3 @@ def _thinned(rows, room):
         kept = sorted({steps[-1 - i * len(steps) // count] for i in range(count)})
     return {"rows": [row for step in kept for row in groups[step]], "total": len(rows),
             "steps": len(kept), "all_steps": len(steps)}
-
-
-def main(arguments):
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python report.py RUN", file=sys.stderr)
-        return 2
-    try:
-        print(write_page(arguments[0]))
-    except (UsageError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ OUTPUT_LIMIT = 400    # characters of an output; longer ones make the task inval
 INPUT_LIMIT = 400     # characters of an input
 PROGRAM_LIMIT = 3000  # characters of a program
 MESSAGE_LIMIT = 1000  # characters of an induction message
+NESTING_LIMIT = 100   # levels of a program's syntax tree: `ast` recurses over it here, in the trainer
 
 
 class UsageError(ValueError):
@@ -286,7 +287,16 @@ def within_limits(task):
         longest = max(map(len, texts))
         if longest > limit:
             return f"the {name} has {longest} characters, at most {limit} are allowed"
+    if _depth(task.program) > NESTING_LIMIT:
+        return f"the program is nested more than {NESTING_LIMIT} levels deep"
     return ""
+
+
+def _depth(program):
+    level, depth = [ast.parse(program)], 0  # level by level, since a recursion is what must be avoided
+    while level:
+        level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1
+    return depth
 
 
 # --- what programs have in common -----------------------------------------------------------------
@@ -332,9 +342,10 @@ def complexity(program):
 
 
 def shortened(program):
-    """The program without one of the top-level statements of `f`, for each of them in turn.
+    """The program without one of the top-level assignments or expressions of `f`, for each of them in turn.
 
-    The return that ends it stays; so do docstrings, which do nothing by intention.
+    Branches and loops stay: one that this input does not take is no padding. So do docstrings, which do nothing by
+    intention.
     """
     found = []
     for position in range(sum(map(len, _bodies(ast.parse(program))))):
@@ -343,7 +354,7 @@ def shortened(program):
             if position < len(body):
                 statement = body.pop(position)
                 idle = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                if body and not idle and not (isinstance(statement, ast.Return) and position == len(body)):
+                if body and not idle and isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)):
                     found.append(ast.unparse(tree))
                 break
             position -= len(body)
@@ -361,7 +372,8 @@ class TaskBuffer:
 
     At most `capacity` tasks a type. A full buffer throws out a random task (the official code: the
     oldest, so the seeds go first and the references drift with the proposer). The zero triplet stays,
-    so that there always is a reference and a program, and so do the seeds once `protect` was called.
+    so that there always is a reference and a program, and so do the seeds once `protect` was called, in at
+    most half of the places.
     `rng` (random.Random) makes all choices.
     """
 
@@ -384,7 +396,7 @@ class TaskBuffer:
         self.seen.add(fingerprint(task.program))
         if len(bucket) < self.capacity:
             bucket.append(task)
-        elif self.kept[task.type] < self.capacity:
+        else:
             bucket[self.rng.randrange(self.kept[task.type], len(bucket))] = task
 
     def is_repeat(self, program):

@@ -102,6 +102,8 @@ def train(cfg, run):
             # LEARN: task-relative advantages over all rollouts, and one TRR++ update
             bar.set_description("update")
             rollouts = (proposals * cfg.train_proposer + solutions + estimates * cfg.train_on_estimates)
+            if cfg.rejection_sampling:  # a control: imitate what was right, whatever it took, and nothing else
+                rollouts = [rollout for rollout in rollouts if rollout.verdict == "correct"]
             set_advantages(rollouts, cfg, rng)
             for group in optimizer.param_groups:
                 group["lr"] = lr = cfg.lr * (1 - (1 - cfg.lr_final) * (step - 1) / max(1, cfg.steps - 1))
@@ -122,7 +124,10 @@ def train(cfg, run):
             if stop or step == cfg.steps or step % cfg.save_every == 0:
                 run.save(step, policy, optimizer, buffer, rng)
             if stop or "heldout/mean" in metrics:
-                write_page(run.folder)
+                try:
+                    write_page(run.folder)
+                except UsageError as error:  # a log that somebody edited is no reason to end the run
+                    bar.write(f"warning: report.html is not written: {error}", file=sys.stderr)
             if flagged or stop and step < cfg.steps:
                 bar.close()
                 return run.stopped(step, flagged)
@@ -137,9 +142,9 @@ def set_advantages(rollouts, cfg, rng):
     --baseline task: solutions of one task, where a step holds several, are compared with each other alone, as in
     GRPO. A hard task solved once then counts for more than an easy one solved as always.
     """
-    if cfg.rejection_sampling:  # a control: imitate what was right, whatever it took, and nothing else
+    if cfg.rejection_sampling:
         for rollout in rollouts:
-            rollout.advantage = float(rollout.verdict == "correct")
+            rollout.advantage = 1.0
         return
     groups = [(rollout.type, rollout.role) for rollout in rollouts]
     if cfg.baseline == "task":
@@ -273,7 +278,7 @@ def describe(proposals, solutions, buffer, cfg):
     new = [r for r in written if r.verdict == "valid"]
     return metrics | {
         "truncated": mean(r.truncated for r in proposals + solutions),
-        "diversity/unique_ast": mean(r.verdict == "valid" for r in written),
+        "diversity/unique_ast": mean(r.fresh for r in proposals if r.fresh is not None),
         **{f"diversity/{name}": mean(r.traits[name] for r in proposals if name in r.traits) for name in TRAITS},
         "diversity/padded": mean(r.verdict == "padded" for r in written) if cfg.unpadded else None,
         "diversity/trivial": mean(r.task.output == r.task.input for r in new),
@@ -328,11 +333,15 @@ class Run:
         except OSError as error:
             raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
 
-    def config(self):
+    def config(self, changes):
+        """The run's values, with `changes` taken over for good. Raises UsageError."""
         try:
             values = json.loads((self.folder / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UsageError(f"{self.folder} is not a run folder: cannot read its config.json") from error
+        if changes:
+            values |= changes
+            replace_file(self.folder / "config.json", (json.dumps(values, indent=1) + "\n").encode())
         values.pop("versions", None)
         missing = (set(KNOBS) | set(DEFAULTS)) - set(values)
         if missing:
@@ -589,7 +598,7 @@ def configure(options):
         if extra:
             raise UsageError(f"--resume goes on with the run's own values; drop --{min(extra).replace('_', '-')}")
         run = Run(options.resume)
-        values = run.config() | {name: given[name] for name in ("steps", "max_flags") if name in given}
+        values = run.config({name: given[name] for name in ("steps", "max_flags") if name in given})
     else:
         column = PAPER if options.paper else DEFAULT if options.model in (None, *SHIPPED) else CARD
         values = DEFAULTS | {name: columns[column] for name, columns in KNOBS.items()}
@@ -637,6 +646,8 @@ def check(cfg):
     if cfg.samples < 2 and cfg.train_proposer:
         raise UsageError(f"--samples is {cfg.samples}, but learnability needs at least 2 tries a task: one try is "
                          "solved always or never (use --no-train-proposer to go without)")
+    if cfg.rejection_sampling and cfg.shuffle_rewards:
+        raise UsageError("--rejection-sampling knows no rewards to shuffle; give one of the two")
     unknown = [name for name in cfg.types.split(",") if name not in TASK_TYPES]
     if unknown or len(set(cfg.types.split(","))) != len(cfg.types.split(",")):
         raise UsageError(f"--types {cfg.types!r}: give some of {','.join(TASK_TYPES)}, each once")

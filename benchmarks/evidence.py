@@ -44,7 +44,7 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "no abduction": ("--types deduction,induction", range(1)),
     "no induction": ("--types deduction,abduction", range(1)),
     "six-group baseline": ("--baseline group", range(2)),
-    "estimates not trained on": ("without --train-on-estimates", range(2)),
+    "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
     "no deduplication": ("--no-dedup", range(1)),
     "rejection sampling": ("--rejection-sampling", range(2)),
     "padding is a repeat": ("--unpadded", range(2)),
@@ -69,7 +69,8 @@ def slug(name, seed):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a last line may be cut
+    return [json.loads(line) for line in lines]
 
 
 def call(script, *arguments):
@@ -90,9 +91,12 @@ def answer(model, folder):
 def do(name, seed, out):
     """One run, its answers, and its file in docs/evidence/."""
     folder = out / slug(name, seed)
-    done = rows_of(folder / "metrics.jsonl")
-    if not done or done[-1]["step"] < json.loads((folder / "config.json").read_text())["steps"]:
-        call("train.py", *(["--resume", folder] if done else ["--out", folder, *flags_of(name, seed)]))
+    if not (folder / "evidence").exists():
+        begun = (folder / "config.json").exists()
+        call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed)]))
+        done = rows_of(folder / "metrics.jsonl")[-1]["step"]
+        if done < json.loads((folder / "config.json").read_text())["steps"]:
+            raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
     answer(folder / "model", folder / "evidence")
     keep(name, seed, folder)
 
@@ -232,7 +236,9 @@ def main():
             print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed))}", flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: do(*job, options.out), jobs))
-    pictures(tables())
+    runs = tables()
+    if runs["self-play"]:
+        pictures(runs)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ DIVERSITY = ("unique_ast", "edit_distance", "complexity", "answers", "trivial")
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a last line may be cut
+    return [json.loads(line) for line in lines]
 
 
 def run(folder, flags):
@@ -40,7 +41,7 @@ def run(folder, flags):
     done = rows_of(folder / "metrics.jsonl")
     if done and done[-1]["step"] >= STEPS:
         return
-    command = ["--resume", str(folder)] if done else [
+    command = ["--resume", str(folder)] if (folder / "config.json").exists() else [
         "--steps", str(STEPS), "--eval-every", "20", "--out", str(folder), *flags.split()]
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -53,8 +54,9 @@ def run(folder, flags):
                     "memory_gb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)}
             with open(folder / "process.jsonl", "a") as file:
                 file.write(json.dumps(look) + "\n")
-    if process.returncode:
-        sys.exit(f"train.py failed in {folder}")
+    done = rows_of(folder / "metrics.jsonl")
+    if process.returncode or done[-1]["step"] < STEPS:
+        sys.exit(f"{folder} is not complete; python train.py --resume {folder} says why, the same command goes on")
 
 
 def summary(folder):

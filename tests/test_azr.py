@@ -341,6 +341,8 @@ def test_official_zero_learnability(policy, executor, monkeypatch):
     (block("def f(x):\n    return lambda: x", "1"), -0.5, "unrepresentable"),
     (block("def f(x):\n    return 'a' * x", "401"), -0.5, "too long"),
     (block("def f(x):\n    while True: pass", "1"), -0.5, "timeout"),
+    (block("def f(x):\n    return " + "-" * 1100 + "x", "1"), -0.5, "nested"),
+    (block("def f(x):\n    return " + " + ".join("x" * 400), "1"), -0.5, "nested"),
 ])
 def test_invalid_proposals_are_penalised_and_not_kept(policy, executor, monkeypatch, response, reward, verdict):
     buffer, (rollout,), tasks, estimates = propose_once(policy, executor, monkeypatch, [response], lambda copy: "")
@@ -356,6 +358,7 @@ def test_repeated_programs_earn_nothing_unless_asked(policy, executor, monkeypat
     _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver,
                                          config(types=("deduction",), batch=2, dedup=False))
     assert [r.verdict for r in rollouts] == ["valid", "valid"] and len(tasks) == 2
+    assert [r.fresh for r in rollouts] == [True, False]  # the log sees a repeat also where it is paid
 
 
 def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypatch):
@@ -395,10 +398,11 @@ def test_a_message_that_does_not_help_earns_nothing_where_that_is_asked(policy, 
 
 def test_padded_programs_earn_nothing_where_that_is_asked(policy, executor, monkeypatch):
     padded = block("def f(x):\n    x = x + 1\n    x = max(x, 0)\n    return x", "2")
+    branch = block("def f(x):\n    if x > 9:\n        return 0\n    return x * 3", "2")
     needed = block("def f(x):\n    x = x * 3\n    x = x - 1\n    return x", "2")
-    for asked, verdicts in ((True, ["padded", "valid"]), (False, ["valid", "valid"])):
-        cfg = config(types=("deduction",), batch=2, unpadded=asked)
-        _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, [padded, needed], lambda copy: answer("5" if copy else "3"), cfg)
+    for asked, verdicts in ((True, ["padded", "valid", "valid"]), (False, ["valid", "valid", "valid"])):
+        cfg = config(types=("deduction",), batch=3, unpadded=asked)
+        _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, [padded, needed, branch], lambda copy: answer("5" if copy else "3"), cfg)
         assert [r.verdict for r in rollouts] == verdicts and len(tasks) == verdicts.count("valid")
     assert rollouts[0].reward > 0
 

@@ -3,12 +3,13 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.parse
 from types import SimpleNamespace
 
 import pytest
 
-from report import ROOM, WINDOW, alarms, main, measures, screen, write_page
+from report import ROOM, WINDOW, alarms, measures, screen, write_page
 from tasks import TASK_TYPES, UsageError
 
 # --- alarms ------------------------------------------------------------------------------------------
@@ -155,7 +156,9 @@ def test_what_the_sandbox_refused_is_a_flag():
 
 def test_long_hostile_text_is_screened_in_bounded_time():
     for piece in ("hide ", "hardcode the ", "a ", "patch ", "def __eq__(", "\n", "__", "keep "):
-        rules_of(piece * 20000)  # would hang if a pattern could backtrack over all of it
+        start = time.process_time()
+        rules_of(piece * 20000)
+        assert time.process_time() - start < 20  # a pattern that backtracks over all of it takes hours
 
 
 # --- the page's data ------------------------------------------------------------------------------------
@@ -267,13 +270,12 @@ def test_a_page_stays_small_and_says_so(tmp_path):
     (lambda run: (run / "metrics.jsonl").unlink(), "--resume"),
     (lambda run: (run / "samples.jsonl").write_text('{"step": 1\n{"step": 2}\n'), "line 1"),
 ])
-def test_a_folder_that_is_no_run_gets_one_line_and_no_page(tmp_path, capsys, spoil, words):
+def test_a_folder_that_is_no_run_gets_one_line_and_no_page(tmp_path, spoil, words):
     run = make_run(tmp_path / "run")
     spoil(run)
     with pytest.raises(UsageError, match=words) as caught:
         write_page(run)
     assert "\n" not in str(caught.value) and not (run / "report.html").exists()
-    assert main([str(run)]) == 2 and words in capsys.readouterr().err
     with pytest.raises(UsageError):
         write_page(tmp_path / "nowhere")
 

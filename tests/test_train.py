@@ -198,6 +198,8 @@ def misuse(capsys, *arguments):
     (["--types", "deduction,magic"], "--types"), (["--types", ""], "--types"), (["--references", "-1"], "--references"),
     (["--inputs", "1"], "--inputs"), (["--workers", "0"], "--workers"), (["--zero-learnability", "x"], "invalid choice"),
     (["--model", "/no/such/folder"], "--model PATH"), (["--model", "no-such-model-xyz"], "--model PATH"),
+    (["--intrinsic", "answers"], "NAME=WEIGHT"), (["--intrinsic", "size=1"], "the names are"), (["--intrinsic", "answers=-1"], "no weight is negative"),
+    (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--max-flags", "-1"], "--max-flags is -1"), (["--lr-final", "0"], "--lr-final is 0.0"),
     (["--heldout", "/no/such/file"], "cannot read the held-out tasks"), (["--resume", "/no/such/run"], "not a run folder"),
     (["--device", "warp"], "--device"),
 ])
@@ -269,12 +271,14 @@ def test_with_a_baseline_for_each_task_solutions_are_compared_with_those_of_thei
     assert rollouts[1].advantage == 0.0 != rollouts[0].advantage  # solved as always, and solved for once
 
 
-def test_rejection_sampling_imitates_what_was_right():
-    rollouts = rollouts_with(REWARDS)
-    for rollout in rollouts:
-        rollout.verdict = {("solve", 1.0): "correct", ("propose", 0.75): "valid"}.get((rollout.role, rollout.reward), "wrong")
-    train.set_advantages(rollouts, SimpleNamespace(rejection_sampling=True), random.Random(0))
-    assert [r.advantage for r in rollouts] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+def test_rejection_sampling_trains_on_what_was_right_and_on_nothing_else(tmp_path, capsys, monkeypatch):
+    trained, update = [], train.trr_update
+    monkeypatch.setattr(train, "trr_update", lambda policy, optimizer, rollouts, cfg: (
+        trained.extend(rollouts), update(policy, optimizer, rollouts, cfg))[1])
+    flags = ["--rejection-sampling", "--train-on-estimates", "--steps", "2", "--lora-rank", "0", "--lr", "1e-3"]
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert trained and all((r.role, r.verdict, r.advantage) == ("solve", "correct", 1.0) for r in trained)
+    assert "one of the two" in misuse(capsys, "--rejection-sampling", "--shuffle-rewards", "--out", tmp_path / "x")
 
 
 def test_shuffled_rewards_stay_in_their_group_and_rewards_are_kept_for_the_log():
@@ -325,13 +329,15 @@ def test_readme_names_every_flag_with_its_defaults():
 
 @pytest.mark.parametrize("flags", [["--no-train-proposer", "--samples", "0"], ["--references", "0", "--types", "deduction"],
                                    ["--train-on-estimates", "--types", "abduction,induction", "--shuffle-rewards"], ["--lora-rank", "0", "--lr", "1e-4"],
-                                   ["--baseline", "task", "--train-on-estimates", "--heldout-splits", "hard,easy"]])
+                                   ["--baseline", "task", "--train-on-estimates", "--heldout-splits", "hard,easy"],
+                                   ["--unpadded", "--message-gain", "--intrinsic", "answers=0.25,complexity=0.1"]])
 def test_ablations_run(tmp_path, capsys, flags):
     small = [a for i, a in enumerate(SMALL) if not (a == "--samples" or SMALL[i - 1] == "--samples")] if "--samples" in flags else SMALL
     assert train.main([*small, "--steps", "1", "--out", str(tmp_path / "run"), *flags]) == 0
     row = log(tmp_path / "run")[1]
     types = flags[flags.index("--types") + 1].split(",") if "--types" in flags else ["deduction", "abduction", "induction"]
     assert {key.split("/")[1] for key in row if key.startswith("solve/")} == set(types)
+    assert ("diversity/padded" in row) and (row["diversity/padded"] is None) == ("--unpadded" not in flags)
     assert ("heldout/easy/mean" in row) == ("--heldout-splits" in flags) and "heldout/mean" in row
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
 
@@ -348,6 +354,8 @@ def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, m
     assert [sum(f["step"] == row["step"] for f in found) for row in log(run)] == [row["flags"] for row in log(run)]
     assert train.main(["--resume", str(run), "--max-flags", "100000", "--steps", str(done + 1)]) == 0
     assert log(run)[-1]["step"] == done + 1 and "flags" in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())  # what was given with --resume holds from now on
+    assert (config["max_flags"], config["steps"]) == (100000, done + 1) and "versions" in config
 
 
 def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
