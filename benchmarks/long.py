@@ -3,7 +3,8 @@
     python benchmarks/long.py            # five runs of train.py, one after the other: an hour and more
     python benchmarks/long.py --out DIR  # keeps the runs there; those that are complete are not run again
 
-Resident memory and open descriptors of train.py are read from /proc every ten seconds (Linux alone).
+The last three columns are medians of the first and the last 50 steps; open descriptors of train.py are read from /proc every
+ten seconds (Linux alone), resident memory too, for whoever wants to look.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def run(folder, flags):
         if seen > 0 and process.poll() is None:
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             look = {"step": seen, "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")),
-                    "memory_gb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)}
+                    "resident_gb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)}
             with open(folder / "process.jsonl", "a") as file:
                 file.write(json.dumps(look) + "\n")
     done = rows_of(folder / "metrics.jsonl")
@@ -71,7 +72,7 @@ def summary(folder):
     def ends(rows, key, lo, hi):
         ours = [row[key] for row in rows if lo < row["step"] <= hi]
         return statistics.median(ours) if ours else float("nan")
-    for source, key, form in ((rows, "seconds/total", ".1f"), (looks, "memory_gb", ".2f"), (looks, "descriptors", ".0f")):
+    for source, key, form in ((rows, "seconds/total", ".1f"), (rows, "memory_gb", ".2f"), (looks, "descriptors", ".0f")):
         cells.append(" → ".join(f"{ends(source, key, lo, hi):{form}}" for lo, hi in ((0, 50), (STEPS - 50, STEPS))))
     return cells
 
@@ -81,7 +82,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "long")
     options = parser.parse_args()
     lines = [["python train.py --steps 300", "best", "end", *(name.replace("_", " ") for name in DIVERSITY),
-              "seconds a step", "memory, GB", "descriptors"]]
+              "seconds a step", "peak memory, GB", "descriptors"]]
     for name, flags in RUNS.items():
         folder = options.out / name.replace(" ", "-")
         run(folder, flags)
