@@ -538,7 +538,21 @@ def test_4bit_base_with_lora_trains_and_generates_at_the_real_vocabulary(tmp_pat
         trr_update(policy, optimizer, rollouts, config(max_grad_norm=1.0))
     after = [naive_logprobs(policy, r)[0].sum().item() for r in rollouts]
     assert all((new > old) == (r.advantage > 0) for r, old, new in zip(rollouts, before, after))
-    assert len(generate(policy, PROMPTS, 5, copies=2)) == 10
+    # the trained policy samples from what it trains: E[−log p(sample)] is the entropy
+    samples = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 4, copies=150)]
+    with torch.no_grad():
+        logps_N, entropies_N = response_logprobs(policy, samples)
+    surprise = -logps_N - entropies_N
+    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
+
+
+def test_base_weights_are_never_upcast(random_model):
+    policy = load_policy(random_model, quantize="none", dtype="bf16", lora_rank=4, device="cpu")
+    frozen = {p.dtype for p in policy.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16} and policy.causal.get_output_embeddings().weight.dtype == torch.bfloat16
+    rollouts = rollouts_of(policy, [1.0, -1.0], max_tokens=5)
+    trr_update(policy, torch.optim.AdamW(policy.trainable().values(), lr=1e-3), rollouts, config(max_grad_norm=1.0))
+    assert {p.dtype for p in policy.model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_a_tokenizer_without_pad_token_and_a_model_with_several_end_tokens(tmp_path):
