@@ -380,6 +380,7 @@ class TaskBuffer:
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
         self.tasks = {type: [] for type in TASK_TYPES}
+        self.pool = None  # what `references` draws from, until the next task
         self.kept = dict.fromkeys(TASK_TYPES, 0)  # the first so many tasks of a type are never thrown out
         self.seen = set()  # fingerprints of all programs ever accepted, also of those thrown out since
         for type in ("deduction", "abduction"):
@@ -393,6 +394,7 @@ class TaskBuffer:
 
     def add(self, task):
         bucket = self.tasks[task.type]
+        self.pool = None
         self.seen.add(fingerprint(task.program))
         if len(bucket) < self.capacity:
             bucket.append(task)
@@ -411,8 +413,8 @@ class TaskBuffer:
 
     def references(self, k):
         """At most k different tasks, uniform over deduction ∪ abduction."""
-        pool = list({task.program: task for task in self._programs()}.values())
-        return self.rng.sample(pool, min(k, len(pool)))
+        self.pool = self.pool or list({task.program: task for task in self._programs()}.values())
+        return self.rng.sample(self.pool, min(k, len(self.pool)))
 
     def program(self):
         """One program, uniform over deduction ∪ abduction: what an induction task starts from."""
@@ -440,7 +442,7 @@ class TaskBuffer:
 
     def restore(self, state):
         self.tasks = {type: [Task.from_dict(t) for t in ts] for type, ts in state["tasks"].items()}
-        self.kept, self.seen = dict(state["kept"]), set(state["seen"])
+        self.kept, self.seen, self.pool = dict(state["kept"]), set(state["seen"]), None
 
     def _programs(self):
         return self.tasks["deduction"] + self.tasks["abduction"]

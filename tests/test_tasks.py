@@ -236,6 +236,8 @@ def test_references_are_different_and_from_both_buffers():
         assert len({task.program for task in chosen}) == 6
         seen |= {task.program for task in chosen}
     assert seen == {program(n) for n in (0, 1, 2, 3, 4, 100, 101, 102, 103, 104)} | {ZERO_TRIPLET.program}
+    buffer.add(Task("deduction", program(7), "1", "1"))  # a task that came later is drawn as well
+    assert program(7) in {task.program for _ in range(50) for task in buffer.references(6)}
     assert buffer.references(0) == [] and len(TaskBuffer(9, random.Random(0)).references(6)) == 1
 
 
