@@ -1,5 +1,6 @@
 """What the tests share: the repository on the import path, a random model, one sandbox."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+# a shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
 
 

@@ -162,9 +162,10 @@ def test_base_tests_alone_are_not_enough(tmp_path):
     assert [(v["base"], v["correct"]) for v in verdicts] == [
         (True, True), (True, False), (True, True), *[(False, False)] * 5]
     # the original tests compare with 5: a value, which is no tolerance where the row itself says that there is none
-    strict = e.read_function(RELEASE[0] | {"test": "def check(f):\n    assert f([]) == (0, 5)\n"}, )
+    strict = RELEASE[0] | {"test": "def check(f):\n    assert f([]) == (0, 5)\n"}
+    write(tmp_path / "strict" / "HumanEvalPlus.jsonl", [strict])
     with Executor(1) as executor:
-        (verdict,) = e.judge("HumanEval+", [strict], [fence(HALF + "    return x / 2 + 1")], executor)
+        (verdict,) = e.judge("HumanEval+", load("HumanEval+", tmp_path / "strict"), [fence(HALF + "    return x / 2 + 1")], executor)
     assert not verdict["base"] and not verdict["correct"]
     malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2",
                  "</think><answer></answer>"]
