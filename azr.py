@@ -30,9 +30,11 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
-                          GenerationConfig)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer,
+                          BitsAndBytesConfig, DynamicCache, GenerationConfig)
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from executor import literal, parse_literal
 from rewards import composite_reward, intrinsic_reward, is_correct, learnability
@@ -170,6 +172,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
             f"cannot load the model {name!r} ({source}): {reason.strip()} Check the name and the "
             "network, or download it elsewhere and give the folder: --model PATH") from error
     model.eval()
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation("grouped_sdpa")
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     ends.discard(None)
@@ -207,7 +211,54 @@ def base_weights(policy):
 
 # --- sampling ----------------------------------------------------------------------------------------
 
+def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' SDPA attention, without its copies of the cache. → ([row, token, head, feature], None)
+
+    query: [row, head, token, feature]; key, value: [row, key head, column, feature]. When one token is decoded, heads
+    that share a key head stand in for tokens: the same sums, but where there is a mask transformers first repeats
+    the cache for each of those heads (8 for Qwen2.5-3B), at every token.
+    """
+    rows, heads, tokens, width = query.shape
+    if tokens > 1 or any(options.get(name) for name in ("dropout", "position_bias", "cache")):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    mixed = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return mixed.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_sdpa)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+
 SEGMENT = 16  # tokens between two looks at the batch, at least
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values with room behind them: a new column is written in place, where DynamicLayer
+    copies all that came before it, at every token. Keys and values are [row, head, column, feature]."""
+
+    room = None  # tensors that self.keys and self.values are the first columns of
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            room = [x.new_empty(*x.shape[:2], end + SEGMENT, x.shape[-1]) for x in (keys, values)]
+            if start:
+                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
+            self.room = room
+        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        return self.keys, self.values
+
+    def put(self, change, *others):
+        """Replace keys and values by change(keys, …) and change(values, …) of this and other layers."""
+        self.keys = change(self.keys, *(layer.keys for layer in others))
+        self.values = change(self.values, *(layer.values for layer in others))
+        self.room = None
+
+    def batch_select_indices(self, indices):
+        self.put(lambda x: x[indices])
 
 
 @dataclass
@@ -222,14 +273,13 @@ class _Batch:
 
     def can_grow(self):
         """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return all(type(layer) is RoomyLayer for layer in self.cache.layers)
 
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
         self.ids_BT, self.mask_BT = (torch.nn.functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
-        for layer in self.cache.layers:  # keys and values are [row, head, column, feature]
-            layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, columns, 0))
-            layer.values = torch.nn.functional.pad(layer.values, (0, 0, columns, 0))
+        for layer in self.cache.layers:
+            layer.put(lambda x: torch.nn.functional.pad(x, (0, 0, columns, 0)))
 
     def keep(self, rows):
         """Drop all other rows, and the columns that only they needed."""
@@ -241,7 +291,7 @@ class _Batch:
         if idle and self.can_grow():
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, idle:], layer.values[:, :, idle:]
+                layer.put(lambda x: x[:, :, idle:])
 
     def join(self, other):
         """Take in the rows of another batch."""
@@ -250,7 +300,7 @@ class _Batch:
         self.ids_BT, self.mask_BT = (torch.cat(pair) for pair in (
             (self.ids_BT, other.ids_BT), (self.mask_BT, other.mask_BT)))
         for ours, theirs in zip(self.cache.layers, other.cache.layers):
-            ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
+            ours.put(lambda *pair: torch.cat(pair), theirs)
         self.owners += other.owners
         self.lengths += other.lengths
 
@@ -320,6 +370,7 @@ def _prefill(policy, prompts, copies, owners):
         mask_BT[row, width - len(prompts[i]):] = 1
     ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
     cache = DynamicCache(config=policy.causal.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],  # generate reads the last one itself
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
@@ -640,16 +691,14 @@ def response_logprobs(policy, rollouts, chunk=256):
     """
     width = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
     ids_BT = torch.full((len(rollouts), width), policy.pad_id)
-    mask_BT = torch.zeros((len(rollouts), width), dtype=torch.long)
     trained_BT = torch.zeros((len(rollouts), width), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         start, end = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.response_ids)
         ids_BT[row, :end] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        mask_BT[row, :end] = 1
         trained_BT[row, start:end] = True
-    ids_BT, mask_BT, trained_BT = (x.to(policy.device) for x in (ids_BT, mask_BT, trained_BT))
-    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, attention_mask=mask_BT,
-                                          use_cache=False).last_hidden_state
+    ids_BT, trained_BT = ids_BT.to(policy.device), trained_BT.to(policy.device)
+    # no padding mask: padding is on the right, where a causal model never looks, and kernels without a mask are faster
+    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
     hidden_ND = hidden_BTD[:, :-1][trained_BT[:, 1:]]  # position t−1 predicts token t
     targets_N = ids_BT[:, 1:][trained_BT[:, 1:]]
     head = policy.causal.get_output_embeddings()

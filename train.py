@@ -51,7 +51,7 @@ KNOBS = {  #              tiny   24 GB   paper   what it is
     "entropy_coef":      (0.001, 0.001,  0.001, "weight of the entropy bonus in the loss"),
     "solve_weight":      ( 1.0,    1.0,    1.0, "λ of equation 3: weight of the solver's advantages"),
     "max_grad_norm":     ( 1.0,    1.0,    1.0, "gradients are scaled down to this norm"),
-    "micro_tokens":      (16384,  8192,  16384, "tokens of a micro-batch, padding counted; changes memory, not results"),
+    "micro_tokens":      (4096,   8192,  16384, "tokens of a micro-batch, padding counted; changes memory, not results"),
     "logit_chunk":       (1024,    256,    256, "tokens whose logits exist at once; changes memory, not results"),
     "eval_every":        (  10,     20,     20, "steps between held-out evaluations; 0: only before and after"),
     "save_every":        (   5,      5,      5, "steps between checkpoints"),
