@@ -31,8 +31,8 @@ def is_correct(tasks, answers, executor):
 
     All runs of the batch go to the sandbox together. Expected outputs never enter the sandbox.
     """
-    jobs, expected, owners = [], [], []
     verdicts = [False] * len(tasks)
+    wanted = []  # (index, (program, input), output that it has to return)
     for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
         if answer is None:
             continue
@@ -40,16 +40,15 @@ def is_correct(tasks, answers, executor):
             verdicts[index] = _equal_literals(answer, task.output)
             continue
         if task.type == "abduction":
-            runs = [(task.program, answer, task.output)]
+            runs = [((task.program, answer), task.output)]
         else:
-            runs = [(answer, hidden, output) for hidden, output in split_pairs(task)[1]]
+            runs = [((answer, hidden), output) for hidden, output in split_pairs(task)[1]]
         verdicts[index] = bool(runs)
-        for program, input, output in runs:
-            jobs.append((program, input))
-            expected.append(output)
-            owners.append(index)
-    for owner, run, output in zip(owners, executor.run(jobs), expected):
-        verdicts[owner] &= run.ok and _equal_literals(run.output, output)
+        wanted += [(index, *run) for run in runs]
+    jobs = list(dict.fromkeys(job for _, job, _ in wanted))  # tries of one task often give the same answer
+    results = dict(zip(jobs, executor.run(jobs)))
+    for index, job, output in wanted:
+        verdicts[index] &= results[job].ok and _equal_literals(results[job].output, output)
     return verdicts
 
 

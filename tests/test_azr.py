@@ -72,6 +72,53 @@ def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
     assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
 
 
+@pytest.mark.parametrize("key_heads", (1, 2, 4))
+@pytest.mark.parametrize("masked", (False, True))
+def test_grouped_heads_attend_as_repeated_ones(key_heads, masked):
+    """Against softmax(q·k)·v with every key head repeated, one query token and several columns, some of them padding."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, columns, 5) for heads, columns in ((4, 1), (key_heads, 7), (key_heads, 7)))
+    mask = torch.rand(3, 1, 1, 7) > 0.4 if masked else None
+    module = SimpleNamespace(num_key_value_groups=4 // key_heads, is_causal=True)
+    found, _ = azr.grouped_sdpa(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    key, value = (x.repeat_interleave(4 // key_heads, 1) for x in (key, value))
+    scores = 0.3 * query @ key.transpose(-1, -2)
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    assert torch.allclose(found, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
+    assert found.shape == (3, 1, 4, 5)
+
+
+def test_decoding_uses_grouped_heads(policy, monkeypatch):
+    def repeated(*_):
+        raise AssertionError("the cache was copied for each head")
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", repeated)
+    policy.rows = 2
+    with pytest.raises(AssertionError, match="copied"):  # the prompts of different lengths are read together, with a mask
+        generate(policy, PROMPTS, 8)
+    assert generate(policy, [[1, 2, 3], [4, 5, 6]], 40, copies=3)
+
+
+def test_a_roomy_layer_holds_what_a_growing_one_holds():
+    torch.manual_seed(0)
+    roomy, plain = azr.RoomyLayer(), azr.DynamicLayer()
+    def both(change):
+        results = [change(layer) for layer in (roomy, plain)]
+        assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        return results
+    for columns in (5, *[1] * (3 * azr.SEGMENT)):
+        new = torch.randn(4, 2, columns, 3), torch.randn(4, 2, columns, 3)
+        ours, theirs = both(lambda layer: layer.update(*new))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        if roomy.get_seq_length() % 10 == 0:
+            both(lambda layer: layer.batch_select_indices(torch.tensor([3, 1, 1, 0])))
+    held = roomy.keys
+    both(lambda layer: layer.update(*new))
+    assert held.data_ptr() == roomy.keys.data_ptr()  # written in place
+    roomy.put(lambda *pair: torch.cat(pair), plain)
+    assert roomy.keys.shape[0] == 8 and roomy.room is None
+
+
 def test_rows_are_always_busy(policy, monkeypatch):
     """Half of the responses are short; waiting prompts must take the places of the finished."""
     policy.end_ids = frozenset(range(8))  # of 258 ids of nearly equal probability: mean length 32
