@@ -5,7 +5,8 @@
     python benchmarks/evidence.py --jobs 2           # two runs at a time
     python benchmarks/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
 
-A run that is complete is not done again; one that was stopped goes on. Each is `train.py` with the flags that are
+A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
+nothing with `tiny/make.py` (26 minutes each). Each is `train.py` with the flags that are
 printed; then `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at
 temperature 1. Differences to the base are paired by task, and their standard errors are over tasks. What is kept
 of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +30,16 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from eval import layout, mean_error, pass_at_k  # noqa: E402
+from azr import TINY  # noqa: E402
+from eval import HELDOUT, layout, mean_error, pass_at_k  # noqa: E402
 from tasks import TASK_TYPES  # noqa: E402
+from train import KNOBS  # noqa: E402
 
+MAKING = {None: Lock(), 1: Lock(), 2: Lock()}  # of two jobs on one base, one makes it
 KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
-          "--max-response 112 --steps 90 --eval-every 10 --heldout-splits easy,hard --workers 1").split()
+          "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
 ROWS = {  # name: (changes of the recipe, seeds)
     "self-play": ("", range(5)),
     "shuffled rewards": ("--shuffle-rewards", range(2)),
@@ -49,23 +54,34 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "rejection sampling": ("--rejection-sampling", range(2)),
     "padding is a repeat": ("--unpadded", range(2)),
     "messages must help": ("--message-gain", range(1)),
+    "another base (1)": ("", range(1)),
+    "another base (2)": ("", range(1)),
 }
 SPLITS = ("hard", "easy")
 KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
 STARTS = ("heldout", "response_tokens/solve")
 
 
-def flags_of(name, seed):
+def other_base(name):
+    """The seed of tiny/make.py for the rows on another base, else None."""
+    return int(name[-2]) if name.startswith("another base") else None
+
+
+def flags_of(name, seed, out):
     changes = ROWS[name][0]
     recipe = list(RECIPE)
     if changes.startswith("without "):
         recipe.remove(changes.removeprefix("without "))
         changes = ""
+    if other_base(name):  # a folder: the shipped models' defaults have to be spelled out
+        recipe = [*(f"--{knob.replace('_', '-')}={columns[0]}" for knob, columns in KNOBS.items()), *recipe]
+        recipe[recipe.index(BASE)] = str(out / f"base-{other_base(name)}" / "longer")
+        recipe += ["--heldout", str(out / f"base-{other_base(name)}" / "heldout.jsonl")]
     return [*recipe, *changes.split(), "--seed", str(seed)]
 
 
 def slug(name, seed):
-    return f"{name.replace(' ', '-')}-{seed}"
+    return f"{name.replace(' ', '-').replace('(', '').replace(')', '')}-{seed}"
 
 
 def rows_of(path):
@@ -79,26 +95,39 @@ def call(script, *arguments):
                    stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def answer(model, folder):
+def answer(model, folder, heldout=HELDOUT):
     """Greedy answers to both splits and eight samples of the harder one, by eval.py; what is there is not done again."""
     length = RECIPE[RECIPE.index("--max-response") + 1]
     for name, flags in {"hard": [], "easy": [], "samples": ["--samples", "8", "--temperature", "1"]}.items():
         if not (folder / name / "results.json").exists():
             call("eval.py", "--model", model, "--split", "easy" if name == "easy" else "hard", "--max-response", length,
-                 "--workers", "1", "--out", folder / name, *flags)
+                 "--heldout", heldout, "--workers", "1", "--out", folder / name, *flags)
 
 
 def do(name, seed, out):
     """One run, its answers, and its file in docs/evidence/."""
     folder = out / slug(name, seed)
+    base = do_base(other_base(name), out)
     if not (folder / "evidence").exists():
         begun = (folder / "config.json").exists()
-        call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed)]))
+        call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
         done = rows_of(folder / "metrics.jsonl")[-1]["step"]
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
-    answer(folder / "model", folder / "evidence")
+    answer(folder / "model", folder / "evidence", base / "heldout.jsonl")
     keep(name, seed, folder)
+
+
+def do_base(seed, out):
+    """The folder of a base's first model and held-out tasks; its answers are kept in docs/evidence/."""
+    base, kept = (out / f"base-{seed}", KEPT / f"base-{seed}.jsonl") if seed else (TINY, KEPT / "base.jsonl")
+    with MAKING[seed]:
+        if not (base / "longer").exists():
+            call("tiny/make.py", "--seed", seed, "--out", base)
+        answer(base / "longer", out / f"{kept.stem}-answers", base / "heldout.jsonl")
+        KEPT.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers")}) + "\n")
+    return base
 
 
 def keep(name, seed, folder):
@@ -151,7 +180,9 @@ def difference(base, runs, measure, types):
 
 def tables():
     """Print the tables of docs/evidence.md in Markdown from the kept files."""
-    base = rows_of(KEPT / "base.jsonl")[-1]["answers"]
+    bases = {seed: rows_of(KEPT / (f"base-{seed}.jsonl" if seed else "base.jsonl")) for seed in (None, 1, 2)}
+    bases = {seed: rows[-1]["answers"] for seed, rows in bases.items() if rows}
+    base = bases[None]
     runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in seeds
                    if (KEPT / f"{slug(name, seed)}.jsonl").exists()} for name, (_, seeds) in ROWS.items()}
     names = list(measures(base))
@@ -160,20 +191,24 @@ def tables():
     lines = [["deduction / abduction / induction, %", *names], ["base", *(level(m, base) for m in names)]]
     for seed, rows in runs["self-play"].items():
         lines.append([f"self-play, seed {seed}", *(level(m, rows[-1]["answers"]) for m in names)])
+    for name, seeds in runs.items():
+        if other_base(name) in bases and seeds and other_base(name):
+            lines.append([name, *(level(m, bases[other_base(name)]) for m in names)])
+            lines += [["self-play from it", *(level(m, rows[-1]["answers"]) for m in names)] for rows in seeds.values()]
     print(layout(lines, True), "\n")
     cell = lambda found: "{:+.1f} ± {:.1f}".format(*found)  # noqa: E731
     lines = [["difference to the base, points", "seed", *names, "statements", "minutes"]]
     for name, seeds in runs.items():
         for seed, rows in seeds.items():
             grown = [row["statements"] for row in rows if "statements" in row]
-            lines.append([name, seed, *(cell(difference(base, [rows[-1]["answers"]], m, TASK_TYPES)) for m in names),
+            lines.append([name, seed, *(cell(difference(bases[other_base(name)], [rows[-1]["answers"]], m, TASK_TYPES)) for m in names),
                           f"{grown[0]:.1f} → {sum(grown[-5:]) / len(grown[-5:]):.1f}", round(rows[-1]["seconds"] / 60, 1)])
     print(layout(lines, True), "\n")
     lines = [["difference by type, all seeds", "seeds", *(f"{m}: {type}" for m in names[:3] for type in TASK_TYPES)]]
     for name, seeds in runs.items():
         if seeds:
             answers = [rows[-1]["answers"] for rows in seeds.values()]
-            lines.append([name, len(seeds), *(cell(difference(base, answers, m, [type])) for m in names[:3] for type in TASK_TYPES)])
+            lines.append([name, len(seeds), *(cell(difference(bases[other_base(name)], answers, m, [type])) for m in names[:3] for type in TASK_TYPES)])
     print(layout(lines, True))
     return runs
 
@@ -228,12 +263,9 @@ def main():
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
     options = parser.parse_args()
     if not options.draw:
-        answer(BASE, options.out / "base")
-        KEPT.mkdir(parents=True, exist_ok=True)
-        (KEPT / "base.jsonl").write_text(json.dumps({"answers": answers_of(options.out / "base")}) + "\n")
         jobs = [(name, seed) for name in options.only for seed in ROWS[name][1] if seed < options.seeds]
         for name, seed in jobs:
-            print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed))}", flush=True)
+            print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed, options.out))}", flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: do(*job, options.out), jobs))
     runs = tables()
