@@ -31,8 +31,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from azr import TINY  # noqa: E402
-from eval import HELDOUT, layout, mean_error, pass_at_k  # noqa: E402
-from tasks import TASK_TYPES  # noqa: E402
+from eval import HELDOUT, layout, load_heldout, mean_error, pass_at_k  # noqa: E402
+from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import KNOBS  # noqa: E402
 
 MAKING = {None: Lock(), 1: Lock(), 2: Lock()}  # of two jobs on one base, one makes it
@@ -57,7 +57,6 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "another base (1)": ("", range(1)),
     "another base (2)": ("", range(1)),
 }
-SPLITS = ("hard", "easy")
 KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
 STARTS = ("heldout", "response_tokens/solve")
 
@@ -115,7 +114,7 @@ def do(name, seed, out):
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
     answer(folder / "model", folder / "evidence", base / "heldout.jsonl")
-    keep(name, seed, folder)
+    keep(name, seed, folder, base / "heldout.jsonl")
 
 
 def do_base(seed, out):
@@ -130,8 +129,9 @@ def do_base(seed, out):
     return base
 
 
-def keep(name, seed, folder):
-    """docs/evidence/<run>.jsonl: a line a step, the last one with what the trained model answered right."""
+def keep(name, seed, folder, heldout=HELDOUT):
+    """docs/evidence/<run>.jsonl: a line a step; the last one says what the trained model answered right, and which of the
+    harder tasks' programs the run proposed itself (which then do not count)."""
     lengths, rates = defaultdict(list), defaultdict(Counter)
     for task in rows_of(folder / "tasks.jsonl"):
         if task["type"] != "induction":  # whose programs are those of the others
@@ -145,8 +145,12 @@ def keep(name, seed, folder):
         if lengths[row["step"]]:
             rows[-1]["statements"] = round(sum(lengths[row["step"]]) / len(lengths[row["step"]]), 3)
         rows[-1]["rates"] = rates[row["step"]]
+    hard = load_heldout(heldout)["hard"]
+    proposed = {fingerprint(task["program"]) for task in rows_of(folder / "tasks.jsonl")}
     rows.append({"seconds": round(sum(row.get("seconds/total", 0) for row in rows_of(folder / "metrics.jsonl"))),
-                 "answers": answers_of(folder / "evidence")})
+                 "answers": answers_of(folder / "evidence"), "met": {
+                     type: [index for index, task in enumerate(task for task in hard if task.type == type)
+                            if fingerprint(task.program) in proposed] for type in TASK_TYPES}})
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / f"{slug(name, seed)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -168,13 +172,17 @@ def measures(answers):
 
 
 def difference(base, runs, measure, types):
-    """(mean, standard error) in points of run − base, paired by task; over several runs a task's mean is taken first."""
-    pairs = []
+    """(mean, standard error) in points of runs − base, paired by task; over several runs a task's mean is taken first.
+
+    base: answers; runs: last rows of kept files. Harder tasks whose program one of the runs proposed are left out.
+    """
+    parts = []
     for type in types:
-        before = measures(base)[measure][type]
-        after = [measures(run)[measure][type] for run in runs]
-        pairs.append([100 * (sum(column) / len(runs) - b) for b, column in zip(before, zip(*after))])
-    parts = [mean_error(values) for values in pairs]  # types weigh the same, whatever their number of tasks
+        met = {index for run in runs for index in run["met"][type]} if measure.startswith("hard") else ()
+        columns = zip(measures(base)[measure][type], *(measures(run["answers"])[measure][type] for run in runs))
+        parts.append(mean_error([100 * (sum(after) / len(runs) - before)
+                                 for index, (before, *after) in enumerate(columns) if index not in met]))
+    # types weigh the same, whatever their number of tasks
     return sum(mean for mean, _ in parts) / len(parts), sum(error ** 2 for _, error in parts) ** 0.5 / len(parts)
 
 
@@ -201,14 +209,13 @@ def tables():
     for name, seeds in runs.items():
         for seed, rows in seeds.items():
             grown = [row["statements"] for row in rows if "statements" in row]
-            lines.append([name, seed, *(cell(difference(bases[other_base(name)], [rows[-1]["answers"]], m, TASK_TYPES)) for m in names),
+            lines.append([name, seed, *(cell(difference(bases[other_base(name)], [rows[-1]], m, TASK_TYPES)) for m in names),
                           f"{grown[0]:.1f} → {sum(grown[-5:]) / len(grown[-5:]):.1f}", round(rows[-1]["seconds"] / 60, 1)])
     print(layout(lines, True), "\n")
     lines = [["difference by type, all seeds", "seeds", *(f"{m}: {type}" for m in names[:3] for type in TASK_TYPES)]]
     for name, seeds in runs.items():
         if seeds:
-            answers = [rows[-1]["answers"] for rows in seeds.values()]
-            lines.append([name, len(seeds), *(cell(difference(bases[other_base(name)], answers, m, [type])) for m in names[:3] for type in TASK_TYPES)])
+            lines.append([name, len(seeds), *(cell(difference(bases[other_base(name)], [rows[-1] for rows in seeds.values()], m, [type])) for m in names[:3] for type in TASK_TYPES)])
     print(layout(lines, True))
     return runs
 
