@@ -613,7 +613,6 @@ def judge_programs(problems, answers, executor):
         yield {"correct": good, "base": simple if cases[problem.id]["base"][2] else None}
 
 
-
 def agrees(agree, output, expected, arguments):
     try:
         return output == expected or bool(agree(output, expected, arguments))
@@ -1051,8 +1050,6 @@ def models(options):
 
     @cache
     def load(source):
-        return load_policy(source, options.quantize or trained.get("quantize", "auto"), 1 if adapter else 0,
-                           options.dtype, options.device, adapter, rows=options.generate_batch)
         return load_policy(source, options.quantize or trained.get("quantize", "auto"), 1 if adapter else 0,
                            options.dtype, options.device, adapter, rows=options.generate_batch)
     whole = contextlib.nullcontext()
