@@ -69,6 +69,7 @@ class Rollout:
     references: list = field(default_factory=list)  # programs that a proposer was shown
     fresh: bool | None = None       # of a valid program: whether its syntax tree was not seen before
     traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
+    bare: list = field(default_factory=list)  # of a new induction task: tries without its message (--message-gain)
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -405,8 +406,8 @@ def _rows_that_fit(policy, tokens):
     per_token = 2 * config.num_hidden_layers * heads * width * policy.causal.dtype.itemsize
     free, _ = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    # the cache grows by concatenation, so that one layer is there twice for a moment, and logits
-    # of a step are held in fp32 a few times over
+    # a layer whose room is used up is there twice for a moment, and logits of a step are held in
+    # fp32 a few times over
     per_row = per_token * tokens * 1.1 + 16 * config.vocab_size
     return max(1, min(512, int(0.6 * free / per_row)))
 
@@ -495,9 +496,11 @@ def _helpful_messages(policy, executor, accepted, estimates, cfg):
     indices = [index for index, rollout in enumerate(accepted) if rollout.type == "induction"]
     bare = [replace(accepted[index].task, message="") for index in indices]
     tries = solve(policy, executor, bare, cfg, copies=cfg.samples)
-    return {index for place, index in enumerate(indices)
+    for place, index in enumerate(indices):
+        accepted[index].bare = tries[place * cfg.samples:(place + 1) * cfg.samples]
+    return {index for index in indices
             if sum(r.verdict == "correct" for r in estimates[index * cfg.samples:(index + 1) * cfg.samples])
-            > sum(r.verdict == "correct" for r in tries[place * cfg.samples:(place + 1) * cfg.samples])}
+            > sum(r.verdict == "correct" for r in accepted[index].bare)}
 
 
 def _traits(task, references, buffer):

@@ -115,7 +115,8 @@ def train(cfg, run):
             if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
                 bar.set_description("evaluate")
                 metrics |= measure(policy, executor, heldout, benchmarks, cfg, buffer)
-            run.record(step, metrics, proposals, solutions, flags=screen(step, proposals + solutions + estimates))
+            tries = estimates + [rollout for proposal in proposals for rollout in proposal.bare]
+            run.record(step, metrics, proposals, solutions, flags=screen(step, proposals + solutions + tries))
             for alarm in run.new_alarms():
                 bar.write(f"step {step}: {alarm}", file=sys.stderr)
             bar.set_postfix(run.headline(metrics), refresh=False)

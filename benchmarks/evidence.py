@@ -171,52 +171,66 @@ def measures(answers):
             "easy, greedy": right["easy"]}
 
 
-def difference(base, runs, measure, types):
-    """(mean, standard error) in points of runs − base, paired by task; over several runs a task's mean is taken first.
+def difference(before, after, measure, types):
+    """(mean, standard error) in points of after − before, paired by task; of several models a task's mean is taken first.
 
-    base: answers; runs: last rows of kept files. Harder tasks whose program one of the runs proposed are left out.
+    Both are lists of last rows of kept files. Harder tasks whose program one of the runs proposed are left out.
     """
     parts = []
     for type in types:
-        met = {index for run in runs for index in run["met"][type]} if measure.startswith("hard") else ()
-        columns = zip(measures(base)[measure][type], *(measures(run["answers"])[measure][type] for run in runs))
-        parts.append(mean_error([100 * (sum(after) / len(runs) - before)
-                                 for index, (before, *after) in enumerate(columns) if index not in met]))
+        met = {index for row in before + after for index in row.get("met", {}).get(type, ()) if measure.startswith("hard")}
+        means = [[sum(task) / len(rows) for task in zip(*(measures(row["answers"])[measure][type] for row in rows))]
+                 for rows in (before, after)]
+        parts.append(mean_error([100 * (b - a) for index, (a, b) in enumerate(zip(*means)) if index not in met]))
     # types weigh the same, whatever their number of tasks
     return sum(mean for mean, _ in parts) / len(parts), sum(error ** 2 for _, error in parts) ** 0.5 / len(parts)
 
 
 def tables():
-    """Print the tables of docs/evidence.md in Markdown from the kept files."""
-    bases = {seed: rows_of(KEPT / (f"base-{seed}.jsonl" if seed else "base.jsonl")) for seed in (None, 1, 2)}
-    bases = {seed: rows[-1]["answers"] for seed, rows in bases.items() if rows}
-    base = bases[None]
+    """Write the tables into docs/evidence.md from the kept files. → {row: {seed: [kept line]}}"""
+    bases = {seed: rows_of(KEPT / (f"base-{seed}.jsonl" if seed else "base.jsonl"))[-1:] for seed in (None, 1, 2)}
     runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in seeds
                    if (KEPT / f"{slug(name, seed)}.jsonl").exists()} for name, (_, seeds) in ROWS.items()}
-    names = list(measures(base))
-    level = lambda measure, answers: " / ".join(  # noqa: E731
-        f"{100 * mean_error(measures(answers)[measure][type])[0]:.0f}" for type in TASK_TYPES)
-    lines = [["deduction / abduction / induction, %", *names], ["base", *(level(m, base) for m in names)]]
-    for seed, rows in runs["self-play"].items():
-        lines.append([f"self-play, seed {seed}", *(level(m, rows[-1]["answers"]) for m in names)])
+    runs = {name: seeds for name, seeds in runs.items() if seeds}
+    ends = {name: {seed: rows[-1] for seed, rows in seeds.items()} for name, seeds in runs.items()}
+    if "self-play" not in runs:
+        raise SystemExit("docs/evidence/ holds no run of self-play yet: python benchmarks/evidence.py --only self-play")
+    ours, names = list(ends["self-play"].values()), list(measures(bases[None][0]["answers"]))
+
+    def points(before, after, measure, types=TASK_TYPES):
+        return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types))
+
+    def levels(label, row):
+        return [label, *(" / ".join(f"{100 * mean_error(measures(row['answers'])[measure][type])[0]:.0f}" for type in TASK_TYPES)
+                         for measure in names)]
+
+    def differences(label, before, rows):
+        grown = [[row["statements"] for row in run if "statements" in row] for run in rows]
+        lengths = [sum(run[0] for run in grown) / len(grown), sum(sum(run[-5:]) / 5 for run in grown) / len(grown)]
+        after = [run[-1] for run in rows]
+        theirs = "" if before is not bases[None] or after[0] in ours else points(ours, after, names[0])
+        return [label, *(points(before, after, measure) for measure in names), theirs,
+                "{:.1f} → {:.1f}".format(*lengths), f"{sum(row['seconds'] for row in after) / len(after) / 60:.1f}"]
+
+    first = [["deduction / abduction / induction, %", *names], levels("base", bases[None][0])]
+    second = [["points against the base", *names, "against self-play, hard, greedy", "statements", "minutes"]]
+    third = [["points against the base", *(f"{measure.partition(', ')[2]}: {type}" for measure in names[:3] for type in TASK_TYPES)]]
     for name, seeds in runs.items():
-        if other_base(name) in bases and seeds and other_base(name):
-            lines.append([name, *(level(m, bases[other_base(name)]) for m in names)])
-            lines += [["self-play from it", *(level(m, rows[-1]["answers"]) for m in names)] for rows in seeds.values()]
-    print(layout(lines, True), "\n")
-    cell = lambda found: "{:+.1f} ± {:.1f}".format(*found)  # noqa: E731
-    lines = [["difference to the base, points", "seed", *names, "statements", "minutes"]]
-    for name, seeds in runs.items():
-        for seed, rows in seeds.items():
-            grown = [row["statements"] for row in rows if "statements" in row]
-            lines.append([name, seed, *(cell(difference(bases[other_base(name)], [rows[-1]], m, TASK_TYPES)) for m in names),
-                          f"{grown[0]:.1f} → {sum(grown[-5:]) / len(grown[-5:]):.1f}", round(rows[-1]["seconds"] / 60, 1)])
-    print(layout(lines, True), "\n")
-    lines = [["difference by type, all seeds", "seeds", *(f"{m}: {type}" for m in names[:3] for type in TASK_TYPES)]]
-    for name, seeds in runs.items():
-        if seeds:
-            lines.append([name, len(seeds), *(cell(difference(bases[other_base(name)], [rows[-1] for rows in seeds.values()], m, [type])) for m in names[:3] for type in TASK_TYPES)])
-    print(layout(lines, True))
+        before = bases[other_base(name)]
+        if other_base(name):
+            first.append(levels(name, before[0]))
+        if name == "self-play" or other_base(name):
+            first += [levels(f"{'self-play from it' if other_base(name) else name}, seed {seed}", rows[-1]) for seed, rows in seeds.items()]
+        second += [differences(f"{name}, seed {seed}", before, [rows]) for seed, rows in seeds.items()]
+        if len(seeds) > 1:
+            second.append(differences(f"{name}, mean of {len(seeds)}", before, list(seeds.values())))
+        third.append([f"{name} ({len(seeds)})", *(points(before, list(ends[name].values()), measure, [type])
+                                                  for measure in names[:3] for type in TASK_TYPES)])
+    page = ROOT / "docs" / "evidence.md"
+    top, begin, rest = page.read_text().partition("<!-- tables: written by benchmarks/evidence.py -->\n")
+    text = "\n\n".join(layout(lines, True) for lines in (first, second, third))
+    page.write_text(f"{top}{begin}\n{text}\n\n<!-- end of tables -->{rest.partition('<!-- end of tables -->')[2]}")
+    print(text)
     return runs
 
 
@@ -237,7 +251,7 @@ def pictures(runs):
     """docs/evidence.png: accuracy by split, length of the invented programs, solve rates over time."""
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for name, color in (("self-play", "tab:blue"), ("shuffled rewards", "tab:gray")):
-        seeds = list(runs[name].values())
+        seeds = list(runs.get(name, {}).values())
         curve(axes[0], seeds, "heldout/hard/mean", color, f"harder split, {name}")
         curve(axes[1], seeds, "statements", color, name)
     curve(axes[0], list(runs["self-play"].values()), "heldout/mean", "tab:green", "easy split, self-play")
@@ -275,9 +289,7 @@ def main():
             print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed, options.out))}", flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: do(*job, options.out), jobs))
-    runs = tables()
-    if runs["self-play"]:
-        pictures(runs)
+    pictures(tables())
 
 
 if __name__ == "__main__":

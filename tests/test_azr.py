@@ -441,6 +441,7 @@ def test_a_message_that_does_not_help_earns_nothing_where_that_is_asked(policy, 
     cfg = config(types=("induction",), batch=1, message_gain=True)
     (rollout,), _, estimates = propose(policy, executor, TaskBuffer(100, random.Random(0)), cfg)
     assert rollout.reward == reward and rollout.solve_rate == with_message / 4 and len(estimates) == 4
+    assert [r.verdict for r in rollout.bare].count("correct") == without
 
 
 def test_padded_programs_earn_nothing_where_that_is_asked(policy, executor, monkeypatch):

@@ -1,0 +1,54 @@
+"""docs/evidence.md: its figures by hand, and that its tables are what benchmarks/evidence.py makes of the kept runs."""
+
+import importlib.util
+import random
+import re
+import statistics
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+evidence = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evidence)
+TYPES = ("deduction", "abduction", "induction")
+
+
+def row(rng, met=()):
+    answers = {name: {type: "".join(str(rng.randint(0, 8 if name == "samples" else 1)) for _ in range(20)) for type in TYPES}
+               for name in ("hard", "easy", "samples")}
+    return {"answers": answers, "met": {type: list(met) for type in TYPES}}
+
+
+@pytest.mark.parametrize("measure, name, value", [
+    ("hard, greedy", "hard", int), ("easy, greedy", "easy", int), ("hard, sampled", "samples", lambda n: int(n) / 8),
+    ("hard, pass@8", "samples", lambda n: float(n != "0"))])
+def test_differences_are_paired_by_task_and_leave_out_what_a_run_proposed(measure, name, value):
+    rng = random.Random(0)
+    base, runs = row(rng), [row(rng, met=[3]), row(rng, met=[3, 7])]
+    means, variances = [], []
+    for type in TYPES:
+        gains = [100 * (statistics.mean(value(run["answers"][name][type][i]) for run in runs) - value(base["answers"][name][type][i]))
+                 for i in range(20) if name == "easy" or i not in (3, 7)]
+        means.append(statistics.mean(gains))
+        variances.append(statistics.pvariance(gains) / len(gains))
+    mean, error = evidence.difference([base], runs, measure, TYPES)
+    assert mean == pytest.approx(statistics.mean(means)) and error == pytest.approx(sum(variances) ** 0.5 / 3)
+
+
+def test_every_row_is_a_command_that_train_accepts(tmp_path):
+    from train import KNOBS, configure, parse
+    for name in evidence.ROWS:
+        flags = evidence.flags_of(name, 3, tmp_path)
+        cfg, _ = configure(parse([*flags, "--out", str(tmp_path / evidence.slug(name, 3))]))
+        assert cfg.seed == 3 and cfg.inputs == KNOBS["inputs"][0]  # the tiny model's values, also for other bases
+        assert cfg.steps == int(evidence.RECIPE[evidence.RECIPE.index("--steps") + 1])
+
+
+def test_the_tables_of_the_page_are_those_of_the_kept_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "evidence.md").write_text(re.sub(r"(?s)(tables: [^\n]*\n).*?(<!-- end)", r"\1\2", page))
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    evidence.tables()
+    assert (tmp_path / "docs" / "evidence.md").read_text() == page
