@@ -57,6 +57,7 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "another base (1)": ("", range(1)),
     "another base (2)": ("", range(1)),
 }
+CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
 KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
 STARTS = ("heldout", "response_tokens/solve")
 
@@ -69,6 +70,8 @@ def other_base(name):
 def flags_of(name, seed, out):
     changes = ROWS[name][0]
     recipe = list(RECIPE)
+    if name not in CURVES:
+        recipe[recipe.index("--eval-every") + 1] = "0"
     if changes.startswith("without "):
         recipe.remove(changes.removeprefix("without "))
         changes = ""
@@ -250,7 +253,7 @@ def curve(axis, runs, key, color, label):
 def pictures(runs):
     """docs/evidence.png: accuracy by split, length of the invented programs, solve rates over time."""
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for name, color in (("self-play", "tab:blue"), ("shuffled rewards", "tab:gray")):
+    for name, color in CURVES.items():
         seeds = list(runs.get(name, {}).values())
         curve(axes[0], seeds, "heldout/hard/mean", color, f"harder split, {name}")
         curve(axes[1], seeds, "statements", color, name)
