@@ -60,7 +60,11 @@ def fixed(policy, prompts, cap, copies, rows, **more):
 
 def ours(policy, prompts, cap, copies, rows):
     policy.rows = rows
-    return azr.generate(policy, prompts, cap, copies)
+    policy.causal.set_attn_implementation("grouped_sdpa")  # as load_policy does
+    try:
+        return azr.generate(policy, prompts, cap, copies)
+    finally:
+        policy.causal.set_attn_implementation("sdpa")
 
 
 def static(policy, prompts, cap, copies, rows):

@@ -73,6 +73,7 @@ def make_policy(size, quantize, device, mean_response):
     peft_model = get_peft_model(model, LoraConfig(r=KNOBS["lora_rank"][CARD], lora_alpha=2 * KNOBS["lora_rank"][CARD],
                                                   target_modules="all-linear", task_type="CAUSAL_LM"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.set_attn_implementation("grouped_sdpa")
     return azr.Policy(peft_model, model, NoText(), frozenset(range(ends)), vocabulary - 1, chat=False)
 
 
