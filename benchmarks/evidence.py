@@ -227,8 +227,8 @@ def tables():
         second += [differences(f"{name}, seed {seed}", before, [rows]) for seed, rows in seeds.items()]
         if len(seeds) > 1:
             second.append(differences(f"{name}, mean of {len(seeds)}", before, list(seeds.values())))
-        third.append([f"{name} ({len(seeds)})", *(points(before, list(ends[name].values()), measure, [type])
-                                                  for measure in names[:3] for type in TASK_TYPES)])
+        third.append([name if other_base(name) else f"{name} ({len(seeds)})", *(
+            points(before, list(ends[name].values()), measure, [type]) for measure in names[:3] for type in TASK_TYPES)])
     short = [["points against the base, mean of the seeds", "seeds", *(names[i] for i in (0, 2, 3))]]
     short += [[name, len(seeds), *(points(bases[other_base(name)], list(ends[name].values()), names[i]) for i in (0, 2, 3))]
               for name, seeds in runs.items()]
