@@ -49,7 +49,7 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "no abduction": ("--types deduction,induction", range(1)),
     "no induction": ("--types deduction,abduction", range(1)),
     "six-group baseline": ("--baseline group", range(2)),
-    "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
+    "estimates not trained on": ("without --train-on-estimates", range(1)),  # beside the row above: no two tries of a task
     "no deduplication": ("--no-dedup", range(1)),
     "rejection sampling": ("--rejection-sampling", range(2)),
     "padding is a repeat": ("--unpadded", range(2)),
