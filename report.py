@@ -32,8 +32,11 @@ def draw_curves(metrics, path):
         points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
+    # with --heldout-splits there is the mean of each further split too
+    further = dict.fromkeys(key for m in metrics for key in m if key.startswith("heldout/") and key.endswith("/mean") and key.count("/") == 2)
     panels = (
-        ("held-out accuracy (greedy)", {type: f"heldout/{type}" for type in (*TASK_TYPES, "mean")}),
+        ("held-out accuracy (greedy)", {type: f"heldout/{type}" for type in (*TASK_TYPES, "mean")}
+         | {f"mean, {key.split('/')[1]}": key for key in further}),
         ("solver accuracy in training", {type: f"solve/{type}/accuracy" for type in TASK_TYPES}),
         ("learnable share of proposals", {type: f"propose/{type}/learnable" for type in TASK_TYPES}),
         ("solver response length (tokens)", {type: f"response_tokens/solve/{type}" for type in TASK_TYPES}),

@@ -480,10 +480,12 @@ class Run:
     def finish(self):
         """Print held-out accuracy before and after, and where everything is."""
         measured = [m for m in self.metrics if "heldout/mean" in m]
-        columns = {f"step {m['step']}": {
-            type: (m[f"heldout/{type}"], m[f"heldout_stderr/{type}"], None)
-            for type in TASK_TYPES if f"heldout/{type}" in m} for m in (measured[0], measured[-1])}
-        print(f"\n{table(columns)}\n\nrun folder  {self.folder}\n"
+        for prefix in [key.removesuffix("/mean") for key in measured[-1] if key.startswith("heldout/") and key.endswith("/mean")]:
+            error = prefix.replace("heldout", "heldout_stderr", 1)
+            columns = {f"step {m['step']}": {type: (m[f"{prefix}/{type}"], m[f"{error}/{type}"]) for type in TASK_TYPES
+                                             if f"{prefix}/{type}" in m} for m in (measured[0], measured[-1])}
+            print("\n" + table(columns, prefix.replace("heldout", "held-out accuracy").replace("/", ", ")))
+        print(f"\nrun folder  {self.folder}\n"
               f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html"
               + f"\nflags       {self.flags}, in {self.folder}/flags.jsonl" * bool(self.flags))
 

@@ -339,6 +339,9 @@ def test_ablations_run(tmp_path, capsys, flags):
     assert {key.split("/")[1] for key in row if key.startswith("solve/")} == set(types)
     assert ("diversity/padded" in row) and (row["diversity/padded"] is None) == ("--unpadded" not in flags)
     assert ("heldout/easy/mean" in row) == ("--heldout-splits" in flags) and "heldout/mean" in row
+    printed = capsys.readouterr().out  # every split that was measured, and none that was not
+    assert [line.split("  ")[0] for line in printed.splitlines() if line.startswith("held-out accuracy")] == [
+        "held-out accuracy", "held-out accuracy, easy"][:1 + ("--heldout-splits" in flags)]
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
 
 
