@@ -26,17 +26,20 @@ from tasks import TASK_TYPES, UsageError, complexity  # noqa: E402
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
 
+def measured_splits(row):
+    """The held-out splits that a row of metrics has figures of, as prefixes: ['heldout', 'heldout/hard', …]"""
+    return [key.removesuffix("/mean") for key in row if key.startswith("heldout/") and key.endswith("/mean")]
+
+
 def draw_curves(metrics, path):
     """curves.png: six panels over steps, held-out accuracy with a band of one standard error."""
     def series(key):
         points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    # with --heldout-splits there is the mean of each further split too
-    further = dict.fromkeys(key for m in metrics for key in m if key.startswith("heldout/") and key.endswith("/mean") and key.count("/") == 2)
+    means = {prefix.replace("heldout", "mean").replace("/", ", "): f"{prefix}/mean" for m in metrics for prefix in measured_splits(m)}
     panels = (
-        ("held-out accuracy (greedy)", {type: f"heldout/{type}" for type in (*TASK_TYPES, "mean")}
-         | {f"mean, {key.split('/')[1]}": key for key in further}),
+        ("held-out accuracy (greedy)", {type: f"heldout/{type}" for type in TASK_TYPES} | means),
         ("solver accuracy in training", {type: f"solve/{type}/accuracy" for type in TASK_TYPES}),
         ("learnable share of proposals", {type: f"propose/{type}/learnable" for type in TASK_TYPES}),
         ("solver response length (tokens)", {type: f"response_tokens/solve/{type}" for type in TASK_TYPES}),

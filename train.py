@@ -28,7 +28,7 @@ from azr import SHIPPED, draft, load_policy, propose, solve, trr_update
 from eval import (HELDOUT, chosen, evaluate_benchmarks, heldout_accuracy, load_benchmarks, load_heldout,
                   mean_score, table)
 from executor import Executor
-from report import alarms, draw_curves, screen, write_page
+from report import alarms, draw_curves, measured_splits, screen, write_page
 from rewards import TRAITS, task_relative_advantages
 from tasks import TASK_TYPES, TaskBuffer, UsageError
 
@@ -480,7 +480,7 @@ class Run:
     def finish(self):
         """Print held-out accuracy before and after, and where everything is."""
         measured = [m for m in self.metrics if "heldout/mean" in m]
-        for prefix in [key.removesuffix("/mean") for key in measured[-1] if key.startswith("heldout/") and key.endswith("/mean")]:
+        for prefix in measured_splits(measured[-1]):
             error = prefix.replace("heldout", "heldout_stderr", 1)
             columns = {f"step {m['step']}": {type: (m[f"{prefix}/{type}"], m[f"{error}/{type}"]) for type in TASK_TYPES
                                              if f"{prefix}/{type}" in m} for m in (measured[0], measured[-1])}

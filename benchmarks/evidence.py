@@ -6,7 +6,7 @@
     python benchmarks/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
 
 A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
-nothing with `tiny/make.py` (26 minutes each). Each is `train.py` with the flags that are
+nothing with `tiny/make.py` (half an hour each). Each is `train.py` with the flags that are
 printed; then `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at
 temperature 1. Differences to the base are paired by task, and their standard errors are over tasks. What is kept
 of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
