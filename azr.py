@@ -217,13 +217,20 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
 
     query: [row, head, token, feature]; key, value: [row, key head, column, feature]. When one token is decoded, heads
     that share a key head stand in for tokens: the same sums, but where there is a mask transformers first repeats
-    the cache for each of those heads (8 for Qwen2.5-3B), at every token.
+    the cache for each of those heads (8 for Qwen2.5-3B), at every token. On a CPU the sums are written out, since
+    torch's kernel, made for many tokens, takes twice as long for one.
     """
     rows, heads, tokens, width = query.shape
     if tokens > 1 or any(options.get(name) for name in ("dropout", "position_bias", "cache")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    mixed = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    if query.is_cpu:
+        scores = grouped @ key.transpose(2, 3) * (width ** -0.5 if scaling is None else scaling)
+        if attention_mask is not None:
+            scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)  # not -inf: a row may be all padding
+        mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    else:
+        mixed = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return mixed.reshape(rows, 1, heads, -1), None
 
 

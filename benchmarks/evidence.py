@@ -41,21 +41,21 @@ BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
 ROWS = {  # name: (changes of the recipe, seeds)
-    "self-play": ("", range(5)),
+    "self-play": ("", range(10)),
     "shuffled rewards": ("--shuffle-rewards", range(2)),
     "proposer not trained": ("--no-train-proposer", range(2)),
     "no references": ("--references 0", range(2)),
-    "no deduction": ("--types abduction,induction", range(1)),
-    "no abduction": ("--types deduction,induction", range(1)),
-    "no induction": ("--types deduction,abduction", range(1)),
+    "no deduction": ("--types abduction,induction", range(2)),
+    "no abduction": ("--types deduction,induction", range(2)),
+    "no induction": ("--types deduction,abduction", range(2)),
     "six-group baseline": ("--baseline group", range(2)),
-    "estimates not trained on": ("without --train-on-estimates", range(1)),  # beside the row above: no two tries of a task
-    "no deduplication": ("--no-dedup", range(1)),
+    "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
+    "no deduplication": ("--no-dedup", range(2)),
     "rejection sampling": ("--rejection-sampling", range(2)),
     "padding is a repeat": ("--unpadded", range(2)),
-    "messages must help": ("--message-gain", range(1)),
-    "another base (1)": ("", range(1)),
-    "another base (2)": ("", range(1)),
+    "messages must help": ("--message-gain", range(2)),
+    "another base (1)": ("", range(2)),
+    "another base (2)": ("", range(2)),
 }
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
 KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
@@ -285,7 +285,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of each row")
+    parser.add_argument("--seeds", type=int, default=10, help="at most so many seeds of each row")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
     options = parser.parse_args()

@@ -72,10 +72,12 @@ def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
     assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
 
 
+@pytest.mark.parametrize("cpu", (True, False))
 @pytest.mark.parametrize("key_heads", (1, 2, 4))
 @pytest.mark.parametrize("masked", (False, True))
-def test_grouped_heads_attend_as_repeated_ones(key_heads, masked):
+def test_grouped_heads_attend_as_repeated_ones(key_heads, masked, cpu, monkeypatch):
     """Against softmax(q·k)·v with every key head repeated, one query token and several columns, some of them padding."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", cpu)  # a GPU's way, on a CPU
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, columns, 5) for heads, columns in ((4, 1), (key_heads, 7), (key_heads, 7)))
     mask = torch.rand(3, 1, 1, 7) > 0.4 if masked else None
