@@ -60,7 +60,7 @@ def draw_curves(metrics, path):
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2 if len(axis.lines) > 4 else 1, framealpha=0.6)  # it may lie on a curve
     fresh = path.with_suffix(".new.png")
     figure.savefig(fresh, dpi=110)
     pyplot.close(figure)
