@@ -3,39 +3,42 @@
     with Executor(timeout=5.0) as executor:
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
-A worker is a lean interpreter inside the walls. It forks a fresh process for each run, kills all
-that the run left behind, and answers with the literal text of a value. The caller's process never
-evaluates, compiles or unpickles anything that a program wrote, and no expected answer enters the
-sandbox: the caller compares values, with same(). So the worst that a program can do to a verdict
-by forging its result is to "return" a value of its choice.
+Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh
+process for each run, waits for its end, and kills what it left behind. The job goes from the caller
+straight to the run, and the report straight back; the zygote never sees a program, an input or a
+result, so nothing of one job is in the process of another. The caller never evaluates, compiles or
+unpickles what a model wrote. It reads canonical literals, compares them itself, and refuses a
+report of any other form. The worst that a program can do by forging its report is to "return" a
+value of its choice.
 
-What becomes of each kind of attack (L: what a Linux with all walls does)
+What happens to each kind of attack, and which wall stops it:
 
-  loops, powers, regular     'timeout': killed from outside, after `timeout` seconds of its own
-  expressions, sleeping      time; waiting for a core is not counted (/proc/<pid>/schedstat)
-  memory                     'memory', a limit on address space; a program may catch MemoryError
-  threads, forks, daemons    fail (a limit of no processes, seccomp); what is left dies with its
-                             run, runs die with their worker, and workers with the caller
-  output: flood, huge, deep, printed text goes nowhere; values over 100,000 characters or 80 levels,
-  endless or lying repr      or of classes that are not plain data: 'unrepresentable', never cut
-  os._exit, crashes, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
-  bombs for the parser       parsed in the run only: 'syntax' or 'killed'; values are read by an own
-                             parser, linear and bounded
-  files                      L: a root with nothing but the library in it, read-only; and Landlock
-  network, signals, ptrace   L: own namespaces without any device; and seccomp
-  forbidden modules, open()  'unsafe': by syntax tree, by a guarded __import__, by audit events
-  results through the pipe   L: a nonce, exactly one report, and a canonical value, or 'unsafe'
-  answers that are code      an input is evaluated apart from the program, to literals or not at all
-  the next run               never sees the process of the last one
-  hash order, id(), clocks,  'nondeterministic': validate runs in processes with other hash seeds,
-  randomness                 addresses, random states
+  loops, powers, regexes,    'timeout': killed from outside after `timeout` seconds; time spent
+  sleeping                   waiting for a core does not count
+  memory                     'memory': RLIMIT_AS; shared memory and memory files: seccomp
+  threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with
+                             the caller
+  output: floods, huge,      reading is bounded by size and by the clock; a value over the limit, over
+  deep, lying __repr__       80 levels or of another class is 'unrepresentable', never cut
+  crashes, os._exit, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
+  bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
+  files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
+  network, shared memory,    seccomp; network and ipc namespaces
+  signals, limits, ptrace    seccomp; user and pid namespaces
+  of other processes
+  clock, pid, entropy        seccomp, and the vDSO (the clock without a system call) is unmapped
+  hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds,
+  of objects, randomness     in processes with other addresses
+  forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards
+                             make refusals readable; they are Python, and no wall
+  answers that are code      evaluated in a process that holds nothing but the answer
+  telling judging from       run and validate take the same path; run uses the first of validate's
+  validation                 seeds
 
-What is not promised: protection from bugs of the kernel, or from side channels of the hardware.
-Nondeterminism that shows rarely (once in a hundred runs, once a day) is not found. Where a system
-denies namespaces, Landlock or seccomp (containers, other systems), the start warns of the promises
-that are weaker; elsewhere than on Linux that is all but limits and guards, and guards, being
-Python, can be walked around. The caller's machine can still be kept busy, for as long as the limits
-allow. Not for several threads at once; not for Windows, which has no fork.
+Not covered: bugs of the kernel, side channels of the hardware, and programs whose nondeterminism
+shows rarely or agrees by chance under all three seeds. The start warns, once, of each promise that
+the system does not let us keep (no seccomp, no namespaces, not Linux). Not for several threads at
+once; not for Windows, which has no fork.
 """
 
 import ast
@@ -45,10 +48,12 @@ import ctypes
 import functools
 import gc
 import importlib
+import inspect
 import json
-import marshal
 import os
+import random
 import re
+import resource
 import select
 import signal
 import struct
@@ -60,19 +65,25 @@ from dataclasses import dataclass
 
 __all__ = ["Executor", "Execution", "parse_literal", "literal", "same", "ALLOWED"]
 
-# Modules a program may import; all others are refused. They compute and do nothing else: no
-# files, network, processes, threads, clocks, randomness, hashes that cannot be guessed, or
-# handles on the interpreter. To change the list, change it here: workers import all of it at
-# their start, and nothing else depends on it.
+# Modules that a program may import. They compute and do nothing else: no files, network,
+# processes, threads, clocks or handles on the interpreter. To change the list, change it here.
 ALLOWED = frozenset("""
     __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses
     decimal difflib enum fractions functools graphlib heapq html itertools json keyword math
     numbers operator pprint re reprlib statistics string struct textwrap types typing
     unicodedata""".split())
+# What these load only when it is needed, which a run cannot.
+_PRELOADED = """_pylong collections.abc html.entities html.parser json.decoder encodings.ascii
+    encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
+    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13
+    encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16
+    encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be
+    encodings.utf_32_le""".split()
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
-MAX_DIGITS = 4300      # digits of an integer, CPython's own limit for int(str)
+MAX_BITS = 14_284      # of an int: 4300 digits, CPython's own limit for int(str)
+MAX_TIMEOUT = 1e6      # seconds
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,9 @@ class Execution:
     """
     status: str
     output: str        # canonical Python literal of the returned value; '' unless ok
-    error: str         # one line for a person; '' if ok
+    error: str         # one printable line of at most 300 characters; '' if ok
     seconds: float     # wall-clock time of the run, without the time in the queue
+    call: str = ""     # the values bound to f's parameters: equal texts are equal calls; '' unless ok
 
     @property
     def ok(self):
@@ -99,193 +111,36 @@ class Execution:
 
 
 # ---------------------------------------------------------------------------------------------
-# Values and their texts. Safe in the caller's process: no eval, no compile, no ast.parse of
-# text that others wrote (CPython's parser can be made to crash, or to eat memory and time).
+# Values and their texts.
 
-_STRING = r"""(?:[bB][rR]?|[rR][bB]?|[uU])?(?:
-      '''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''
-    | \"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*\"""
-    | '[^'\\\n]*(?:\\.[^'\\\n]*)*'
-    | "[^"\\\n]*(?:\\.[^"\\\n]*)*" )"""
-_TOKEN = re.compile(r"(?:[ \t\r\n\f]|\#[^\n]*)*(?:"
-                    r"(?P<string>" + _STRING + r")"
-                    r"|(?P<number>\.?[0-9](?:[eE][+-](?=[0-9])|[0-9a-zA-Z_.])*)"
-                    r"|(?P<name>[^\W\d]\w*)"
-                    r"|(?P<sign>[-+])|(?P<mark>[\[\](){},:=])|(?P<end>\Z))", re.X | re.S)
-_CONSTANTS = {"None": None, "True": True, "False": False}
-
-
-class _Reader:
-    """Reads literals from text: linear in its length, and no deeper than MAX_DEPTH."""
-
-    def __init__(self, text, limit):
-        if type(text) is not str or len(text) > limit:
-            raise ValueError(f"not a text of at most {limit} characters")
-        self.tokens, at, kind = [], 0, None
-        while kind != "end":
-            match = _TOKEN.match(text, at)
-            if not match:
-                raise ValueError(f"not a literal, from character {at}")
-            kind, at = match.lastgroup, match.end()
-            self.tokens.append((kind, match[kind]))
-        self.tokens.reverse()
-
-    def peek(self):
-        return self.tokens[-1][1]
-
-    def take(self, wanted=None):
-        kind, text = self.tokens.pop()
-        if kind == "end" and wanted != "" or wanted not in (None, text):
-            raise ValueError(f"not a literal: {wanted or 'more'} expected before "
-                             f"{text[:20] or 'the end'!r}")
-        return kind, text
-
-    def items(self, close, depth):
-        """Values between commas up to `close`; also says whether there was a comma."""
-        values, comma = [], False
-        while self.peek() != close:
-            values.append(self.value(depth))
-            if self.peek() != close:
-                self.take(",")
-                comma = True
-        self.take(close)
-        return values, comma
-
-    def value(self, depth):
-        kind, text = self.take()
-        if kind == "string":
-            return self.string(text)
-        if kind in ("number", "sign"):
-            return self.number(kind, text)
-        if text in _CONSTANTS:
-            return _CONSTANTS[text]
-        if depth >= MAX_DEPTH and text in ("[", "(", "{"):
-            raise ValueError(f"more than {MAX_DEPTH} levels deep")
-        if text == "[":
-            return self.items("]", depth + 1)[0]
-        if text == "(":
-            values, comma = self.items(")", depth + 1)
-            return tuple(values) if comma or not values else values[0]
-        if text == "{":
-            return self.braces(depth + 1)
-        if text == "set":
-            self.take("(")
-            self.take(")")
-            return set()
-        raise ValueError(f"not a literal: {text[:20]!r}")
-
-    def braces(self, depth):
-        try:
-            if self.peek() == "}":
-                self.take()
-                return {}
-            first = self.value(depth)
-            if self.peek() != ":":
-                if self.peek() != "}":
-                    self.take(",")
-                return {first, *self.items("}", depth)[0]}
-            self.take(":")
-            table = {first: self.value(depth)}
-            while self.peek() != "}":
-                self.take(",")
-                if self.peek() != "}":
-                    key = self.value(depth)
-                    self.take(":")
-                    table[key] = self.value(depth)
-            self.take("}")
-            return table
-        except TypeError:
-            raise ValueError("not a literal: a list, set or dict as key or set member") from None
-
-    def string(self, text):
-        value = _unquote(text)
-        while self.tokens[-1][0] == "string":            # 'a' 'b' is 'ab'
-            more = _unquote(self.take()[1])
-            if type(more) is not type(value):
-                raise ValueError("not a literal: str beside bytes")
-            value += more
-        return value
-
-    def number(self, kind, text):
-        negative = False
-        while kind == "sign":
-            negative ^= text == "-"
-            kind, text = self.take()
-        if kind != "number":
-            raise ValueError(f"not a literal: {text[:20]!r} after a sign")
-        value = -_number(text) if negative else _number(text)
-        if type(value) is not complex and self.tokens[-1][0] == "sign":     # 1+2j
-            sign = self.take()[1]
-            kind, text = self.take()
-            imaginary = _number(text) if kind == "number" else None
-            if type(imaginary) is not complex:
-                raise ValueError("not a literal: a sum")
-            value = value + imaginary if sign == "+" else value - imaginary
-        return value
-
-
-def _unquote(token):
-    if token[0] in "'\"" and token[:3] not in ("'''", '\"\"\"') and "\\" not in token:
-        return token[1:-1]
-    with warnings.catch_warnings():              # '\d' is a str that the compiler warns about
-        warnings.simplefilter("ignore")
-        try:
-            return ast.literal_eval(token)       # of one string token: nothing nests in it
-        except (SyntaxError, ValueError):
-            raise ValueError(f"not a literal: {token[:20]!r}") from None
-
-
-def _number(token):
-    if len(token) > MAX_DIGITS:
-        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
-    try:
-        if token[-1] in "jJ":
-            return complex(token)
-        if token[:2].lower() in ("0x", "0o", "0b") or not re.search("[.eE]", token):
-            return int(token, 0)
-        return float(token)
-    except ValueError:
-        raise ValueError(f"not a number: {token[:20]!r}") from None
+_DICTS = (dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
 
 
 def parse_literal(text, limit=None):
-    """The value of a Python literal: None, bool, int, float, complex, str, bytes, and tuples,
-    lists, dicts and sets of these. Infinity is 1e309, the empty set set(). A bare `1, 2` is a
-    tuple. Safe on hostile text, in any process. Raises ValueError, with one line, for all else.
+    """The value of a literal: None, bool, int, float, complex, str, bytes, and tuples, lists, dicts
+    and sets of these. Infinity is 1e309, the empty set is set().
+
+    For text that literal() wrote, or that you trust. Text of a model belongs into Executor.read.
+    Raises ValueError, with one line, for everything else.
     """
-    reader = _Reader(text, MAX_TEXT if limit is None else limit)
-    values, comma = reader.items("", 0)
-    if not values:
-        raise ValueError("empty, not a literal")
-    return tuple(values) if comma else values[0]
-
-
-def _parse_call(text):
-    """(args, kwargs) of an input made of literals only; ValueError if it is not."""
-    reader = _Reader(text, MAX_TEXT)
-    args, kwargs = [], {}
-    while reader.peek() != "":
-        if reader.tokens[-1][0] == "name" and reader.tokens[-2][1] == "=":
-            name = reader.take()[1]
-            reader.take("=")
-            if name in kwargs:
-                raise ValueError("keyword argument repeated")
-            kwargs[name] = reader.value(0)
-        elif kwargs:
-            raise ValueError("positional argument after a keyword argument")
-        else:
-            args.append(reader.value(0))
-        if reader.peek() != "":
-            reader.take(",")
-    return tuple(args), kwargs
+    limit = MAX_TEXT if limit is None else limit
+    if type(text) is not str or len(text) > limit:
+        raise ValueError(f"not a text of at most {limit} characters")
+    try:
+        with warnings.catch_warnings():              # '\d' is a str that the compiler warns about
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(text)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a literal: {_describe(error)}") from None
+    _write(value, 0, [100 * limit], False)           # ellipsis, nan, too deep
+    return value
 
 
 def literal(value, limit=None):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has
-    one text. Dicts keep their order, sets are sorted. Counter, OrderedDict and defaultdict, which
-    programs return all the time, are told as the dict that they are equal to. Raises ValueError,
-    with one line, for a value that does not come back equal (nan, any other class), and for a
-    text over `limit` characters or more than MAX_DEPTH deep.
+    one text. Dicts keep their order, sets are sorted; Counter, OrderedDict and defaultdict are
+    written as the dict that they equal. Raises ValueError, with one line, for a value that does
+    not come back equal (nan, any other class), is over `limit` characters or over MAX_DEPTH deep.
     """
     return _write(value, 0, [MAX_TEXT if limit is None else limit], True)
 
@@ -296,26 +151,19 @@ def same(a, b):
     not count. Never calls code of the values' classes: values of other types are not the same.
     """
     try:
-        return (_write(a, 0, [100 * MAX_TEXT], False) == _write(b, 0, [100 * MAX_TEXT], False))
+        return _write(a, 0, [100 * MAX_TEXT], False) == _write(b, 0, [100 * MAX_TEXT], False)
     except ValueError:
         return False
 
 
 def _write(value, depth, room, ordered):
-    """Text of `value`; `room` holds the characters left, which also ends what refers to itself.
+    """The text of `value`. `room` holds the characters left, which also stops what contains itself.
     Not ordered: dicts sorted and -0.0 as 0.0, so that equal values have equal texts."""
     kind = type(value)
-    if kind is bool or value is None:
+    if value is None or kind is bool or kind is int and value.bit_length() <= MAX_BITS:
         text = repr(value)
-    elif kind is int:
-        if value.bit_length() > 14284:                   # 4300 digits
-            raise ValueError(f"an int of more than {MAX_DIGITS} digits has no literal")
-        text = repr(value)
-    elif kind is float or kind is complex:
-        if value != value:
-            raise ValueError("nan is equal to nothing, not even itself")
-        text = repr(value + 0 if kind is complex or not ordered else value)
-        text = text.replace("inf", "1e309")
+    elif (kind is float or kind is complex) and value == value:
+        text = repr(value + 0 if kind is complex or not ordered else value).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif depth >= MAX_DEPTH:
@@ -325,25 +173,25 @@ def _write(value, depth, room, ordered):
         for item in value:
             room[0] -= 2
             parts.append(_write(item, depth + 1, room, ordered))
-        room[0] -= 2
         if kind is set:
             parts = [part for _, part in sorted(zip(map(_rank, value), parts))]
+        body = ", ".join(parts)
+        room[0] -= 2
         if kind is list:
-            return "[" + ", ".join(parts) + "]"
-        if kind is set:
-            return "{" + ", ".join(parts) + "}" if parts else "set()"
-        return "(" + ", ".join(parts) + (",)" if len(parts) == 1 else ")")
-    elif (kind is dict or kind is collections.Counter or kind is collections.defaultdict
-          or kind is collections.OrderedDict):           # `in` would ask a metaclass
+            return f"[{body}]"
+        if kind is tuple:
+            return f"({body},)" if len(parts) == 1 else f"({body})"
+        return f"{{{body}}}" if parts else "set()"
+    elif any(kind is each for each in _DICTS):       # `in` would ask a metaclass
         parts = []
         for key, item in value.items():
             room[0] -= 4
-            parts.append(_write(key, depth + 1, room, ordered) + ": "
-                         + _write(item, depth + 1, room, ordered))
+            parts.append(f"{_write(key, depth + 1, room, ordered)}: {_write(item, depth + 1, room, ordered)}")
         room[0] -= 2
         return "{" + ", ".join(parts if ordered else sorted(parts)) + "}"
     else:
-        raise ValueError(f"a value of type {_name(kind)} has no literal")
+        what = "nan or too large" if kind in (int, float, complex) else f"of type {_name(kind)}"
+        raise ValueError(f"a value {what} has no literal")
     room[0] -= len(text)
     if room[0] < 0:
         raise ValueError("longer than the limit")
@@ -360,33 +208,48 @@ def _name(kind):
     return type.__dict__["__name__"].__get__(kind)[:80]
 
 
+def _describe(error):
+    """One line on an exception, without calling code of its class."""
+    arguments = BaseException.args.__get__(error)
+    text = arguments[0] if arguments else ""
+    if type(text) is not str:
+        try:
+            text = literal(text, 200)
+        except ValueError:
+            text = ""
+    return _name(type(error)) + (": " + text[:200] if text else "")
+
+
 # ---------------------------------------------------------------------------------------------
 # The caller's side.
 
-_SEEDS = (1, 2, 3, 4)          # hash seeds; run uses the first, so its results can be repeated
-_PATIENCE = 100                # a worker silent for this many timeouts, and a minute, is dead
+# Hash seeds. `run` uses the first, so that what was validated is what is judged. They are chosen so that
+# (from Python 3.11 on) no letter or digit has a hash of the same parity under all three, and of the
+# sets of two letters 5% keep their order under all three, where chance alone would give 25%.
+_SEEDS = (24, 267, 331)
+_LAYERS = ("namespaces", "seccomp", "guards")
+_OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
+_LITERAL, _CALL, _PROGRAM = range(3)                  # what a run is for
+_ORDER = struct.Struct("=dBII16s")     # seconds, purpose, sizes of program and input, a mark for the report
+_END = struct.Struct("=i?d")   # exit status of a run, whether it was late, seconds
+_STATUSES = "ok syntax error memory unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
-_BOOT = ("import sys, marshal; sys.path[:] = [p for p in sys.path if p]; "
-         "scope = {'__name__': 'sandbox', '__file__': sys.argv[1]}; "
-         "exec(marshal.loads(sys.stdin.buffer.read(int(sys.argv[2]))), scope); "
-         "scope['_work'](sys.argv[3])")
-
-
-@functools.lru_cache(None)
-def _code():
-    """This file, compiled: workers that compile it start later, and grow, and fork more slowly."""
-    with open(_HERE, encoding="utf-8") as file:
-        return marshal.dumps(compile(file.read(), "sandbox", "exec", optimize=2))
+_BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
+         "module = util.module_from_spec(spec); spec.loader.exec_module(module); module._work(sys.argv[2])")
+_CANONICAL = re.compile(r"""(?:[({\[]|,[ ]|:[ ]|(?:,?[)}\]]|set\(\)|None|True|False
+    |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
+    |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=[,:)}\]]|$))*""", re.VERBOSE)
 
 
 class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core).
 
-    timeout    seconds of one run, counted from its own start; time that it spends waiting for a
-               core does not count, so that a busy machine gives the same verdicts as an idle one
+    timeout    seconds of one run, counted from its own start. At its limit a run goes on while it
+               has had less than that of a core's time and still gets some, so that a busy machine
+               gives the same verdicts as an idle one
     memory_mb  memory of one run, on top of the interpreter's
-    allow      modules that programs may import beside ALLOWED; what they can do, the walls of the
-               system must hold back alone
+    allow      modules that programs may import beside ALLOWED; only the walls of the system hold
+               back what these can do, and time or datetime open the clock
     max_text   characters in a program, an input, or an output
 
     Use it as a context manager, or call close(). Not for several threads at once. Warns once, at
@@ -394,25 +257,22 @@ class Executor:
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(),
-                 max_text=MAX_TEXT, _layers=None):
+                 max_text=MAX_TEXT, _layers=_LAYERS):
         if not hasattr(os, "fork"):
             raise OSError("the sandbox needs os.fork, which this system lacks")
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         self._size = cores if workers is None else workers
-        if self._size < 1 or timeout <= 0 or memory_mb < 1:
-            raise ValueError("workers, timeout and memory_mb must be positive")
-        self._timeout = timeout
-        self._max_text = max_text
-        self._config = [timeout, memory_mb, _LAYERS if _layers is None else _layers,
-                        sorted(ALLOWED.union(allow)), max_text]
-        self._pools = {seed: [] for seed in _SEEDS}
+        if not (self._size >= 1 and 0 < timeout <= MAX_TIMEOUT and memory_mb >= 1):
+            raise ValueError("workers and memory_mb must be at least 1, and timeout above 0 and "
+                             f"at most {MAX_TIMEOUT:g} seconds")
+        self._timeout, self._max_text = timeout, max_text
+        self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
+        self._idle = {seed: [] for seed in _SEEDS}
         self._closed = False
+        self._idle[_SEEDS[0]] += [_Worker([*self._config, _SEEDS[0]]) for _ in range(self._size)]
         weak = set()
-        for worker in self._pool(_SEEDS[0], self._size):
-            if not worker.ready():
-                self.close()
-                raise RuntimeError("a sandbox worker did not start")
-            weak.update(worker.weak)
+        for worker in self._idle[_SEEDS[0]]:
+            weak.update(worker.weak())
         if weak:
             warnings.warn("this system denies the sandbox some of its walls; programs could: "
                           + "; ".join(sorted(weak)), RuntimeWarning, stacklevel=2)
@@ -426,111 +286,135 @@ class Executor:
     def close(self):
         """Ends the workers and all that they run. May be called again; nothing else may."""
         self._closed = True
-        for pool in self._pools.values():
-            while pool:
-                pool.pop().kill()
+        for workers in self._idle.values():
+            while workers:
+                workers.pop().kill()
 
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
 
         program  the text of a Python program that defines f
         input    what stands between the parentheses of the call: positional and keyword
-                 arguments, literals or expressions. Expressions are evaluated once, in a process
-                 of their own that knows the builtins and not the program, to literal values; only
-                 those reach the program, which cannot see the text.
+                 arguments. Expressions are evaluated once, in a process of their own that knows
+                 the builtins and not the program, to literal values. Only values reach the
+                 program, which cannot see their text.
 
-        Both are text from anywhere; what they do wrong is told by the status. Raises TypeError
-        if they are not str, RuntimeError if the Executor is closed.
+        Both may come from anywhere; the status says what they do wrong. Raises TypeError if they
+        are not str, RuntimeError if the Executor is closed.
         """
-        return [execution for execution, _ in self._run(jobs, _SEEDS[0])]
+        return self._run(_PROGRAM, jobs, _SEEDS[0])
 
     def validate(self, jobs):
-        """Like run, but ok only if f(<input>) returns the same value in fresh processes with
-        other hash seeds, addresses, clocks and random states: two of them, or four if the
-        program uses what can show the order of a hash table or an address."""
+        """Like run, but ok only for a valid task: f(<input>) returns something other than None, and
+        the same value in fresh processes under each of three hash seeds, with other addresses."""
         jobs = list(jobs)
-        results = self._run(jobs, _SEEDS[0])
+        results = [Execution("error", "", "f returned None", result.seconds) if result.output == "None"
+                   else result for result in self.run(jobs)]
         for seed in _SEEDS[1:]:
-            again = [i for i, (execution, suspect) in enumerate(results)
-                     if execution.ok and (suspect or seed == _SEEDS[1])]
-            for i, (second, _) in zip(again, self._run([jobs[i] for i in again], seed)):
-                first, suspect = results[i]
-                if second.status in ("ok", "error", "unrepresentable"):
-                    if second.output == first.output or second.ok and same(
-                            parse_literal(first.output, self._max_text),
-                            parse_literal(second.output, self._max_text)):
-                        continue
-                    second = Execution("nondeterministic", "", "two runs of it differ",
-                                       second.seconds)
-                results[i] = second, suspect
-        return [execution for execution, _ in results]
+            again = [i for i, result in enumerate(results) if result.ok]
+            for i, second in zip(again, self._run(_PROGRAM, [jobs[i] for i in again], seed)):
+                if second.status in ("timeout", "memory", "unsafe", "killed"):
+                    results[i] = second
+                elif second.output != results[i].output and not (second.ok and same(
+                        *(parse_literal(each.output, self._max_text) for each in (results[i], second)))):
+                    results[i] = Execution("nondeterministic", "", "two runs of it differ", second.seconds)
+        return results
 
-    def _pool(self, seed, size):
-        """The workers with this hash seed: all alive, and at least `size`."""
+    def read(self, texts):
+        """The canonical literal of each text, as the output of an Execution, for text of a model:
+        it is parsed in a run, and never evaluated. 'syntax' for what is no literal."""
+        return self._run(_LITERAL, [("", text) for text in texts], _SEEDS[0])
+
+    def _worker(self, seed):
+        """A worker with this hash seed, alive and idle."""
+        while self._idle[seed]:
+            worker = self._idle[seed].pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.kill()
+        return _Worker([*self._config, seed])
+
+    def _run(self, purpose, jobs, seed):
         if self._closed:
             raise RuntimeError("this Executor is closed")
-        pool = self._pools[seed]
-        for worker in [worker for worker in pool if worker.process.poll() is not None]:
-            self._discard(worker, seed)
-        while len(pool) < size:
-            pool.append(_Worker(self._config + [seed]))
-        return pool
-
-    def _discard(self, worker, seed):
-        self._pools[seed].remove(worker)
-        worker.kill()
-
-    def _run(self, jobs, seed):
-        """[(Execution, whether it is suspect of showing an order or an address)]"""
-        jobs = list(jobs)
+        jobs = [(program, text) for program, text in jobs]
+        if not all(isinstance(text, str) for job in jobs for text in job):
+            raise TypeError("a job is a pair of str: program, input")
         results = [None] * len(jobs)
-        queue = collections.deque()
-        for i, (program, text) in enumerate(jobs):
-            if not (isinstance(program, str) and isinstance(text, str)):
-                raise TypeError("a job is a pair of str: program, input")
-            if max(len(program), len(text)) > self._max_text:
-                results[i] = Execution(
-                    "syntax", "", f"over {self._max_text} characters", 0.0), False
+        queue = collections.deque()                   # (job, purpose, program, input, seconds spent)
+        for i, job in enumerate(jobs):
+            if max(map(len, job)) > self._max_text:
+                results[i] = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
             else:
-                queue.append(i)
-        idle = list(self._pool(seed, min(self._size, len(queue))))
-        busy = {}                                     # fd: (worker, job, when to give it up)
-        tried = set()
+                queue.append((i, purpose, *job, 0.0))
+        busy, died, poller = {}, set(), select.poll()
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
-                    worker = idle.pop() if idle else self._pool(seed, len(busy) + 1)[-1]
-                    i = queue.popleft()
-                    limit = time.monotonic() + _PATIENCE * self._timeout + 60
-                    busy[worker.replies] = worker, i, limit
-                    worker.send(jobs[i])
-                heard = _poll(busy, 10)
-                for fd in heard or [fd for fd in busy if time.monotonic() > busy[fd][2]]:
-                    worker, i, _ = busy[fd]
-                    reply = _receive(fd) if heard else None
-                    if reply:
-                        results[i] = Execution(*reply[:4]), reply[4]
-                        idle.append(worker)
-                    else:                             # it died; its job gets a second chance
-                        self._discard(worker, seed)
-                        if i in tried:
-                            results[i] = Execution("killed", "", "its worker died, twice", 0), False
-                        else:
-                            tried.add(i)
-                            queue.append(i)
+                    worker = self._worker(seed)
+                    busy[worker.ends] = worker, *queue[0]
+                    poller.register(worker.ends, select.POLLIN)
+                    worker.start(*queue[0][1:4], self._timeout - queue.popleft()[4])
+                for fd, _ in poller.poll():
+                    worker, i, purpose, _, text, spent = run = busy[fd]
+                    end = os.read(fd, _END.size)
+                    poller.unregister(fd)
                     del busy[fd]
-        finally:                                      # Ctrl-C: no stale reply may stay behind
+                    if not end:                       # the worker died; its job gets a second chance
+                        worker.kill()
+                        results[i] = Execution("killed", "", "its worker died, twice", 0.0)
+                        queue.extend([run[1:]] if i not in died else [])
+                        died.add(i)
+                        continue
+                    self._idle[seed].append(worker)
+                    result = self._result(worker.report(20 * self._max_text), spent, *_END.unpack(end))
+                    if result.status == "expression" and not spent:   # the input has to be evaluated first
+                        queue.appendleft((i, _CALL, "", text, result.seconds))
+                    elif result.ok and purpose == _CALL:
+                        args, kwargs = parse_literal(result.output, self._max_text)
+                        text = f"*{literal(args)}, **{literal(kwargs)}"
+                        queue.appendleft((i, _PROGRAM, jobs[i][0], text, result.seconds))
+                    else:
+                        results[i] = result
+        finally:                                      # Ctrl-C: no run goes on
             for worker, *_ in busy.values():
-                if worker in self._pools[seed]:
-                    self._discard(worker, seed)
+                worker.kill()
         return results
+
+    def _result(self, report, spent, code, late, seconds):
+        """The Execution that a run's report and its end amount to; believes nothing that it can check."""
+        status, error, call, output = "killed", f"its process ended without a result (exit status {code})", "", ""
+        if late:
+            status, error = "timeout", f"no value within {self._timeout:g} s"
+        elif report:
+            try:
+                status, error, call, output = report.decode().split("\0")
+                good = status in _STATUSES and len(call) <= 2 * self._max_text and (
+                    status != "ok" or _CANONICAL.fullmatch(output)
+                    and literal(parse_literal(output, self._max_text), self._max_text) == output)
+            except ValueError:
+                good = False
+            if not good:
+                status, error = "unsafe", "forged its result, or wrote into the file of its result"
+        elif code == _OUT_OF_MEMORY:
+            status, error = "memory", "out of memory"
+        elif code < 0:
+            error = f"its process died of {signal.Signals(-code).name}"
+        if status == "ok":
+            return Execution(status, output, "", seconds + spent, call)
+        line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
+        return Execution(status, "", line or status, seconds + spent)
 
 
 class _Worker:
-    """The caller's handle on a worker process."""
+    """The caller's handle on a worker. Orders go to it and ends come from it by pipes; programs,
+    inputs and reports stand in two files in memory, so that no run can make the caller wait."""
 
     def __init__(self, config):
         import subprocess                             # not in the workers: it makes forks slower
+        import tempfile
+        make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
+        self.job, self.file = make("job"), make("report")
         # A lean start: not the caller's environment, directory, descriptors, terminal or
         # memory, and no site-packages.
         environment = {"PYTHONHASHSEED": str(config[-1])}
@@ -538,563 +422,287 @@ class _Worker:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-             str(len(_code())), json.dumps(config)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, bufsize=0, cwd="/", env=environment, start_new_session=True)
-        self.replies = self.process.stdout.fileno()
-        self.weak = None
-        try:
-            _write_all(self.process.stdin.fileno(), _code())
-        except BrokenPipeError:
-            pass                                      # it died: ready will say so
+             json.dumps([*config, self.job, self.file])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=0, pass_fds=(self.job, self.file), cwd="/", env=environment, start_new_session=True)
+        self.ends = self.process.stdout.fileno()
+        self.promises = None
 
-    def ready(self):
-        """Waits for the end of its start; False if it died or does not come to life."""
-        if self.weak is None and _poll([self.replies], 60):
-            self.weak = _receive(self.replies)
-        return self.weak is not None
+    def weak(self):
+        """What its walls do not keep, once it has started."""
+        if self.promises is None:
+            self.promises = self.process.stdout.readline()
+        if not self.promises: 
+            raise RuntimeError("a sandbox worker did not start")
+        return json.loads(self.promises)
 
-    def send(self, job):
+    def start(self, purpose, program, text, seconds):
+        """Has a run forked for a job."""
+        program, text = (each.encode("utf-8", "surrogatepass") for each in (program, text))
+        for file in (self.job, self.file):
+            os.ftruncate(file, 0)
+        os.pwrite(self.job, program + text, 0)
+        os.lseek(self.file, 0, os.SEEK_SET)
+        self.mark = os.urandom(16)
         try:
-            if self.ready():
-                _send(self.process.stdin.fileno(), job)
-            else:
-                self.process.kill()
-        except BrokenPipeError:
-            pass                                      # it died: its end of the pipe will say so
+            self.weak()
+            self.process.stdin.write(_ORDER.pack(seconds, purpose, len(program), len(text), self.mark))
+        except BrokenPipeError:                       # it died: the end of its pipe will say so
+            pass
+
+    def report(self, size):
+        """What the run wrote, without its mark; b"?" if that is missing."""
+        data = os.pread(self.file, size, 0)
+        return data[16:] if data.startswith(self.mark) else data and b"?"
 
     def kill(self):
+        """Ends the worker, and with it its runs."""
         self.process.kill()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
-
-
-def _poll(fds, seconds):
-    """Those of the descriptors that have something to read, or an end."""
-    poller = select.poll()
-    for fd in fds:
-        poller.register(fd, select.POLLIN)
-    return [fd for fd, _ in poller.poll(seconds * 1000)]
-
-
-def _send(fd, message):
-    data = json.dumps(message).encode()
-    _write_all(fd, struct.pack(">I", len(data)) + data)
-
-
-def _write_all(fd, data):
-    while data:
-        data = data[os.write(fd, data):]
-
-
-def _receive(fd):
-    """The next message, or None at the end of the stream."""
-    size = _read(fd, 4)
-    data = size and _read(fd, struct.unpack(">I", size)[0])
-    return json.loads(data) if data else None
-
-
-def _read(fd, size):
-    data = b""
-    while len(data) < size:
-        more = os.read(fd, size - len(data))
-        if not more:
-            return None
-        data += more
-    return data
+        self.process.communicate()                    # also waits for the end of the zygote
+        os.close(self.job)
+        os.close(self.file)
 
 
 # ---------------------------------------------------------------------------------------------
-# The worker: a lean interpreter inside the walls, which forks a fresh process for each run.
+# The zygote: puts up the walls, forks the runs, watches the clock, and kills.
 
-_LAYERS = ("namespaces", "landlock", "seccomp", "guards")
 _NOBODY = 65534
-_REPORTS = ("ok", "syntax", "error", "memory", "unsafe", "unrepresentable")
-_OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-# Seldom used, and each loaded module makes each fork slower: imported by the runs that do.
-_LAZY = {"statistics", "array", "cmath", "difflib", "graphlib", "html", "pprint", "textwrap",
-         "unicodedata", "__future__"}
-_LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
-_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-
-# System calls open to a run, x86-64 and arm64 (None: does not exist there). It can compute, get
-# memory, read the library, and write its result; all the rest fails with EPERM.
-_SYSCALLS = dict(
-    read=(0, 63), write=(1, 64), close=(3, 57), stat=(4, None), fstat=(5, 80), lstat=(6, None),
-    lseek=(8, 62), mmap=(9, 222), mprotect=(10, 226), munmap=(11, 215), brk=(12, 214),
-    rt_sigaction=(13, 134), rt_sigprocmask=(14, 135), rt_sigreturn=(15, 139), pread64=(17, 67),
-    access=(21, None), sched_yield=(24, 124), mremap=(25, 216), madvise=(28, 233),
-    getpid=(39, 172), exit=(60, 93), getcwd=(79, 17), gettimeofday=(96, 169),
-    getrusage=(98, 165), getuid=(102, 174), getgid=(104, 176), geteuid=(107, 175),
-    getegid=(108, 177), sigaltstack=(131, 132), gettid=(186, 178), time=(201, None),
-    futex=(202, 98), getdents64=(217, 61), clock_gettime=(228, 113), clock_getres=(229, 114),
-    exit_group=(231, 94), openat=(257, 56), newfstatat=(262, 79), readlinkat=(267, 78),
-    faccessat=(269, 48), getrandom=(318, 278), statx=(332, 291), rseq=(334, 293))
-# Those that a worker needs too. A run inherits them where the worker is behind the filter, which
-# is only where it is alone in a pid namespace: it may not have processes, and can signal nobody.
-_WORKER_SYSCALLS = dict(
-    dup2=(33, None), dup3=(292, 24), pipe2=(293, 59), poll=(7, None), ppoll=(271, 73),
-    clone=(56, 220), fork=(57, None), wait4=(61, 260), kill=(62, 129), prlimit64=(302, 261),
-    close_range=(436, 436), set_robust_list=(273, 99), fcntl=(72, 25), ioctl=(16, 29))
+# What seccomp calls the machine, and its machine code for "do nothing" and "ask the kernel for the time".
+_MACHINES = {"x86_64": (0xC000003E, b"\x90", b"\xb8\xe4\0\0\0\x0f\x05\xc3"),
+             "aarch64": (0xC00000B7, b"\x1f\x20\x03\xd5", b"\x28\x0e\x80\xd2\1\0\0\xd4\xc0\x03\x5f\xd6")}
+# System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write
+# its report; everything else fails with EPERM.
+_SYSCALLS = """
+    write 1 64         close 3 57          mmap 9 222           mprotect 10 226     munmap 11 215
+    brk 12 214         rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 mremap 25 216
+    sched_yield 24 124 madvise 28 233      exit 60 93           futex 202 98        exit_group 231 94
+    pread64 17 67"""
 
 
-def _work(config):
-    """The whole life of a worker process."""
-    global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
-    *walls, allowed, MAX_TEXT, seed = json.loads(config)
-    ALLOWED = frozenset(allowed)
-    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-    os.environ.clear()
-    _Sandbox(requests, replies, *walls, seed).serve()
+class _Zygote:
 
-
-class _Sandbox:
-
-    def __init__(self, requests, replies, timeout, memory_mb, layers, seed):
-        import resource                               # of Unix only
-        self.requests, self.replies, self.layers = requests, replies, layers
-        self.timeout, self.memory, self.seed = timeout, memory_mb << 20, seed
-        self.setrlimit, self.cpu = resource.setrlimit, resource.RLIMIT_CPU
-        self.processes = resource.RLIMIT_NPROC
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.linux = sys.platform == "linux"
-        self.proc = os.open("/proc", os.O_RDONLY) if os.path.isdir("/proc/self") else None
-        self.alone = self.mounted = False             # in a pid namespace; in a root of our own
-        root = os.geteuid() == 0
-        if self.linux and "namespaces" in layers:
-            self.enter_namespaces()
-        self.warm_up()
-        if self.alone:
-            self.mounted = self.attempt(self.enter_root)
-        self.ruleset, self.scoped = self.landlock() if "landlock" in layers else (None, False)
-        self.filter = self.seccomp() if "seccomp" in layers else None
-        self.guards = _Guards(seed, "guards" in layers)
-        limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0),
-                  (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_STACK, 8 << 20),
-                  (resource.RLIMIT_AS, self.memory + self.mapped())]
-        bounded = [self.attempt(self.limit, *each) for each in limits][-1]
-        self.drop_privileges(root)
-        self.known = {}
-        if self.mounted:
-            self.enter_walls()
-        if self.job("def f():\n    return 1", "")[0] != "ok":
-            self.filter = self.ruleset = None         # runs do not live with what this kernel has
-            if self.mounted:
-                os._exit(1)
-        gc.collect()
-        gc.freeze()
-        self.attempt(self.call, "malloc_trim", 0)     # each page in use makes each fork slower
-        quiet = self.alone or self.filter
-        _send(replies, [promise for promise, kept in [
-            ("reach the network", quiet), ("use more memory than its limit", bounded),
-            ("read files of this user", self.mounted or self.ruleset is not None),
-            ("change files of this user", self.mounted or self.ruleset is not None),
-            ("signal processes of this user", quiet or self.scoped),
-            ("leave processes behind", quiet or self.linux)] if not kept])
-
-    # -- walls ------------------------------------------------------------------------------
+    def __init__(self, layers):
+        self.layers, self.libc = layers, ctypes.CDLL(None, use_errno=True)
+        self.alone = False                            # in a pid namespace
+        self.filter = None                            # the seccomp filter of runs, as prctl takes it
 
     def attempt(self, step, *arguments):
         """Whether a step that a system may refuse was done."""
         try:
             step(*arguments)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, OverflowError, AttributeError):
             return False
         return True
 
     def call(self, name, *arguments):
         """A C function that answers -1, with errno, when it is refused."""
         arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-        result = getattr(self.libc, name)(*arguments)
-        if result == -1:
+        if getattr(self.libc, name)(*arguments) == -1:
             raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-        return result
 
-    def prctl(self, option, value):
-        self.call("prctl", option, value, 0, 0, 0)
+    def separate(self):
+        """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends,
+        the kernel kills all that is left in them. Who it was waits for that end."""
+        new = 0x68000000                              # CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET
+        if "namespaces" in self.layers:
+            self.alone = (self.attempt(self.call, "unshare", new)
+                          or self.attempt(self.call, "unshare", new | 0x10000000))        # CLONE_NEWUSER
+        if os.fork():
+            os.closerange(0, 2)
+            os.wait()
+            os._exit(0)
 
-    def limit(self, what, value):
-        import resource
-        hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        self.setrlimit(what, (value, value))
+    def prepare(self, memory):
+        """Takes on the limits, tries out the walls of the runs, and tells what they do not keep."""
+        memory += self.mapped()
+        seccomp = "seccomp" in self.layers
+        clock = {"time", "datetime"} & ALLOWED or (   # their users may have it
+            seccomp and self.survives(self.stop_clock) and self.attempt(self.stop_clock))
+        if os.geteuid() == 0:
+            for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
+                self.attempt(step, value)
+        # PR_SET_NO_NEW_PRIVS; PR_SET_DUMPABLE: no ptrace; PR_SET_PDEATHSIG: not without the parent
+        for option, value in ((38, 1), (4, 0), (1, signal.SIGKILL)):
+            self.attempt(self.call, "prctl", option, value, 0, 0, 0)
+        if seccomp and self.attempt(self.make_filter) and not self.survives(self.enter):
+            self.filter = None
+        for what, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 20 * MAX_TEXT),
+                            (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
+            bounded = self.attempt(resource.setrlimit, what, (value, value))
+        gc.collect()
+        gc.freeze()
+        self.attempt(self.call, "malloc_trim", 0)     # each page in use makes each fork slower
+        seccomp, fenced = self.filter, self.alone or self.filter
+        promises = {"reach the network": fenced, "signal processes of this user": fenced,
+                    "leave processes behind": fenced, "read and change files of this user": seccomp,
+                    "use more memory than their limit": bounded and seccomp,
+                    "tell the time, and return other values later": seccomp and clock}
+        print(json.dumps([what for what, kept in promises.items() if not kept]), flush=True)
+
+    def survives(self, step):
+        """Whether a process that takes this step can live on."""
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if self.attempt(step) and [*map(str, range(99))] else 1)
+        return os.waitpid(pid, 0)[1] == 0
+
+    def stop_clock(self):
+        """Has the vDSO ask the kernel, which refuses to tell runs the time. It is the kernel's code and
+        data in every process, and tells the time without a system call."""
+        _, nothing, ask = _MACHINES[os.uname().machine]
+        with open("/proc/self/maps") as file:
+            spans = re.findall(r"(\w+)-(\w+) .*\[(vdso|vvar)", file.read())
+        for start, end, name in spans:
+            start, size = int(start, 16), int(end, 16) - int(start, 16)
+            self.call("mmap", start, size, 7, 0x32, -1, 0)            # fixed, private, anonymous
+            if name == "vdso":
+                ctypes.memmove(start, nothing * ((size - len(ask)) // len(nothing)) + ask, size)
+        time.monotonic()
+        self.attempt(self.call, "prctl", 26, 2, 0, 0, 0)              # PR_SET_TSC: the processor's clock
+
+    def make_filter(self):
+        machine = os.uname().machine
+        numbers = [*map(int, _SYSCALLS.split()[2 if machine == "aarch64" else 1::3])]
+        code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _MACHINES.get(machine, [0])[0]), (0x20, 0, 0, 0),
+                *[(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)],
+                (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]          # EPERM, allow
+        self.code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
+        self.filter = ctypes.create_string_buffer(
+            struct.pack("HxxxxxxQ", len(code), ctypes.addressof(self.code)))
 
     def mapped(self):
         """Address space in use before a run, which its limit comes on top of."""
-        if self.proc is None:
+        try:
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        except OSError:                               # not Linux
             return 0
-        with open(os.open("self/statm", os.O_RDONLY, dir_fd=self.proc)) as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-
-    def enter_namespaces(self):
-        """Own process ids, network, mounts and ipc. Goes on in a child, which is process 1 of
-        the new pid namespace: when it ends, the kernel kills all that is left in there."""
-        everything = 0x20000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-        uid, gid = os.geteuid(), os.getegid()
-        if not self.attempt(self.call, "unshare", everything):
-            if not self.attempt(self.call, "unshare", everything | 0x10000000):
-                return
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                               ("gid_map", f"{gid} {gid} 1")):
-                self.attempt(self.write_own, name, text)
-        self.attempt(self.prctl, 1, signal.SIGKILL)   # PR_SET_PDEATHSIG: not without the caller
-        pid = os.fork()
-        if pid:
-            os.closerange(3, 64)                      # its ends of the pipes tell of the child
-            os.waitpid(pid, 0)
-            os._exit(0)
-        self.alone = True
-
-    def write_own(self, name, text):
-        fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
-        try:
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
-
-    def enter_root(self):
-        """A root directory with nothing in it but the library, read-only."""
-        keep = 2 | 4 | (os.statvfs(_LIBRARY).f_flag & (8 | 1024 | 2048 | 4096))
-
-        def mount(source, target, *rest):
-            self.call("mount", source and source.encode(), target.encode(), *rest)
-
-        mount(None, "/", None, 0x4000 | 0x40000, None)                    # private, all of it
-        mount("none", "/proc", b"tmpfs", 2 | 4 | 8, b"size=256k,mode=755")
-        os.makedirs("/proc" + _LIBRARY)
-        mount(_LIBRARY, "/proc" + _LIBRARY, None, 0x1000 | 0x4000, None)     # bind
-        mount(None, "/proc" + _LIBRARY, None, 0x1000 | 0x20 | 1 | keep, None)
-        mount(None, "/proc", None, 0x1000 | 0x20 | 1 | 2 | 4 | 8, None)
-        os.chdir("/proc")
-        self.call("pivot_root", b".", b".")
-        self.call("umount2", b".", 2)                                        # detach
-        os.chdir("/")
-
-    def landlock(self):
-        """(ruleset, whether it also holds signals back); each run restricts itself with it."""
-        try:
-            abi = self.call("syscall", 444, None, 0, 1)
-            files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-            attributes = struct.pack("QQQ", files, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]
-            ruleset = self.call("syscall", 444, attributes, len(attributes), 0)
-            library = os.open(_LIBRARY, os.O_RDONLY)
-            beneath = struct.pack("=Qi", 4 | 8, library)                     # read file, dir
-            self.call("syscall", 445, ruleset, 1, beneath, 0)
-            os.close(library)
-            if self.mounted:                          # for the worker; no run has a way there
-                beneath = struct.pack("=Qi", 4 | 8, self.proc)
-                self.call("syscall", 445, ruleset, 1, beneath, 0)
-        except OSError:
-            return None, False
-        return ruleset, abi >= 6
-
-    def seccomp(self):
-        """The filter of system calls, for each run to enter; None if the system has none."""
-        machine = os.uname().machine
-        if not self.linux or machine not in _AUDIT_ARCH or sys.maxsize < 1 << 32:
-            return None
-        table = {**_SYSCALLS, **(_WORKER_SYSCALLS if self.mounted else {})}
-        numbers = [pair[machine == "aarch64"] for pair in table.values()]
-        numbers = [number for number in numbers if number is not None]
-        code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _AUDIT_ARCH[machine]),
-                (0x20, 0, 0, 0)]
-        code += [(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-        code += [(0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]         # EPERM, allow
-        self.code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
-        return ctypes.create_string_buffer(
-            struct.pack("HxxxxxxQ", len(code), ctypes.addressof(self.code)))
-
-    def enter_walls(self):
-        """Landlock and seccomp: once in the worker where it is alone, else in each run."""
-        if self.ruleset is not None:
-            self.call("syscall", 446, self.ruleset, 0)
-        if self.filter:
-            self.call("prctl", 22, 2, self.filter, 0, 0)
-
-    def drop_privileges(self, root):
-        if root:
-            for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
-                self.attempt(step, value)
-        if self.linux:
-            self.attempt(self.call, "capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
-            self.attempt(self.prctl, 38, 1)           # PR_SET_NO_NEW_PRIVS
-            self.attempt(self.prctl, 4, 0)            # PR_SET_DUMPABLE: no ptrace
-            self.attempt(self.prctl, 36, 1)           # PR_SET_CHILD_SUBREAPER: no orphans
-            self.attempt(self.prctl, 1, signal.SIGKILL)   # PR_SET_PDEATHSIG
-
-    def warm_up(self):
-        """Imports and first uses, once and not in each run."""
-        for name in sorted(ALLOWED - _LAZY):
-            importlib.import_module(name)
-        warnings.simplefilter("ignore")
-        # Different addresses and free lists in each worker, also where addresses are not random.
-        self.ballast = []
-        for make in (object, lambda: 2.0 * len(self.ballast), *[lambda n=n: bytes(n)
-                                                                for n in range(1, 487, 16)]):
-            self.ballast += [make() for _ in range(os.urandom(1)[0])]
-        call = _parse_call("'a', b=[1, {2: 3.5}]")
-        _parse(f"import re\ndef f(a, b):\n    return {{a}}, {literal(call)}", "exec")
-
-    # -- runs -------------------------------------------------------------------------------
 
     def serve(self):
+        """Forks a run for each order. Returns in the runs alone, with their order."""
         while True:
-            job = _receive(self.requests)
-            if job is None:
-                os._exit(0)
-            _send(self.replies, self.job(*job))
+            order = os.read(0, _ORDER.size)
+            if not order:
+                os._exit(0)                           # the caller is gone
+            alive, held = os.pipe()                   # the run holds it open
+            start = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                os.close(alive)
+                self.enter()
+                return _ORDER.unpack(order)
+            os.close(held)
+            late = self.watch(pid, alive, _ORDER.unpack(order)[0])
+            os.close(alive)
+            code = self.sweep(pid)
+            os.write(1, _END.pack(code, late, time.monotonic() - start))
 
-    def job(self, program, text):
-        """(status, output, error, seconds, suspect)"""
-        spent = 0.0
-        try:
-            call = _parse_call(text)
-        except ValueError:                            # not literals: an expression
-            status, output, error, spent, _ = self.supervise(_evaluate, text, 0.0)
-            if status != "ok":
-                return status, "", "input: " + error, spent, False
-            call = parse_literal(output)
-            if not (type(call) is tuple and list(map(type, call)) == [tuple, dict]
-                    and set(map(type, call[1])) <= {str}):
-                return "unsafe", "", "input: forged its value", spent, False
-        del text
-        # Hostile text is parsed in runs only. But a text that did no harm to a run that parsed it
-        # does none to the worker, and the next runs of the program need not parse it again.
-        if program in self.known and not self.known[program]:
-            self.known[program] = _parse(program, "exec")
-        result = self.supervise(_execute, (program, self.known.get(program), call), spent)
-        if result[0] == "ok" and len(program) < MAX_TEXT // 10 and program not in self.known:
-            if len(self.known) >= 256:
-                self.known.clear()
-            self.known[program] = None
-        return result
+    def watch(self, pid, alive, seconds):
+        """Waits for the end of a run, or for its limit. True if it is late.
 
-    def supervise(self, what, argument, spent):
-        """Forks a run of `what`, waits for its end, and judges it."""
-        nonce = os.urandom(16)
-        source, sink = os.pipe()
-        start = time.monotonic() - spent
-        pid = os.fork()
-        if pid == 0:
-            self.child(what, argument, sink, nonce)
-        os.close(sink)
-        data = self.collect(source, start)
-        os.close(source)
-        seconds = time.monotonic() - start
-        code, cpu = self.sweep(pid)
-        status, output, error, suspect = "killed", "", "", False
-        if data is None or code == -signal.SIGKILL and cpu >= self.timeout:
-            status, error = "timeout", f"no value within {self.timeout:g} s"
-        elif data.startswith(nonce):
-            status, output, error, suspect = self.open(data[16:])
-        elif data:
-            status, error = "unsafe", "wrote on the pipe of its result"
-        elif code == _OUT_OF_MEMORY:
-            status, error = "memory", "out of memory"
-        elif code < 0:
-            error = f"its process died of {signal.Signals(-code).name}"
-        else:
-            error = f"its process ended without a result (exit status {code})"
-        return status, output, error, seconds, suspect
-
-    def open(self, data):
-        """Reads a run's report, believing nothing that it can check."""
-        try:
-            status, suspect, error, output = data.decode().split("\0", 3)
-            if status not in _REPORTS or status == "ok" and literal(
-                    parse_literal(output)) != output:
-                raise ValueError("not a report")
-        except ValueError:
-            return "unsafe", "", "forged its result", False
-        return status, output, error, bool(suspect)
-
-    def collect(self, source, start):
-        """What a run reports until it closes its pipe; None if its time is over before."""
-        data, waited = b"", 0.0
+        At its limit a run gets more time if it has not had it for want of a core: if it used less than
+        `seconds` of a core's time, but some of it, so that it does not sleep.
+        """
         poller = select.poll()
-        poller.register(source, select.POLLIN)
-        poller.register(self.requests, 0)             # only its end is of interest
-        while len(data) <= 10 * MAX_TEXT:
-            left = start + self.timeout + waited - time.monotonic()
-            ready = dict(poller.poll(max(left, 0) * 1000))
-            if self.requests in ready:                # the caller is gone
-                self.kill_children()
+        for fd in (alive, 0):
+            poller.register(fd, 0)                    # only their end is of interest
+        used, wait = 0.0, seconds
+        while True:
+            ready = dict(poller.poll(max(wait, 0) * 1000))
+            if 0 in ready:                            # the caller is gone
+                self.sweep(pid)
                 os._exit(0)
             if ready:
-                more = os.read(source, 1 << 16)
-                if not more:
-                    return data
-                data += more
-            elif left <= 0:
-                before, waited = waited, self.waited()
-                if waited < before + 0.01:
-                    return None
-        return data
-
-    def children(self):
-        """Process ids of the children, as /proc knows them (which may be another namespace)."""
-        own = os.readlink("self", dir_fd=self.proc)
-        for name in os.listdir(self.proc):
-            if name.isdigit():
-                try:
-                    with open(os.open(name + "/stat", os.O_RDONLY, dir_fd=self.proc)) as file:
-                        if file.read().rpartition(")")[2].split()[1] == own:
-                            yield name
-                except OSError:                       # it ended meanwhile
-                    pass
-
-    def waited(self):
-        """Seconds that the run was ready to run and had to wait for a core."""
-        waited = 0.0
-        for name in self.children() if self.proc is not None else ():
+                return False
+            before = used
             try:
-                with open(os.open(name + "/schedstat", os.O_RDONLY, dir_fd=self.proc)) as file:
-                    waited += int(file.read().split()[1]) / 1e9
-            except OSError:                           # a kernel that does not tell
-                pass
-        return waited
-
-    def kill_children(self):
-        if self.alone:
-            self.attempt(os.kill, -1, signal.SIGKILL)
-        elif self.proc is not None:
-            for name in self.children():
-                self.attempt(os.kill, int(name), signal.SIGKILL)
+                used = time.clock_gettime((~pid << 3) | 2)                # of this process, on Linux
+            except OSError:                           # it ends just now, or this is another system
+                return True
+            if used >= seconds or used - before < wait / 100:
+                return True
+            wait = max(seconds - used, 0.01)
 
     def sweep(self, pid):
-        """Kills the run and all that it started; (exit code, cpu seconds) of the run."""
+        """Kills the run and all that it started. → its exit status"""
         os.kill(pid, signal.SIGKILL)
-        if not self.alone:
-            self.attempt(os.killpg, pid, signal.SIGKILL)
-        _, code, usage = os.wait4(pid, 0)
-        while True:
-            try:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    self.kill_children()
-            except ChildProcessError:
-                return os.waitstatus_to_exitcode(code), usage.ru_utime + usage.ru_stime
+        if not self.filter:                           # else it could start nothing
+            self.attempt(os.kill, -1 if self.alone else -pid, signal.SIGKILL)
+        code = os.waitpid(pid, 0)[1]
+        while self.attempt(os.waitpid, -1, 0):
+            pass
+        return os.waitstatus_to_exitcode(code)
 
-    def child(self, what, argument, sink, nonce):
-        """The whole life of a run."""
-        try:
-            os.dup2(sink, 3)
-            self.setrlimit(self.processes, (0, 0))
-            if not self.alone:                        # else the end of the worker is its end
-                os.setsid()
-                seconds = int(self.timeout) + 2
-                self.setrlimit(self.cpu, (seconds, seconds))
-                self.attempt(self.prctl, 1, signal.SIGKILL)               # PR_SET_PDEATHSIG
-            if not self.mounted:
-                self.enter_walls()
-            os.closerange(4, 64)
-            what(argument, _Report(nonce), self.guards)
-        except MemoryError:
-            os._exit(_OUT_OF_MEMORY)
-        finally:
-            os._exit(1)
+    def enter(self):
+        """Puts up the walls of a run, which can only read its job and write its report from here on."""
+        null = os.open(os.devnull, os.O_RDWR)         # its own: the next run would see flags set on it
+        for fd in range(3):
+            os.dup2(null, fd)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        if not self.alone:                            # else the end of the zygote is its end
+            os.setsid()
+            self.attempt(self.call, "prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if self.filter:                               # PR_SET_SECCOMP
+            self.call("prctl", 22, 2, self.filter, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------
 # The run: what happens in the forked process.
 
-
-class _Report:
-    """Tells the worker how the run ended, and ends it."""
-
-    def __init__(self, nonce):
-        self.nonce = nonce
-
-    def __call__(self, status, error="", output="", suspect="", write=_write_all, leave=os._exit):
-        error = " ".join(error.replace("\0", " ").split())[:300]
-        text = "\0".join([status, suspect, error, output])
-        write(3, self.nonce + text.encode("utf-8", "backslashreplace"))
-        leave(0)
-
-
 # Attributes by which programs walk out of their namespace, and functions that hand out modules.
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
-# Names that make the order of a hash table, or an address, visible.
-_ORDERS = frozenset("set frozenset hash id keys items object repr vars dir".split())
 # A text of ASCII without any of this has nothing that the walk over its tree would find.
-_NEEDS_WALK = re.compile(r"import|__|frame|\bf_|\{|[^\x00-\x7f]|\b(?:%s)\b" % "|".join(_ORDERS))
+_NEEDS_WALK = re.compile(r"import|__|frame|\bf_|[^\x00-\x7f]")
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
-_EVENTS = ("os.", "open", "subprocess.", "socket.", "ctypes.", "shutil.", "signal.", "pty.",
-           "fcntl.", "resource.", "mmap.", "syslog.", "gc.", "sys.settrace", "sys.setprofile",
-           "sys._current", "sys.addaudithook", "builtins.input", "builtins.breakpoint",
-           "time.sleep", "tempfile.", "glob.", "pathlib.", "sqlite3.", "urllib.", "webbrowser.")
+_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
+    syslog. gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input
+    builtins.breakpoint time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
+# What the tree of an input consists of that can be read, and needs no evaluation.
+_PLAIN = "Constant Tuple List Set Dict UnaryOp USub UAdd BinOp Add Sub Starred keyword Load".split()
+_LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 
 
-def _allowed(name):
-    return name.partition(".")[0] in ALLOWED
+class _Run:
+    """Made in the zygote, since that is cheaper than in each run; each run has its own copy."""
 
-
-def _parse(text, mode):
-    """(code, what makes it unsafe or None, whether it is suspect), from one walk of its tree."""
-    if mode == "exec" and not _NEEDS_WALK.search(text):
-        return compile(text, "<program>", mode), None, False
-    tree = ast.parse(text, "<program>", mode)
-    if mode == "eval":                                # f(…) alone: the text cannot leave the call
-        function = getattr(tree.body, "func", None)
-        if not (isinstance(function, ast.Name) and function.lineno == 1):
-            raise SyntaxError("not the arguments of one call")
-        function.id = "<call>"                        # a name that the text cannot use
-    unsafe, suspect = None, False
-    for node in ast.walk(tree):
-        kind, modules = type(node), ()
-        if kind is ast.Import:
-            modules = [alias.name for alias in node.names]
-        elif kind is ast.ImportFrom:
-            modules = ["." if node.level else node.module]
-            modules += [alias.name for alias in node.names
-                        if alias.name in sys.stdlib_module_names]
-        elif kind is ast.Name or kind is ast.Attribute:
-            name = node.id if kind is ast.Name else node.attr
-            if name in _WALKS:
-                unsafe = unsafe or f"uses {name}"
-            suspect = suspect or name in _ORDERS
-        elif kind is ast.Set or kind is ast.SetComp:
-            suspect = True
-        for name in modules:
-            if not _allowed(name):
-                unsafe = unsafe or f"imports {name}"
-    return compile(tree, "<program>", mode), unsafe, suspect
-
-
-def _has_set(value):
-    kind = type(value)
-    return kind is set or kind in (list, tuple, dict) and any(
-        map(_has_set, value.values() if kind is dict else value))
-
-
-def _describe(error):
-    """One line on an exception, without calling code of its class."""
-    arguments = BaseException.args.__get__(error)
-    text = arguments[0] if arguments else ""
-    if type(text) is not str:
-        try:
-            text = literal(text, 200)
-        except ValueError:
-            text = ""
-    return _name(type(error)) + (": " + text[:200] if text else "")
-
-
-class _Guards:
-    """Made in the worker, since it is cheaper than in each run; each run arms its own copy."""
-
-    def __init__(self, seed, guards):
-        # id() differs between seeds even where addresses do not.
-        mask = (seed % 2) * ((1 << 47) - 1)
+    def __init__(self, seed, guarded):
+        for name in [*sorted(ALLOWED), *_PRELOADED]:
+            try:
+                importlib.import_module(name)
+            except ImportError:                       # not in this version of Python
+                pass
+        warnings.simplefilter("ignore")
+        # What is random is a function of the hash seed: addresses and free lists differ between the
+        # seeds, also where the system does not randomize them.
+        random.seed(seed)
+        self.ballast = [bytes(size) for size in range(1, 487, 16) for _ in range(random.randrange(256))]
+        self.ballast += [object() for _ in range(random.randrange(256))]
+        mask = dict(zip(_SEEDS, (0, (1 << 47) - 1, 0x555555555555)))[seed]
         self.builtins = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
-        self.report = None
-        self.on = guards
-        if guards:
+        self.guarded, self.armed = guarded, False
+        if guarded:
             self.builtins["__import__"] = self.load
-            sys.addaudithook(self.watch)
+            sys.addaudithook(self.audit)
+
+    def live(self, job, file, purpose, program, text, mark):
+        """The life of a run: reads its job (`program` and `text` are sizes), does it, reports, and ends."""
+        self.file, self.mark = file, mark
+        try:
+            texts = [os.pread(job, program, 0), os.pread(job, text, program)]
+            os.close(job)
+            texts = [each.decode("utf-8", "surrogatepass") for each in texts]
+            (self.read, self.evaluate, self.execute)[purpose](texts)
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)
+        finally:
+            os._exit(1)
+
+    def report(self, status, error="", output="", call="", write=os.write, leave=os._exit):
+        """Tells the caller how the run ended, and ends it."""
+        text = "\0".join([status, error.replace("\0", " ")[:1000], call, output])
+        write(self.file, self.mark + text.encode("utf-8", "backslashreplace"))
+        leave(0)
 
     def load(self, name, globals=None, locals=None, fromlist=(), level=0):
         """The program's own import statement; modules that it loads use another."""
@@ -1102,63 +710,136 @@ class _Guards:
             self.report("unsafe", f"imports {name}")
         return builtins.__import__(name, globals, locals, fromlist, level)
 
-    def watch(self, event, arguments):
-        if self.report and event.startswith(_EVENTS):
+    def audit(self, event, arguments):
+        if self.armed and event.startswith(_EVENTS):
             if event in ("open", "os.listdir", "os.scandir"):
-                path = arguments[0]                   # of a lazy import, or "<string>" of a
+                path = arguments[0]                   # of an import that will fail, or "<string>" of a
                 if type(path) is str and path.startswith((_LIBRARY, "<")) and ".." not in path:
                     return                            # syntax error
             self.report("unsafe", f"attempted {event}")
 
-    def attempt(self, report, unsafe, action):
+    def attempt(self, unsafe, action):
         """Does what hostile code says, and reports every way in which it can fail."""
-        if self.on:
-            self.report = report
+        if self.guarded:
             if unsafe:
-                report("unsafe", unsafe)
+                self.report("unsafe", unsafe)
+            self.armed = True
         try:
             return action()
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         except BaseException as error:     # SystemExit and KeyboardInterrupt are no way out either
-            report("error", _describe(error))
+            self.report("error", _describe(error))
+
+    def parsed(self, parse, text, what=""):
+        try:
+            return parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            self.report("syntax", what + _describe(error))
+
+    def written(self, value, what=""):
+        try:
+            return literal(value)
+        except ValueError as error:
+            self.report("unrepresentable", f"{what}{error}")
+
+    def read(self, texts):
+        """Reports the value of a literal."""
+        self.report("ok", "", self.written(self.parsed(parse_literal, texts.pop())))
+
+    def arguments(self, tree):
+        """(args, kwargs) of an input, and their literal."""
+        code, unsafe = self.parsed(_compiled, tree, "input: ")
+        scope = {"__builtins__": self.builtins, "<call>": lambda *args, **kwargs: (args, kwargs)}
+        value = self.attempt(unsafe, lambda: eval(code, scope))
+        return value, self.written(value, "input: ")
+
+    def evaluate(self, texts):
+        """Reports the literal of (args, kwargs), for an input."""
+        self.report("ok", "", self.arguments(self.parsed(_call, texts.pop(), "input: "))[1])
+
+    def execute(self, texts):
+        """Reports the value of f, for a program and an input of literals. An input that has to be
+        evaluated must not meet the program; that it is one is reported."""
+        tree = self.parsed(_call, texts.pop(), "input: ")
+        if not all(type(node).__name__ in _PLAIN for part in [*tree.body.args, *tree.body.keywords]
+                   for node in ast.walk(part)):
+            self.report("expression")
+        (args, kwargs), _ = self.arguments(tree)
+        del tree
+        code, unsafe = self.parsed(_compiled, texts.pop())
+        module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
+        scope = vars(module)
+        scope["__builtins__"] = self.builtins
+
+        def action():
+            exec(code, scope)
+            if "f" not in scope:
+                raise NameError("the program defines no f")
+            return _bound(scope["f"], args, kwargs), scope["f"](*args, **kwargs)
+
+        call, value = self.attempt(unsafe, action)
+        self.report("ok", "", self.written(value), call)
 
 
-def _compiled(report, text, mode):
+def _allowed(name):
+    return name.partition(".")[0] in ALLOWED
+
+
+def _compiled(source):
+    """(code, what makes it unsafe) of a program's text, or of a call's tree."""
+    if type(source) is str:
+        if not _NEEDS_WALK.search(source):
+            return compile(source, "<program>", "exec"), ""
+        source = ast.parse(source, "<program>")
+    unsafe = []
+    for node in ast.walk(source):
+        modules = []
+        if type(node) is ast.Import:
+            modules = [alias.name for alias in node.names]
+        elif type(node) is ast.ImportFrom:
+            modules = ["." if node.level else node.module]
+            modules += [alias.name for alias in node.names if alias.name in sys.stdlib_module_names]
+        elif {getattr(node, "id", ""), getattr(node, "attr", "")} & _WALKS:
+            unsafe.append(f"uses {getattr(node, 'id', '') or node.attr}")
+        unsafe += [f"imports {name}" for name in modules if not _allowed(name)]
+    return compile(source, "<program>", "exec" if type(source) is ast.Module else "eval"), "".join(unsafe[:1])
+
+
+def _call(text):
+    """The tree of f(…), where the text cannot leave the parentheses."""
+    tree = ast.parse(f"f(\n{text}\n)", "<input>", "eval")
+    function = getattr(tree.body, "func", None)
+    if not (isinstance(function, ast.Name) and function.lineno == 1):
+        raise SyntaxError("not the arguments of one call")
+    function.id = "<call>"                            # a name that the text cannot use
+    return tree
+
+
+def _bound(f, args, kwargs):
+    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
+    of them, or is no plain function, their names do not count: no program can make one call look
+    like two."""
+    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    if type(f) is types.FunctionType and not vars(f) and not f.__code__.co_flags & 12:
+        bound = inspect.signature(f).bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = dict(bound.arguments)
     try:
-        return _parse(text, mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        report("syntax", _describe(error))
+        return _write(values, 0, [2 * MAX_TEXT], False)
+    except ValueError:                                # a default that has no literal
+        return _write([*args, kwargs], 0, [2 * MAX_TEXT], False)
 
 
-def _returned(report, value, suspect):
-    try:
-        report("ok", "", literal(value), suspect and "suspect")
-    except ValueError as error:
-        report("unrepresentable", str(error))
-
-
-def _evaluate(text, report, guards):
-    """Reports the literal of (args, kwargs), for an input."""
-    code, unsafe, _ = _compiled(report, f"f(\n{text}\n)", "eval")
-    scope = {"__builtins__": guards.builtins, "<call>": lambda *a, **k: (a, k)}
-    _returned(report, guards.attempt(report, unsafe, lambda: eval(code, scope)), "")
-
-
-def _execute(job, report, guards):
-    """Reports the value of f, for a program and (args, kwargs)."""
-    program, known, (args, kwargs) = job
-    code, unsafe, suspect = known or _compiled(report, program, "exec")
-    module = types.ModuleType("program")              # classes look their module up
-    sys.modules["program"] = module
-    scope = vars(module)
-    scope["__builtins__"] = guards.builtins
-
-    def action():
-        exec(code, scope)
-        if "f" not in scope:
-            raise NameError("the program defines no f")
-        return scope["f"](*args, **kwargs)
-
-    suspect = "suspect" if suspect or _has_set((args, tuple(kwargs.values()))) else ""
-    _returned(report, guards.attempt(report, unsafe, action), suspect)
+def _work(config):
+    """The life of a worker's process, of its zygote, and of the runs that it forks."""
+    global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
+    memory_mb, layers, allowed, MAX_TEXT, seed, job, file = json.loads(config)
+    ALLOWED = frozenset(allowed)
+    os.environ.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run, zygote = _Run(seed, "guards" in layers), _Zygote(layers)
+    zygote.separate()                                 # goes on in a new process
+    zygote.prepare(memory_mb << 20)
+    _, purpose, program, text, mark = zygote.serve()  # goes on in the runs
+    run.live(job, file, purpose, program, text, mark)
