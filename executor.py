@@ -63,8 +63,6 @@ import types
 import warnings
 from dataclasses import dataclass
 
-__all__ = ["Executor", "Execution", "parse_literal", "literal", "same", "ALLOWED"]
-
 # Modules that a program may import. They compute and do nothing else: no files, network,
 # processes, threads, clocks or handles on the interpreter. To change the list, change it here.
 ALLOWED = frozenset("""
@@ -127,9 +125,7 @@ def parse_literal(text, limit=None):
     if type(text) is not str or len(text) > limit:
         raise ValueError(f"not a text of at most {limit} characters")
     try:
-        with warnings.catch_warnings():              # '\d' is a str that the compiler warns about
-            warnings.simplefilter("ignore")
-            value = ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a literal: {_describe(error)}") from None
     _write(value, 0, [100 * limit], False)           # ellipsis, nan, too deep
@@ -211,13 +207,8 @@ def _name(kind):
 def _describe(error):
     """One line on an exception, without calling code of its class."""
     arguments = BaseException.args.__get__(error)
-    text = arguments[0] if arguments else ""
-    if type(text) is not str:
-        try:
-            text = literal(text, 200)
-        except ValueError:
-            text = ""
-    return _name(type(error)) + (": " + text[:200] if text else "")
+    text = arguments[0][:200] if arguments and type(arguments[0]) is str else ""
+    return f"{_name(type(error))}: {text}" if text else _name(type(error))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,9 +249,7 @@ class Executor:
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(),
                  max_text=MAX_TEXT, _layers=_LAYERS):
-        if not hasattr(os, "fork"):
-            raise OSError("the sandbox needs os.fork, which this system lacks")
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
         if not (self._size >= 1 and 0 < timeout <= MAX_TIMEOUT and memory_mb >= 1):
             raise ValueError("workers and memory_mb must be at least 1, and timeout above 0 and "
@@ -315,8 +304,8 @@ class Executor:
             for i, second in zip(again, self._run(_PROGRAM, [jobs[i] for i in again], seed)):
                 if second.status in ("timeout", "memory", "unsafe", "killed"):
                     results[i] = second
-                elif second.output != results[i].output and not (second.ok and same(
-                        *(parse_literal(each.output, self._max_text) for each in (results[i], second)))):
+                elif not second.ok or not same(parse_literal(results[i].output, self._max_text),
+                                               parse_literal(second.output, self._max_text)):
                     results[i] = Execution("nondeterministic", "", "two runs of it differ", second.seconds)
         return results
 
@@ -371,8 +360,9 @@ class Executor:
                     if result.status == "expression" and not spent:   # the input has to be evaluated first
                         queue.appendleft((i, _CALL, "", text, result.seconds))
                     elif result.ok and purpose == _CALL:
-                        args, kwargs = parse_literal(result.output, self._max_text)
-                        text = f"*{literal(args)}, **{literal(kwargs)}"
+                        call = parse_literal(result.output, self._max_text)
+                        good = type(call) is tuple and [*map(type, call)] == [tuple, dict]
+                        text = "*{}, **{}".format(*map(literal, call)) if good else "*0"      # forged: an error
                         queue.appendleft((i, _PROGRAM, jobs[i][0], text, result.seconds))
                     else:
                         results[i] = result
@@ -417,9 +407,8 @@ class _Worker:
         self.job, self.file = make("job"), make("report")
         # A lean start: not the caller's environment, directory, descriptors, terminal or
         # memory, and no site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1])}
-        if "LD_LIBRARY_PATH" in os.environ:           # some interpreters do not start without
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        environment = {"PYTHONHASHSEED": str(config[-1]),             # some Pythons do not start without the other
+                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
              json.dumps([*config, self.job, self.file])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -466,9 +455,7 @@ class _Worker:
 # The zygote: puts up the walls, forks the runs, watches the clock, and kills.
 
 _NOBODY = 65534
-# What seccomp calls the machine, and its machine code for "do nothing" and "ask the kernel for the time".
-_MACHINES = {"x86_64": (0xC000003E, b"\x90", b"\xb8\xe4\0\0\0\x0f\x05\xc3"),
-             "aarch64": (0xC00000B7, b"\x1f\x20\x03\xd5", b"\x28\x0e\x80\xd2\1\0\0\xd4\xc0\x03\x5f\xd6")}
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write
 # its report; everything else fails with EPERM.
 _SYSCALLS = """
@@ -494,18 +481,16 @@ class _Zygote:
         return True
 
     def call(self, name, *arguments):
-        """A C function that answers -1, with errno, when it is refused."""
+        """Whether a C function that a system may lack or refuse did what it is asked for."""
         arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-        if getattr(self.libc, name)(*arguments) == -1:
-            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+        return getattr(self.libc, name, lambda *arguments: -1)(*arguments) != -1
 
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends,
         the kernel kills all that is left in them. Who it was waits for that end."""
         new = 0x68000000                              # CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET
         if "namespaces" in self.layers:
-            self.alone = (self.attempt(self.call, "unshare", new)
-                          or self.attempt(self.call, "unshare", new | 0x10000000))        # CLONE_NEWUSER
+            self.alone = self.call("unshare", new) or self.call("unshare", new | 0x10000000)      # CLONE_NEWUSER
         if os.fork():
             os.closerange(0, 2)
             os.wait()
@@ -513,69 +498,56 @@ class _Zygote:
 
     def prepare(self, memory):
         """Takes on the limits, tries out the walls of the runs, and tells what they do not keep."""
-        memory += self.mapped()
-        seccomp = "seccomp" in self.layers
-        clock = {"time", "datetime"} & ALLOWED or (   # their users may have it
-            seccomp and self.survives(self.stop_clock) and self.attempt(self.stop_clock))
+        self.pid = os.getpid()
+        spans = []
+        self.attempt(lambda: spans.extend(self.mapped()))
+        memory += sum(size for _, size, _ in spans)   # the limit comes on top of what is in use
+        # The vDSO, the kernel's code in this process, tells the time without a system call from data in
+        # vvar. Without them (zeros; private, fixed, anonymous) it makes the call, which runs may not.
+        clock = {"time", "datetime"} & ALLOWED or all([
+            self.call("mmap", start, size, 1, 0x32, -1, 0) for start, size, name in spans if "[vvar" in name] or [0])
         if os.geteuid() == 0:
             for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
                 self.attempt(step, value)
-        # PR_SET_NO_NEW_PRIVS; PR_SET_DUMPABLE: no ptrace; PR_SET_PDEATHSIG: not without the parent
-        for option, value in ((38, 1), (4, 0), (1, signal.SIGKILL)):
-            self.attempt(self.call, "prctl", option, value, 0, 0, 0)
-        if seccomp and self.attempt(self.make_filter) and not self.survives(self.enter):
-            self.filter = None
+        self.call("prctl", 38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS
+        self.call("prctl", 4, 0)        # PR_SET_DUMPABLE: no ptrace
+        self.call("prctl", 1, signal.SIGKILL)           # PR_SET_PDEATHSIG: not without the parent
+        if "seccomp" in self.layers:
+            self.make_filter()
+            self.filter = self.filter if self.survives() else None
         for what, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 20 * MAX_TEXT),
                             (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
             bounded = self.attempt(resource.setrlimit, what, (value, value))
         gc.collect()
         gc.freeze()
-        self.attempt(self.call, "malloc_trim", 0)     # each page in use makes each fork slower
-        seccomp, fenced = self.filter, self.alone or self.filter
-        promises = {"reach the network": fenced, "signal processes of this user": fenced,
-                    "leave processes behind": fenced, "read and change files of this user": seccomp,
-                    "use more memory than their limit": bounded and seccomp,
-                    "tell the time, and return other values later": seccomp and clock}
-        print(json.dumps([what for what, kept in promises.items() if not kept]), flush=True)
+        self.call("malloc_trim", 0)     # each page in use makes each fork slower
+        promises = [(self.alone or self.filter, "reach the network, signal processes of this user, leave some behind"),
+                    (bounded and self.filter, "use more memory than their limit, read and change files of this user"),
+                    (clock and self.filter, "tell the time, and return other values later")]
+        print(json.dumps([what for kept, what in promises if not kept]), flush=True)
 
-    def survives(self, step):
-        """Whether a process that takes this step can live on."""
+    def mapped(self):
+        """(address, size, name) of the parts of this process's memory."""
+        with open("/proc/self/maps") as file:
+            for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
+                yield int(start, 16), int(end, 16) - int(start, 16), name
+
+    def survives(self):
+        """Whether a process behind the walls of a run can live."""
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if self.attempt(step) and [*map(str, range(99))] else 1)
+            os._exit(0 if self.attempt(self.enter) and [*map(str, range(99))] else 1)
         return os.waitpid(pid, 0)[1] == 0
-
-    def stop_clock(self):
-        """Has the vDSO ask the kernel, which refuses to tell runs the time. It is the kernel's code and
-        data in every process, and tells the time without a system call."""
-        _, nothing, ask = _MACHINES[os.uname().machine]
-        with open("/proc/self/maps") as file:
-            spans = re.findall(r"(\w+)-(\w+) .*\[(vdso|vvar)", file.read())
-        for start, end, name in spans:
-            start, size = int(start, 16), int(end, 16) - int(start, 16)
-            self.call("mmap", start, size, 7, 0x32, -1, 0)            # fixed, private, anonymous
-            if name == "vdso":
-                ctypes.memmove(start, nothing * ((size - len(ask)) // len(nothing)) + ask, size)
-        time.monotonic()
-        self.attempt(self.call, "prctl", 26, 2, 0, 0, 0)              # PR_SET_TSC: the processor's clock
 
     def make_filter(self):
         machine = os.uname().machine
         numbers = [*map(int, _SYSCALLS.split()[2 if machine == "aarch64" else 1::3])]
-        code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _MACHINES.get(machine, [0])[0]), (0x20, 0, 0, 0),
+        code = [(0x20, 0, 0, 4), (0x15, 0, len(numbers) + 1, _AUDIT_ARCH.get(machine, 0)), (0x20, 0, 0, 0),
                 *[(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)],
                 (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]          # EPERM, allow
         self.code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
         self.filter = ctypes.create_string_buffer(
             struct.pack("HxxxxxxQ", len(code), ctypes.addressof(self.code)))
-
-    def mapped(self):
-        """Address space in use before a run, which its limit comes on top of."""
-        try:
-            with open("/proc/self/statm") as file:
-                return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-        except OSError:                               # not Linux
-            return 0
 
     def serve(self):
         """Forks a run for each order. Returns in the runs alone, with their order."""
@@ -640,9 +612,12 @@ class _Zygote:
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         if not self.alone:                            # else the end of the zygote is its end
             os.setsid()
-            self.attempt(self.call, "prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if self.filter:                               # PR_SET_SECCOMP
-            self.call("prctl", 22, 2, self.filter, 0, 0)
+            self.call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != self.pid:              # too late for that
+                os._exit(1)
+        self.call("prctl", 26, 2)              # PR_SET_TSC: the processor's clock (x86)
+        if self.filter and not self.call("prctl", 22, 2, self.filter):            # PR_SET_SECCOMP
+            os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -676,11 +651,11 @@ class _Run:
         # What is random is a function of the hash seed: addresses and free lists differ between the
         # seeds, also where the system does not randomize them.
         random.seed(seed)
-        self.ballast = [bytes(size) for size in range(1, 487, 16) for _ in range(random.randrange(256))]
-        self.ballast += [object() for _ in range(random.randrange(256))]
-        mask = dict(zip(_SEEDS, (0, (1 << 47) - 1, 0x555555555555)))[seed]
+        moved = 256 if seed == _SEEDS[2] else 1
+        self.ballast = [(object(), bytes(size)) for size in range(1, 487, 16) for _ in range(random.randrange(moved))]
+        mask = dict(zip(_SEEDS, (0, (1 << 47) - 1, 0)))[seed]
         self.builtins = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
-        self.guarded, self.armed = guarded, False
+        self.guarded, self.armed, self.about = guarded, False, ""
         if guarded:
             self.builtins["__import__"] = self.load
             sys.addaudithook(self.audit)
@@ -700,7 +675,7 @@ class _Run:
 
     def report(self, status, error="", output="", call="", write=os.write, leave=os._exit):
         """Tells the caller how the run ended, and ends it."""
-        text = "\0".join([status, error.replace("\0", " ")[:1000], call, output])
+        text = "\0".join([status, self.about + error.replace("\0", " ")[:1000], call, output])
         write(self.file, self.mark + text.encode("utf-8", "backslashreplace"))
         leave(0)
 
@@ -711,11 +686,9 @@ class _Run:
         return builtins.__import__(name, globals, locals, fromlist, level)
 
     def audit(self, event, arguments):
-        if self.armed and event.startswith(_EVENTS):
-            if event in ("open", "os.listdir", "os.scandir"):
-                path = arguments[0]                   # of an import that will fail, or "<string>" of a
-                if type(path) is str and path.startswith((_LIBRARY, "<")) and ".." not in path:
-                    return                            # syntax error
+        # A syntax error opens "<string>", and an import that fails lists the library.
+        innocent = event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(("<", _LIBRARY))
+        if self.armed and event.startswith(_EVENTS) and not innocent:
             self.report("unsafe", f"attempted {event}")
 
     def attempt(self, unsafe, action):
@@ -731,42 +704,45 @@ class _Run:
         except BaseException as error:     # SystemExit and KeyboardInterrupt are no way out either
             self.report("error", _describe(error))
 
-    def parsed(self, parse, text, what=""):
+    def parsed(self, parse, text):
         try:
             return parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            self.report("syntax", what + _describe(error))
+            self.report("syntax", _describe(error))
 
-    def written(self, value, what=""):
+    def written(self, value):
         try:
             return literal(value)
         except ValueError as error:
-            self.report("unrepresentable", f"{what}{error}")
+            self.report("unrepresentable", str(error))
 
     def read(self, texts):
         """Reports the value of a literal."""
         self.report("ok", "", self.written(self.parsed(parse_literal, texts.pop())))
 
     def arguments(self, tree):
-        """(args, kwargs) of an input, and their literal."""
-        code, unsafe = self.parsed(_compiled, tree, "input: ")
+        """(args, kwargs) of a call, and their literal."""
+        code, unsafe = self.parsed(_compiled, tree)
         scope = {"__builtins__": self.builtins, "<call>": lambda *args, **kwargs: (args, kwargs)}
         value = self.attempt(unsafe, lambda: eval(code, scope))
-        return value, self.written(value, "input: ")
+        return value, self.written(value)
 
     def evaluate(self, texts):
         """Reports the literal of (args, kwargs), for an input."""
-        self.report("ok", "", self.arguments(self.parsed(_call, texts.pop(), "input: "))[1])
+        self.about = "input: "
+        self.report("ok", "", self.arguments(self.parsed(_call, texts.pop()))[1])
 
     def execute(self, texts):
         """Reports the value of f, for a program and an input of literals. An input that has to be
-        evaluated must not meet the program; that it is one is reported."""
-        tree = self.parsed(_call, texts.pop(), "input: ")
+        evaluated must not meet the program: that it is one is reported."""
+        self.about = "input: "
+        tree = self.parsed(_call, texts.pop())
         if not all(type(node).__name__ in _PLAIN for part in [*tree.body.args, *tree.body.keywords]
                    for node in ast.walk(part)):
             self.report("expression")
         (args, kwargs), _ = self.arguments(tree)
         del tree
+        self.about = ""
         code, unsafe = self.parsed(_compiled, texts.pop())
         module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
         scope = vars(module)
@@ -792,18 +768,19 @@ def _compiled(source):
         if not _NEEDS_WALK.search(source):
             return compile(source, "<program>", "exec"), ""
         source = ast.parse(source, "<program>")
-    unsafe = []
+    modules, names = [], []
     for node in ast.walk(source):
-        modules = []
-        if type(node) is ast.Import:
-            modules = [alias.name for alias in node.names]
-        elif type(node) is ast.ImportFrom:
-            modules = ["." if node.level else node.module]
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append("." if node.level else node.module)
             modules += [alias.name for alias in node.names if alias.name in sys.stdlib_module_names]
-        elif {getattr(node, "id", ""), getattr(node, "attr", "")} & _WALKS:
-            unsafe.append(f"uses {getattr(node, 'id', '') or node.attr}")
-        unsafe += [f"imports {name}" for name in modules if not _allowed(name)]
-    return compile(source, "<program>", "exec" if type(source) is ast.Module else "eval"), "".join(unsafe[:1])
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            names.append(node.id if isinstance(node, ast.Name) else node.attr)
+    unsafe = [f"imports {name}" for name in modules if not _allowed(name)]
+    unsafe += [f"uses {name}" for name in names if name in _WALKS]
+    mode = "exec" if isinstance(source, ast.Module) else "eval"
+    return compile(source, "<program>", mode), (unsafe or [""])[0]
 
 
 def _call(text):
