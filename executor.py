@@ -48,7 +48,6 @@ import ctypes
 import functools
 import gc
 import importlib
-import inspect
 import json
 import os
 import random
@@ -633,8 +632,6 @@ _NEEDS_WALK = re.compile(r"import|__|frame|\bf_|[^\x00-\x7f]")
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
     syslog. gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input
     builtins.breakpoint time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
-# What the tree of an input consists of that can be read, and needs no evaluation.
-_PLAIN = "Constant Tuple List Set Dict UnaryOp USub UAdd BinOp Add Sub Starred keyword Load".split()
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 
 
@@ -720,28 +717,22 @@ class _Run:
         """Reports the value of a literal."""
         self.report("ok", "", self.written(self.parsed(parse_literal, texts.pop())))
 
-    def arguments(self, tree):
-        """(args, kwargs) of a call, and their literal."""
-        code, unsafe = self.parsed(_compiled, tree)
-        scope = {"__builtins__": self.builtins, "<call>": lambda *args, **kwargs: (args, kwargs)}
-        value = self.attempt(unsafe, lambda: eval(code, scope))
-        return value, self.written(value)
-
     def evaluate(self, texts):
         """Reports the literal of (args, kwargs), for an input."""
         self.about = "input: "
-        self.report("ok", "", self.arguments(self.parsed(_call, texts.pop()))[1])
+        code, unsafe = self.parsed(_compiled, self.parsed(_call, texts.pop()))
+        scope = {"__builtins__": self.builtins, "<call>": lambda *args, **kwargs: (args, kwargs)}
+        self.report("ok", "", self.written(self.attempt(unsafe, lambda: eval(code, scope))))
 
     def execute(self, texts):
         """Reports the value of f, for a program and an input of literals. An input that has to be
         evaluated must not meet the program: that it is one is reported."""
         self.about = "input: "
-        tree = self.parsed(_call, texts.pop())
-        if not all(type(node).__name__ in _PLAIN for part in [*tree.body.args, *tree.body.keywords]
-                   for node in ast.walk(part)):
+        arguments = _arguments(self.parsed(_call, texts.pop()).body)
+        if not arguments:
             self.report("expression")
-        (args, kwargs), _ = self.arguments(tree)
-        del tree
+        self.written(arguments)
+        args, kwargs = arguments
         self.about = ""
         code, unsafe = self.parsed(_compiled, texts.pop())
         module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
@@ -793,15 +784,29 @@ def _call(text):
     return tree
 
 
+def _arguments(call):
+    """(args, kwargs) of a call of literals; None of one that has to be evaluated."""
+    args, words = [], []
+    try:
+        for node in call.args:
+            args += ast.literal_eval(node.value) if isinstance(node, ast.Starred) else [ast.literal_eval(node)]
+        for word in call.keywords:
+            value = ast.literal_eval(word.value)
+            words += [(word.arg, value)] if word.arg else value.items()
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return (args, dict(words)) if len(dict(words)) == len(words) else None
+
+
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
     of them, or is no plain function, their names do not count: no program can make one call look
     like two."""
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
-    if type(f) is types.FunctionType and not vars(f) and not f.__code__.co_flags & 12:
-        bound = inspect.signature(f).bind(*args, **kwargs)
-        bound.apply_defaults()
-        values = dict(bound.arguments)
+    if type(f) is types.FunctionType and not f.__code__.co_flags & 12:
+        places = f.__code__.co_varnames[:f.__code__.co_argcount]
+        defaults = dict(zip(places[::-1], (f.__defaults__ or ())[::-1])) | (f.__kwdefaults__ or {})
+        values = defaults | dict(zip(places, args)) | kwargs
     try:
         return _write(values, 0, [2 * MAX_TEXT], False)
     except ValueError:                                # a default that has no literal
