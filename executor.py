@@ -3,42 +3,38 @@
     with Executor(timeout=5.0) as executor:
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
-Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh
-process for each run, waits for its end, and kills what it left behind. The job goes from the caller
-straight to the run, and the report straight back; the zygote never sees a program, an input or a
-result, so nothing of one job is in the process of another. The caller never evaluates, compiles or
-unpickles what a model wrote. It reads canonical literals, compares them itself, and refuses a
-report of any other form. The worst that a program can do by forging its report is to "return" a
-value of its choice.
+Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh process for
+each run, waits for its end, and kills what it left behind. The job goes from the caller straight to the run,
+and the report straight back, through files in memory. The zygote never sees a program, an input or a result,
+so nothing of one job is in the process of another. The caller never evaluates, compiles or unpickles what a
+model wrote. It reads canonical literals, compares them itself, and refuses a report of any other form. The
+worst that a program can do by forging its report is to "return" a value of its choice.
 
 What happens to each kind of attack, and which wall stops it:
 
-  loops, powers, regexes,    'timeout': killed from outside after `timeout` seconds; time spent
-  sleeping                   waiting for a core does not count
-  memory                     'memory': RLIMIT_AS; shared memory and memory files: seccomp
-  threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with
-                             the caller
-  output: floods, huge,      reading is bounded by size and by the clock; a value over the limit, over
-  deep, lying __repr__       80 levels or of another class is 'unrepresentable', never cut
+  loops, powers, sleeping    'timeout': killed from outside after `timeout` seconds, waiting for a core aside
+  memory                     'memory': RLIMIT_AS; shared memory and files in memory: seccomp
+  threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with the caller
+  output: floods, huge,      the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
+  deep, lying __repr__       of another class is 'unrepresentable', never cut
   crashes, os._exit, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
   bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
   files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
   network, shared memory,    seccomp; network and ipc namespaces
   signals, limits, ptrace    seccomp; user and pid namespaces
   of other processes
-  clock, pid, entropy        seccomp, and the vDSO (the clock without a system call) is unmapped
-  hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds,
-  of objects, randomness     in processes with other addresses
-  forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards
-                             make refusals readable; they are Python, and no wall
+  clock, pid, entropy        seccomp, and the data by which the vDSO tells the time are hidden
+  hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds, in
+  of objects, randomness     processes with other addresses
+  forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards make
+                             refusals readable; they are Python, and no wall
   answers that are code      evaluated in a process that holds nothing but the answer
-  telling judging from       run and validate take the same path; run uses the first of validate's
-  validation                 seeds
+  telling judging from       run and validate take the same path; run uses the first of validate's seeds
+  validation
 
-Not covered: bugs of the kernel, side channels of the hardware, and programs whose nondeterminism
-shows rarely or agrees by chance under all three seeds. The start warns, once, of each promise that
-the system does not let us keep (no seccomp, no namespaces, not Linux). Not for several threads at
-once; not for Windows, which has no fork.
+Not covered: bugs of the kernel, side channels of the hardware, and programs whose nondeterminism shows rarely
+or agrees by chance under all three seeds. The start warns, once, of each promise that the system does not let
+us keep (no seccomp, no namespaces, not Linux). Not for several threads at once; not for Windows.
 """
 
 import ast
@@ -62,20 +58,18 @@ import types
 import warnings
 from dataclasses import dataclass
 
-# Modules that a program may import. They compute and do nothing else: no files, network,
-# processes, threads, clocks or handles on the interpreter. To change the list, change it here.
+# Modules that a program may import. They compute and do nothing else: no files, network, processes, threads,
+# clocks or handles on the interpreter. To change the list, change it here.
 ALLOWED = frozenset("""
-    __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses
-    decimal difflib enum fractions functools graphlib heapq html itertools json keyword math
-    numbers operator pprint re reprlib statistics string struct textwrap types typing
-    unicodedata""".split())
+    __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses decimal difflib
+    enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
+    reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
 _PRELOADED = """_pylong collections.abc html.entities html.parser json.decoder encodings.ascii
     encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
     encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13
-    encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16
-    encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be
-    encodings.utf_32_le""".split()
+    encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be
+    encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le""".split()
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -110,15 +104,15 @@ class Execution:
 # ---------------------------------------------------------------------------------------------
 # Values and their texts.
 
-_DICTS = (dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
+_CONTAINERS = (list, tuple, set, dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
 
 
 def parse_literal(text, limit=None):
-    """The value of a literal: None, bool, int, float, complex, str, bytes, and tuples, lists, dicts
-    and sets of these. Infinity is 1e309, the empty set is set().
+    """The value of a literal: None, bool, int, float, complex, str, bytes, and tuples, lists, dicts and sets
+    of these. Infinity is 1e309, the empty set is set().
 
-    For text that literal() wrote, or that you trust. Text of a model belongs into Executor.read.
-    Raises ValueError, with one line, for everything else.
+    For text that literal() wrote, or that you trust. Text of a model belongs into Executor.read. Raises
+    ValueError, with one line, for everything else.
     """
     limit = MAX_TEXT if limit is None else limit
     if type(text) is not str or len(text) > limit:
@@ -132,18 +126,22 @@ def parse_literal(text, limit=None):
 
 
 def literal(value, limit=None):
-    """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has
-    one text. Dicts keep their order, sets are sorted; Counter, OrderedDict and defaultdict are
-    written as the dict that they equal. Raises ValueError, with one line, for a value that does
-    not come back equal (nan, any other class), is over `limit` characters or over MAX_DEPTH deep.
+    """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has one text.
+    Dicts keep their order, sets are sorted; Counter, OrderedDict and defaultdict are written as the dict that
+    they equal. Raises ValueError, with one line, for a value that does not come back equal (nan, any other class),
+    is over `limit` characters or over MAX_DEPTH deep.
     """
-    return _write(value, 0, [MAX_TEXT if limit is None else limit], True)
+    limit = MAX_TEXT if limit is None else limit
+    text = _write(value, 0, [limit], True)
+    if len(text) > limit:
+        raise ValueError("longer than the limit")
+    return text
 
 
 def same(a, b):
-    """Whether two values are the same literal value: equal, and of equal types all the way down.
-    True is not 1, 1 is not 1.0, (1,) is not [1]; nan is nothing; order in dicts and sets does
-    not count. Never calls code of the values' classes: values of other types are not the same.
+    """Whether two values are the same literal value: equal, and of equal types all the way down. True is not
+    1, 1 is not 1.0, (1,) is not [1]; nan is nothing; order in dicts and sets does not count. Never calls code
+    of the values' classes: values of other types are not the same.
     """
     try:
         return _write(a, 0, [100 * MAX_TEXT], False) == _write(b, 0, [100 * MAX_TEXT], False)
@@ -152,8 +150,8 @@ def same(a, b):
 
 
 def _write(value, depth, room, ordered):
-    """The text of `value`. `room` holds the characters left, which also stops what contains itself.
-    Not ordered: dicts sorted and -0.0 as 0.0, so that equal values have equal texts."""
+    """The text of `value`. `room` holds the characters left, which also stops what contains itself. Not
+    ordered: dicts sorted and -0.0 as 0.0, so that equal values have equal texts."""
     kind = type(value)
     if value is None or kind is bool or kind is int and value.bit_length() <= MAX_BITS:
         text = repr(value)
@@ -161,41 +159,32 @@ def _write(value, depth, room, ordered):
         text = repr(value + 0 if kind is complex or not ordered else value).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
-    elif depth >= MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
-    elif kind is list or kind is tuple or kind is set:
-        parts = []
-        for item in value:
-            room[0] -= 2
-            parts.append(_write(item, depth + 1, room, ordered))
-        if kind is set:
-            parts = [part for _, part in sorted(zip(map(_rank, value), parts))]
-        body = ", ".join(parts)
-        room[0] -= 2
-        if kind is list:
-            return f"[{body}]"
-        if kind is tuple:
-            return f"({body},)" if len(parts) == 1 else f"({body})"
-        return f"{{{body}}}" if parts else "set()"
-    elif any(kind is each for each in _DICTS):       # `in` would ask a metaclass
-        parts = []
-        for key, item in value.items():
-            room[0] -= 4
-            parts.append(f"{_write(key, depth + 1, room, ordered)}: {_write(item, depth + 1, room, ordered)}")
-        room[0] -= 2
-        return "{" + ", ".join(parts if ordered else sorted(parts)) + "}"
-    else:
+    elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
         what = "nan or too large" if kind in (int, float, complex) else f"of type {_name(kind)}"
         raise ValueError(f"a value {what} has no literal")
+    elif depth >= MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
+    else:
+        def write(item):
+            return _write(item, depth + 1, room, ordered)
+        room[0] -= 2 * len(value)
+        if kind in (list, tuple, set):
+            parts = [*map(write, value)]
+        else:
+            parts = [f"{write(key)}: {write(item)}" for key, item in value.items()]
+            parts = parts if ordered else sorted(parts)
+        if kind is set:                               # numbers first and by size, then by text
+            ranks = [(0, item) if type(item) in (bool, int, float) else (1, 0) for item in value]
+            parts = [part for _, part in sorted(zip(ranks, parts))]
+        if kind is tuple:
+            return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
+        if kind is set and not parts:
+            return "set()"
+        return ("[%s]" if kind is list else "{%s}") % ", ".join(parts)
     room[0] -= len(text)
     if room[0] < 0:
         raise ValueError("longer than the limit")
     return text
-
-
-def _rank(item):
-    """Where a member stands in its set's text: numbers first and by size."""
-    return (0, item) if type(item) in (bool, int, float) else (1, 0)
 
 
 def _name(kind):
@@ -214,8 +203,8 @@ def _describe(error):
 # The caller's side.
 
 # Hash seeds. `run` uses the first, so that what was validated is what is judged. They are chosen so that
-# (from Python 3.11 on) no letter or digit has a hash of the same parity under all three, and of the
-# sets of two letters 5% keep their order under all three, where chance alone would give 25%.
+# (from Python 3.11 on) no letter or digit has a hash of the same parity under all three, and of the sets of
+# two letters 5% keep their order under all three, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _LAYERS = ("namespaces", "seccomp", "guards")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
@@ -242,8 +231,8 @@ class Executor:
                back what these can do, and time or datetime open the clock
     max_text   characters in a program, an input, or an output
 
-    Use it as a context manager, or call close(). Not for several threads at once. Warns once, at
-    the start, if this system denies the sandbox a wall; raises OSError where there is no fork.
+    Use it as a context manager, or call close(). Not for several threads at once. Warns once, at the start,
+    if this system denies the sandbox a wall; raises OSError where there is no fork.
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(),
@@ -287,14 +276,14 @@ class Executor:
                  the builtins and not the program, to literal values. Only values reach the
                  program, which cannot see their text.
 
-        Both may come from anywhere; the status says what they do wrong. Raises TypeError if they
-        are not str, RuntimeError if the Executor is closed.
+        Both may come from anywhere; the status says what they do wrong. Raises TypeError if they are not str,
+        RuntimeError if the Executor is closed.
         """
         return self._run(_PROGRAM, jobs, _SEEDS[0])
 
     def validate(self, jobs):
-        """Like run, but ok only for a valid task: f(<input>) returns something other than None, and
-        the same value in fresh processes under each of three hash seeds, with other addresses."""
+        """Like run, but ok only for a valid task: f(<input>) returns something other than None, and the same
+        value in fresh processes under each of three hash seeds, with other addresses."""
         jobs = list(jobs)
         results = [Execution("error", "", "f returned None", result.seconds) if result.output == "None"
                    else result for result in self.run(jobs)]
@@ -309,8 +298,8 @@ class Executor:
         return results
 
     def read(self, texts):
-        """The canonical literal of each text, as the output of an Execution, for text of a model:
-        it is parsed in a run, and never evaluated. 'syntax' for what is no literal."""
+        """The canonical literal of each text, as the output of an Execution, for text of a model: it is
+        parsed in a run, and never evaluated. 'syntax' for what is no literal."""
         return self._run(_LITERAL, [("", text) for text in texts], _SEEDS[0])
 
     def _worker(self, seed):
@@ -361,7 +350,7 @@ class Executor:
                     elif result.ok and purpose == _CALL:
                         call = parse_literal(result.output, self._max_text)
                         good = type(call) is tuple and [*map(type, call)] == [tuple, dict]
-                        text = "*{}, **{}".format(*map(literal, call)) if good else "*0"      # forged: an error
+                        text = "*{}, **{}".format(*map(literal, call)) if good else "*0"      # not if forged
                         queue.appendleft((i, _PROGRAM, jobs[i][0], text, result.seconds))
                     else:
                         results[i] = result
@@ -372,7 +361,7 @@ class Executor:
 
     def _result(self, report, spent, code, late, seconds):
         """The Execution that a run's report and its end amount to; believes nothing that it can check."""
-        status, error, call, output = "killed", f"its process ended without a result (exit status {code})", "", ""
+        status, error = "killed", f"its process ended without a result (exit status {code})"
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
@@ -396,20 +385,19 @@ class Executor:
 
 
 class _Worker:
-    """The caller's handle on a worker. Orders go to it and ends come from it by pipes; programs,
-    inputs and reports stand in two files in memory, so that no run can make the caller wait."""
+    """The caller's handle on a worker. Orders go to it and ends come from it by pipes; programs, inputs and
+    reports stand in two files in memory, so that no run can make the caller wait."""
 
     def __init__(self, config):
         import subprocess                             # not in the workers: it makes forks slower
         import tempfile
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
         self.job, self.file = make("job"), make("report")
-        # A lean start: not the caller's environment, directory, descriptors, terminal or
-        # memory, and no site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1]),             # some Pythons do not start without the other
+        # A lean start: not the caller's environment, directory, descriptors, terminal or memory, and no
+        # site-packages.
+        environment = {"PYTHONHASHSEED": str(config[-1]),             # and what some Pythons need to start
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
+        self.process = subprocess.Popen([sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
              json.dumps([*config, self.job, self.file])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             bufsize=0, pass_fds=(self.job, self.file), cwd="/", env=environment, start_new_session=True)
         self.ends = self.process.stdout.fileno()
@@ -454,9 +442,10 @@ class _Worker:
 # The zygote: puts up the walls, forks the runs, watches the clock, and kills.
 
 _NOBODY = 65534
+_CLOCKS = {"time", "datetime"}                        # modules whose users may have the clock
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write
-# its report; everything else fails with EPERM.
+# System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write its
+# report; everything else fails with EPERM.
 _SYSCALLS = """
     write 1 64         close 3 57          mmap 9 222           mprotect 10 226     munmap 11 215
     brk 12 214         rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 mremap 25 216
@@ -485,11 +474,11 @@ class _Zygote:
         return getattr(self.libc, name, lambda *arguments: -1)(*arguments) != -1
 
     def separate(self):
-        """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends,
-        the kernel kills all that is left in them. Who it was waits for that end."""
-        new = 0x68000000                              # CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET
+        """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
+        kernel kills all that is left in them. Who it was waits for that end."""
+        new, user = 0x68000000, 0x10000000            # CLONE_NEWIPC, _NEWPID, _NEWNET; CLONE_NEWUSER
         if "namespaces" in self.layers:
-            self.alone = self.call("unshare", new) or self.call("unshare", new | 0x10000000)      # CLONE_NEWUSER
+            self.alone = self.call("unshare", new) or self.call("unshare", new | user)
         if os.fork():
             os.closerange(0, 2)
             os.wait()
@@ -501,10 +490,10 @@ class _Zygote:
         spans = []
         self.attempt(lambda: spans.extend(self.mapped()))
         memory += sum(size for _, size, _ in spans)   # the limit comes on top of what is in use
-        # The vDSO, the kernel's code in this process, tells the time without a system call from data in
-        # vvar. Without them (zeros; private, fixed, anonymous) it makes the call, which runs may not.
-        clock = {"time", "datetime"} & ALLOWED or all([
-            self.call("mmap", start, size, 1, 0x32, -1, 0) for start, size, name in spans if "[vvar" in name] or [0])
+        # The vDSO, the kernel's code in this process, tells the time without a system call from data in vvar.
+        # Without them (zeros; private, fixed, anonymous) it makes the call, which runs may not.
+        clock = [self.call("mmap", start, size, 1, 0x32, -1, 0)
+                 for start, size, name in spans if "[vvar" in name and not _CLOCKS & ALLOWED]
         if os.geteuid() == 0:
             for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
                 self.attempt(step, value)
@@ -520,9 +509,12 @@ class _Zygote:
         gc.collect()
         gc.freeze()
         self.call("malloc_trim", 0)     # each page in use makes each fork slower
-        promises = [(self.alone or self.filter, "reach the network, signal processes of this user, leave some behind"),
-                    (bounded and self.filter, "use more memory than their limit, read and change files of this user"),
-                    (clock and self.filter, "tell the time, and return other values later")]
+        promises = [(self.alone or self.filter,
+                     "reach the network, signal processes of this user, leave some behind"),
+                    (bounded and self.filter,
+                     "use more memory than their limit, read and change files of this user"),
+                    (self.filter and (_CLOCKS & ALLOWED or clock and all(clock)),
+                     "tell the time, and return other values later")]
         print(json.dumps([what for kept, what in promises if not kept]), flush=True)
 
     def mapped(self):
@@ -645,11 +637,12 @@ class _Run:
             except ImportError:                       # not in this version of Python
                 pass
         warnings.simplefilter("ignore")
-        # What is random is a function of the hash seed: addresses and free lists differ between the
-        # seeds, also where the system does not randomize them.
+        # What is random is a function of the hash seed: addresses and free lists differ between the seeds,
+        # also where the system does not randomize them.
         random.seed(seed)
         moved = 256 if seed == _SEEDS[2] else 1
-        self.ballast = [(object(), bytes(size)) for size in range(1, 487, 16) for _ in range(random.randrange(moved))]
+        self.ballast = [(object(), bytes(size)) for size in range(1, 487, 16)
+                        for _ in range(random.randrange(moved))]
         mask = dict(zip(_SEEDS, (0, (1 << 47) - 1, 0)))[seed]
         self.builtins = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
         self.guarded, self.armed, self.about = guarded, False, ""
@@ -684,7 +677,8 @@ class _Run:
 
     def audit(self, event, arguments):
         # A syntax error opens "<string>", and an import that fails lists the library.
-        innocent = event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(("<", _LIBRARY))
+        innocent = (event in ("open", "os.listdir", "os.scandir")
+                    and str(arguments[0]).startswith(("<", _LIBRARY)))
         if self.armed and event.startswith(_EVENTS) and not innocent:
             self.report("unsafe", f"attempted {event}")
 
@@ -725,8 +719,8 @@ class _Run:
         self.report("ok", "", self.written(self.attempt(unsafe, lambda: eval(code, scope))))
 
     def execute(self, texts):
-        """Reports the value of f, for a program and an input of literals. An input that has to be
-        evaluated must not meet the program: that it is one is reported."""
+        """Reports the value of f, for a program and an input of literals. An input that has to be evaluated
+        must not meet the program: that it is one is reported."""
         self.about = "input: "
         arguments = _arguments(self.parsed(_call, texts.pop()).body)
         if not arguments:
@@ -789,7 +783,8 @@ def _arguments(call):
     args, words = [], []
     try:
         for node in call.args:
-            args += ast.literal_eval(node.value) if isinstance(node, ast.Starred) else [ast.literal_eval(node)]
+            starred = isinstance(node, ast.Starred)
+            args += ast.literal_eval(node.value) if starred else [ast.literal_eval(node)]
         for word in call.keywords:
             value = ast.literal_eval(word.value)
             words += [(word.arg, value)] if word.arg else value.items()
@@ -799,9 +794,8 @@ def _arguments(call):
 
 
 def _bound(f, args, kwargs):
-    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, their names do not count: no program can make one call look
-    like two."""
+    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number of
+    them, or is no plain function, their names do not count: no program can make one call look like two."""
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     if type(f) is types.FunctionType and not f.__code__.co_flags & 12:
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
