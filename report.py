@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 from matplotlib.figure import Figure
 
-from tasks import TASK_TYPES, UsageError
+from tasks import UsageError
 
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
@@ -106,7 +106,7 @@ def draw_curves(metrics, path):
     """Draw curves.png from rows of metrics.jsonl: six panels over steps; bands are one standard error."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, metric) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for key in dict.fromkeys(key for row in metrics for key in row if re.fullmatch(metric, key)):
+        for key in _keys(metrics, metric):
             group, _, name = key.partition("/")
             points = [(row["step"], row[key], row.get(f"{group}_stderr/{name}", 0))
                       for row in metrics if row.get(key) is not None]
@@ -129,16 +129,16 @@ HELDOUT_ERRORS = 2.0   # which is 5.5 points with 600 tasks
 HELDOUT_REPEATS = 2    # evaluations in a row, because the best of many is partly luck
 TRAINING_SLACK = 0.05  # training accuracy that fell by less has not fallen: two standard errors of ten steps
 
-# figure: (metric, lowest, highest, advice if it is too low, if it is too high)
+# figure: (metrics, lowest, highest, advice if their mean is too low, if it is too high)
 BANDS = {
     # healthy runs of the tiny model stay above 0.7 for 60 steps
     "new programs": ("diversity/unique_ast", 0.3, 1, "the proposer repeats itself: lower --lr, raise "
                      "--entropy-coef or --references, and leave out --no-dedup", ""),
     # healthy runs are at 0.3 to 0.7; below 0.1 fewer than 2 of 16 proposals teach anything
-    "learnable": ("propose/*/learnable", 0.1, 1, "nearly all tasks are solved always or never: lower --lr, "
+    "learnable": ("propose/.+/learnable", 0.1, 1, "nearly all tasks are solved always or never: lower --lr, "
                   "raise --samples or --references, or try --zero-learnability official", ""),
     # a base model that cannot write the format stays near 0
-    "valid": ("propose/*/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's samples, "
+    "valid": ("propose/.+/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's samples, "
               "raise --max-response, or take a stronger --model", ""),
     # a truncated response earns nothing, whatever it says; healthy runs stay below 0.05
     "truncated": ("truncated", 0, 0.3, "", "truncated responses earn nothing: raise --max-response, or lower "
@@ -148,17 +148,16 @@ BANDS = {
     "entropy": ("entropy", 0.1, 3, "the policy has stopped exploring: raise --entropy-coef or lower --lr",
                 "the policy is dissolving into noise: lower --lr or --entropy-coef"),
     # As the tiny model starts to reason, its answers grow from 15 to 35 tokens in these steps, later to 42.
-    "response length": ("response_tokens/solve/*", 1 / 3, 3, "the solver has stopped working through its "
+    "response length": ("response_tokens/solve/.+", 1 / 3, 3, "the solver has stopped working through its "
                         "answers: read its samples, lower --lr", "read the samples: this is fine if the text "
                         "makes sense and held-out accuracy rises; if not, lower --lr or --max-response"),
 }
 RELATIVE = ("entropy", "response length")
-HELDOUT_ADVICE = {
-    True: "training accuracy holds while held-out accuracy falls: read samples with reward 1 to see what the "
-          "judge lets pass; lower --lr or raise --batch",
-    False: "training accuracy falls with it: the proposer may only have become harder, but the solver became "
-           "worse as well; lower --lr",
-}
+HELDOUT_ADVICE = (
+    "training accuracy falls with it: the proposer may only have become harder, but the solver became worse "
+    "as well; lower --lr",
+    "training accuracy holds while held-out accuracy falls: read samples with reward 1 to see what the judge "
+    "lets pass; lower --lr or raise --batch")
 
 
 def alarms(metrics):
@@ -172,10 +171,10 @@ def alarms(metrics):
     ['truncated']
     """
     rows = [row for row in metrics if row["step"]]  # step 0 is only an evaluation
-    tried = _finite(_average(row, "propose/*/solve_rate") for row in rows)  # none with --samples 0
+    tried = _finite(_averages(rows, "propose/.+/solve_rate"))  # none with --samples 0
     found = []
     for name, (metric, low, high, *advice) in BANDS.items():
-        values = [_average(row, metric) for row in rows]
+        values = _averages(rows, metric)
         if name in RELATIVE:
             start = _mean(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
             low, high = low * start, high * start
@@ -193,8 +192,8 @@ def alarms(metrics):
 def _heldout_alarm(metrics):
     """[] or one alarm: held-out accuracy has fallen from its best. Training accuracy decides the advice."""
     def training(step):
-        return _mean(_average(row, "solve/*/accuracy") for row in metrics
-                     if abs(row["step"] - step) < WINDOW) or 0
+        return _mean(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
+                               "solve/.+/accuracy")) or 0
 
     measured = [(row["heldout/mean"], row.get("heldout_stderr/mean") or 0, row["step"])
                 for row in metrics if _finite([row.get("heldout/mean")])]
@@ -211,9 +210,14 @@ def _heldout_alarm(metrics):
                      f"{HELDOUT_DROP:g} or {HELDOUT_ERRORS:g} standard errors below it are allowed)"}]
 
 
-def _average(row, metric):
-    """The mean of a row's values of a metric, whose * stands for each task type; None if there are none."""
-    return _mean(row.get(metric.replace("*", task_type)) for task_type in TASK_TYPES)
+def _averages(rows, metric):
+    """For each row the mean of the metrics that match, such as one of all task types; None without any."""
+    keys = _keys(rows, metric)
+    return [_mean(map(row.get, keys)) for row in rows]
+
+
+def _keys(rows, pattern):
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if re.fullmatch(pattern, key)]
 
 
 def _mean(values):
@@ -374,7 +378,7 @@ def write_page(folder):
         raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
                          f"continue it with python train.py --resume {folder}")
     logs = {name: _read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
-    data |= {"config": config, "types": TASK_TYPES, "curves": _curves(metrics), "alarms": alarms(metrics),
+    data |= {"config": config, "curves": _curves(metrics), "alarms": alarms(metrics),
              "rates": _solve_rates(logs["tasks"]), "rules": Counter(flag["rule"] for flag in logs["flags"]),
              **{name: _thinned(rows) for name, rows in logs.items()}}
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
@@ -405,8 +409,7 @@ def _read_rows(path, texts=()):
 
 def _curves(metrics):
     """{"step": [steps], metric: [values]}, with None where a step has no value."""
-    keys = dict.fromkeys(key for row in metrics for key in row)
-    return {key: [row.get(key) for row in metrics] for key in keys}
+    return {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")}
 
 
 def _solve_rates(tasks):

@@ -113,7 +113,7 @@ def test_one_wild_step_is_no_alarm():
 
 def test_every_flag_in_the_advice_is_one_of_train_py():
     known = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
-    advice = [text for _, _, _, *texts in report.BANDS.values() for text in texts] + [*report.HELDOUT_ADVICE.values()]
+    advice = [text for _, _, _, *texts in report.BANDS.values() for text in texts] + [*report.HELDOUT_ADVICE]
     found = set(re.findall(r"--[a-z-]+[a-z]", " ".join(advice)))
     assert len(found) > 5 and found <= set(re.findall(r"--[a-z-]+[a-z]", known.stdout))
 
@@ -232,9 +232,12 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
     for row in rows:
         row |= {f"heldout/{kind}": row["heldout/mean"] for kind in TASK_TYPES if "heldout/mean" in row}
         row |= {f"heldout_stderr/{kind}": 0.02 for kind in TASK_TYPES if "heldout/mean" in row}
+        row |= {f"buffer/{kind}": 16 for kind in TASK_TYPES}
         row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total") if row["step"]}
     dropped = [f"/{kind}" for kind in TASK_TYPES if kind not in types]
-    write("metrics.jsonl", [{key: value for key, value in row.items() if key.startswith("heldout") or not any(
+    for row in rows[1:]:
+        row |= {f"response_tokens/propose/{kind}": 50 for kind in types} | {f"propose/{kind}/valid": 0.9 for kind in types}
+    write("metrics.jsonl", [{key: value for key, value in row.items() if key.startswith(("heldout", "buffer")) or not any(
         name in key for name in dropped)} for row in rows])
     verdicts = {"propose": (("valid", ""), ("repeat", ""), ("invalid", "error: " + text), ("unsafe", "imports os")),
                 "solve": (("correct", ""), ("wrong", ""))}
@@ -268,7 +271,7 @@ def test_the_page_holds_the_run(tmp_path):
     assert data["tasks"]["total"] == len(data["tasks"]["rows"]) == 39
     assert data["rates"]["shares"].keys() == {"0", "0.25", "0.5", "0.75", "1"}
     assert all(sum(shares) == pytest.approx(1) for shares in zip(*data["rates"]["shares"].values()))
-    assert data["rates"]["step"] == [*range(1, 13)] and data["types"] == [*TASK_TYPES]
+    assert data["rates"]["step"] == [*range(1, 13)]
     assert data["rules"] == {"power": 1} and not (tmp_path / "a run" / "report.html.new").exists()
 
 
@@ -389,6 +392,7 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         "only step 0": make_run(tmp_path / "zero", steps=0, flags=False),
         "one step": make_run(tmp_path / "one", steps=1),
         "one type": make_run(tmp_path / "type", types=("deduction",)),
+        "fourth type": make_run(tmp_path / "fourth", types=(*TASK_TYPES, "repair")),
         "long": make_run(tmp_path / "long", steps=300),
         "hostile": make_run(tmp_path / "<script>document.title='owned'", text=HOSTILE),
         "wide": make_run(tmp_path / ("w" * 200), text="w" * 3000),
@@ -411,6 +415,8 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         seen[name] = {closed, opened: root.scrollWidth, title: page.document.title,
           paths: [...page.document.querySelectorAll("figure svg path")].map(node => node.getAttribute("d")),
           titles: [...page.document.querySelectorAll("figure h3")].map(node => node.textContent),
+          lengths: [...page.document.querySelectorAll("figure")].filter(node => node.querySelector("h3").textContent ===
+            "Proposer response length").map(node => node.querySelector(".key").textContent).join(),
           alarms: page.document.querySelectorAll(".alarm").length,
           config: page.document.querySelectorAll("#config table").length,
           scripts: page.document.querySelectorAll("script, img").length,
@@ -423,6 +429,7 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end, and no script but its own
         assert page["paths"] and not any(re.search("NaN|undefined", path) for path in page["paths"]), name
         assert page["alarms"] == (name == "long"), name
+    assert "repair 50" in seen["fourth type"]["lengths"] and "repair" not in seen["whole"]["lengths"]
     assert seen["only step 0"]["titles"][0] == seen["whole"]["titles"][0] == "Held-out accuracy"
     assert {"Solve rates of new tasks", "Learnable proposals", "Entropy", "Diversity", "Time by phase",
             "Solver response length", "Complexity of new programs"} <= set(seen["whole"]["titles"])
