@@ -98,8 +98,7 @@ PANELS = {  # title: the metrics that are drawn
     "learnable share of proposals": "propose/.+/learnable",
     "solver response length (tokens)": "response_tokens/solve/.+",
     "new programs and their structure": "diversity/(unique_ast|edit_distance|trivial)",
-    "entropy (nats per token)": "entropy",
-}
+    "entropy (nats per token)": "entropy"}
 
 
 def draw_curves(metrics, path):
@@ -150,8 +149,7 @@ BANDS = {
     # As the tiny model starts to reason, its answers grow from 15 to 35 tokens in these steps, later to 42.
     "response length": ("response_tokens/solve/.+", 1 / 3, 3, "the solver has stopped working through its "
                         "answers: read its samples, lower --lr", "read the samples: this is fine if the text "
-                        "makes sense and held-out accuracy rises; if not, lower --lr or --max-response"),
-}
+                        "makes sense and held-out accuracy rises; if not, lower --lr or --max-response")}
 RELATIVE = ("entropy", "response length")
 HELDOUT_ADVICE = (
     "training accuracy falls with it: the proposer may only have become harder, but the solver became worse "
@@ -195,7 +193,7 @@ def _heldout_alarm(metrics):
         return _mean(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
                                "solve/.+/accuracy")) or 0
 
-    measured = [(row["heldout/mean"], row.get("heldout_stderr/mean") or 0, row["step"])
+    measured = [(row["heldout/mean"], _mean([row.get("heldout_stderr/mean")]) or 0, row["step"])
                 for row in metrics if _finite([row.get("heldout/mean")])]
     fallen = []  # steps of the newest evaluations, as long as these are below their floors
     for count, (score, error, step) in enumerate(measured, 1):

@@ -295,7 +295,8 @@ def test_a_run_that_was_killed(tmp_path):
 def test_odd_values_become_gaps(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "entropy": NaN, "loss": Infinity, "grad_norm": 1e-7, "truncated": "many"}\n' * 10)
+        file.write('{"step": 13, "entropy": NaN, "loss": Infinity, "grad_norm": 1e-7, "truncated": "many",'
+                   ' "heldout/mean": 0.1, "heldout_stderr/mean": "wide"}\n' * 10)
     curves = data_of(write_page(run))["curves"]
     assert curves["entropy"][-1] is None and curves["loss"][-1] is None and curves["grad_norm"][-1] == 1e-7
 
