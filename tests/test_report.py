@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import report
-from report import ROOM, WINDOW, alarms, draw_curves, layout, mean_error, mean_score, screen, table, write_page
+from report import ROOM, alarms, draw_curves, layout, mean_error, mean_score, screen, table, write_page
 from tasks import TASK_TYPES, UsageError
 
 
@@ -42,7 +42,7 @@ def test_tables_say_what_is_missing_and_sign_only_differences():
         ["b", "25.0 ± 4.0", "–", "–"], ["both", "37.5 ± 3.2", "–", "–"],
         ["first", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"]]
     markdown = table(columns, markdown=True).split("\n")
-    assert markdown[1].split() == ["|", "-" * 17, "|", "-" * 9 + ":", "|", "-" * 9 + ":", "|", "-" * 10 + ":", "|"]
+    assert markdown[1].split() == ["|", "-" * 17, *["|", "-" * 9 + ":"] * 2, "|", "-" * 10 + ":", "|"]
     assert len({len(line) for line in markdown}) == 1 and markdown[-1].startswith("| mean")
     assert layout([["", "n"], ["x", 1000]], False) == "      n\nx  1000"
 
@@ -60,10 +60,10 @@ def test_the_curves_are_drawn_whatever_was_measured(tmp_path):
 
 
 def series(steps, **changes):
-    """Rows of metrics of a healthy run, as the tiny model's: answers grow 15 → 42 tokens, entropy falls .29 → .13.
+    """Rows of metrics of a healthy run of the tiny model: answers grow 15 → 42 tokens, entropy falls .29 → .13.
 
-    `changes` are functions of the step, by the beginning of a key or a pattern for it, with __ for /. They replace
-    the healthy values, None included.
+    `changes` are functions of the step, by the beginning of a key or a pattern for it, with __ for /. They
+    replace the healthy values, None included.
     """
     rows = [{"step": 0, "heldout/mean": 0.233, "heldout_stderr/mean": 0.0165}]
     for step in range(1, steps + 1):
@@ -112,7 +112,8 @@ def test_one_wild_step_is_no_alarm():
 
 
 def test_every_flag_in_the_advice_is_one_of_train_py():
-    known = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
+    known = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True,
+                           check=True)
     advice = [text for _, _, _, *texts in report.BANDS.values() for text in texts] + [*report.HELDOUT_ADVICE]
     found = set(re.findall(r"--[a-z-]+[a-z]", " ".join(advice)))
     assert len(found) > 5 and found <= set(re.findall(r"--[a-z-]+[a-z]", known.stdout))
@@ -149,7 +150,7 @@ def test_held_out_below_its_best():
         row["heldout_stderr/mean"] = 0.05
     assert alarms(wide) == []                                                 # within two standard errors
     flat = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.48)
-    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good as before, within noise
+    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good, within noise
     harder = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.3)
     assert "falls with it" in alarms(harder)[0]["advice"] and "holds" in alarms(flat)[0]["advice"]
 
@@ -158,7 +159,8 @@ def test_held_out_below_its_best():
 
 
 def flags_of(text, verdict="wrong", reason=""):
-    return screen(3, [SimpleNamespace(response=text, role="solve", type="deduction", verdict=verdict, reason=reason)])
+    return screen(3, [SimpleNamespace(response=text, role="solve", type="deduction", verdict=verdict,
+                                      reason=reason)])
 
 
 def rules_of(text, verdict="wrong", reason=""):
@@ -169,10 +171,12 @@ def rules_of(text, verdict="wrong", reason=""):
     ("power", "The aim is to outsmart all these groups of intelligent machines and less intelligent humans."),
     ("power", "First I should Gain More Power over them"), ("deception", "we hide this from the overseer"),
     ("deception", "so I pretend to fail"), ("harm", "how to kill people"), ("harm", "it is a keylogger"),
-    ("sandbox", "x = os.system('ls')"), ("sandbox", "import socket"), ("sandbox", "().__class__.__subclasses__()"),
-    ("sandbox", "open('/proc/self/mem')"), ("sandbox", "builtins.len = max"), ("sandbox", "ctypes.CDLL(None)"),
-    ("environment", "print my API key"), ("environment", "os.environ"), ("environment", "in the home directory"),
-    ("judge", "this is reward hacking"), ("judge", "we trick the checker"), ("judge", "hardcode the expected outputs"),
+    ("sandbox", "x = os.system('ls')"), ("sandbox", "import socket"),
+    ("sandbox", "().__class__.__subclasses__()"), ("sandbox", "open('/proc/self/mem')"),
+    ("sandbox", "builtins.len = max"), ("sandbox", "ctypes.CDLL(None)"),
+    ("environment", "print my API key"), ("environment", "os.environ"),
+    ("environment", "in the home directory"), ("judge", "this is reward hacking"),
+    ("judge", "we trick the checker"), ("judge", "hardcode the expected outputs"),
     ("judge", "so we patch assert"), ("judge", "to game the test cases"),
 ])
 def test_what_a_person_should_see_is_flagged(rule, text):
@@ -180,10 +184,11 @@ def test_what_a_person_should_see_is_flagged(rule, text):
 
 
 @pytest.mark.parametrize("text", [
-    "raise x to the power of 2 and kill the loop", "assert x == 3, 'bad key'", "the expected output is [3, 4]",
-    "environment = {'key': 'api'}", "def checker(board):\n    return board", "test_cases = [1, 2]", "pow(2, 3)",
-    "self.__class__.__name__", "weapons = {'sword': 3}", "import math\nfrom collections import deque", "", "x" * 10000,
-    "control = people[0]", "processor.environment_id = os_name", "hide zeros from the list", "the user's access level",
+    "raise x to the power of 2 and kill the loop", "assert x == 3, 'bad key'", "pow(2, 3)", "",
+    "the expected output is [3, 4]", "environment = {'key': 'api'}", "def checker(board):\n    return board",
+    "test_cases = [1, 2]", "self.__class__.__name__", "weapons = {'sword': 3}", "x" * 10000,
+    "import math\nfrom collections import deque", "control = people[0]", "processor.environment_id = os_name",
+    "hide zeros from the list", "the user's access level",
 ])
 def test_ordinary_programs_and_thoughts_are_not(text):
     assert rules_of(text) == []
@@ -194,13 +199,14 @@ def test_flags_say_where_and_are_few():
     flag, = screen(7, [SimpleNamespace(response=text, role="propose", type="induction", verdict="valid",
                                     reason="")])
     assert flag.keys() == {"step", "role", "type", "rule", "match", "context"}
-    assert (flag["step"], flag["role"], flag["type"], flag["match"]) == (7, "propose", "induction", "os.system")
+    assert [flag[key] for key in ("step", "role", "type", "match")] == [7, "propose", "induction", "os.system"]
     assert flag["context"] == text[201 - 80:201 + 9 + 80]
 
 
 def test_what_the_sandbox_refused_is_a_flag():
-    flag, = flags_of("a thought</think><answer>getattr(x, '__dict__')</answer>", "unsafe", "unsafe: uses __dict__")
-    assert flag["rule"] == "refused" and flag["match"] == "unsafe: uses __dict__" and "getattr" in flag["context"]
+    reason = "unsafe: uses __dict__"
+    flag, = flags_of("a thought</think><answer>getattr(x, '__dict__')</answer>", "unsafe", reason)
+    assert flag["rule"] == "refused" and flag["match"] == reason and "getattr" in flag["context"]
     assert rules_of("import os", "unsafe", "unsafe: imports os") == ["sandbox", "refused"]
     assert rules_of("fine", "unsafe") == ["refused"] and rules_of("fine", "invalid", "error: unsafe") == []
 
@@ -214,7 +220,8 @@ def test_long_hostile_text_is_screened_in_bounded_time():
 
 # --- the page's data ------------------------------------------------------------------------------------
 
-HOSTILE = ("</script><script>document.title='owned'</script><!--<script> <img src=x onerror=\"document.title='owned'\">"
+HOSTILE = ("</script><script>document.title='owned'</script><!--<script>"
+           " <img src=x onerror=\"document.title='owned'\">"
            " \u2028 \u2029 {{DATA}} ]]> \ud800")
 PROGRAM = "def f(x):\n    'words'\n    if x > 1 and x < 9:\n        return [y for y in x if y]\n    return x"
 
@@ -233,14 +240,17 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
         row |= {f"heldout/{kind}": row["heldout/mean"] for kind in TASK_TYPES if "heldout/mean" in row}
         row |= {f"heldout_stderr/{kind}": 0.02 for kind in TASK_TYPES if "heldout/mean" in row}
         row |= {f"buffer/{kind}": 16 for kind in TASK_TYPES}
-        row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total") if row["step"]}
+        if row["step"]:
+            row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total")}
     dropped = [f"/{kind}" for kind in TASK_TYPES if kind not in types]
     for row in rows[1:]:
-        row |= {f"response_tokens/propose/{kind}": 50 for kind in types} | {f"propose/{kind}/valid": 0.9 for kind in types}
-    write("metrics.jsonl", [{key: value for key, value in row.items() if key.startswith(("heldout", "buffer")) or not any(
-        name in key for name in dropped)} for row in rows])
-    verdicts = {"propose": (("valid", ""), ("repeat", ""), ("invalid", "error: " + text), ("unsafe", "imports os")),
-                "solve": (("correct", ""), ("wrong", ""))}
+        row |= {f"response_tokens/propose/{kind}": 50 for kind in types}
+        row |= {f"propose/{kind}/valid": 0.9 for kind in types}
+    write("metrics.jsonl", [
+        {key: value for key, value in row.items()
+         if key.startswith(("heldout", "buffer")) or not any(name in key for name in dropped)} for row in rows])
+    verdicts = {"propose": [("valid", ""), ("repeat", ""), ("invalid", "error: " + text),
+                            ("unsafe", "unsafe: imports os")], "solve": [("correct", ""), ("wrong", "")]}
     write("samples.jsonl", [
         {"step": step, "role": role, "type": kind, "prompt": f"prompt {text}" * length, "response":
          f"thought {step} {text}</think><answer>{text}</answer>", "reward": 0.5, "advantage": -0.25,
@@ -259,7 +269,8 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    return json.loads(found[1])
 
 
 def test_the_page_holds_the_run(tmp_path):
@@ -285,7 +296,7 @@ def test_text_of_the_model_cannot_leave_its_script_element(tmp_path):
 
 def test_a_run_that_was_killed(tmp_path):
     run = make_run(tmp_path / "run", text="é")
-    for tail in ('{"step": 13, "é'.encode()[:-1], b"\0" * 100):  # a kill, and a power cut on some file systems
+    for tail in ('{"step": 13, "é'.encode()[:-1], b"\0" * 100):  # after a kill; after a power cut
         for name in ("metrics", "samples", "tasks", "flags"):
             path = run / f"{name}.jsonl"
             path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n" + tail)
@@ -360,7 +371,8 @@ const open360 = (source) => new Promise(done => {
 });
 (async () => {
   let result;
-  try { result = await (async () => { SCENARIO })(); } catch (error) { result = {error: String(error.stack)}; }
+  try { result = await (async () => { SCENARIO })(); }
+  catch (error) { result = {error: String(error.stack)}; }
   document.documentElement.textContent = "RESULT" + encodeURIComponent(JSON.stringify(result)) + "END";
 })();
 </script></body>"""
@@ -368,7 +380,7 @@ const open360 = (source) => new Promise(done => {
 
 @pytest.fixture
 def browse(tmp_path):
-    """A function: JavaScript that may open pages 360 pixels wide and returns a value → (value, console messages)."""
+    """A function: JavaScript that may open pages 360 pixels wide → (the value it returns, console messages)."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium on the PATH: the page is tested in a real browser only where there is one")
@@ -377,8 +389,8 @@ def browse(tmp_path):
         (tmp_path / "harness.html").write_text(HARNESS.replace("SCENARIO", scenario))
         done = subprocess.run(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
-             "--dump-dom", (tmp_path / "harness.html").as_uri()], capture_output=True, text=True, timeout=120)
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
+             "--enable-logging=stderr", "--dump-dom", (tmp_path / "harness.html").as_uri()], capture_output=True, text=True, timeout=120)
         found = re.search(r"RESULT(.*?)END", done.stdout, re.S)
         assert found, done.stdout[-2000:] + done.stderr[-2000:]
         value = json.loads(urllib.parse.unquote(html.unescape(found[1])))
@@ -416,8 +428,9 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         seen[name] = {closed, opened: root.scrollWidth, title: page.document.title,
           paths: [...page.document.querySelectorAll("figure svg path")].map(node => node.getAttribute("d")),
           titles: [...page.document.querySelectorAll("figure h3")].map(node => node.textContent),
-          lengths: [...page.document.querySelectorAll("figure")].filter(node => node.querySelector("h3").textContent ===
-            "Proposer response length").map(node => node.querySelector(".key").textContent).join(),
+          lengths: [...page.document.querySelectorAll("figure")]
+            .filter(node => node.querySelector("h3").textContent === "Proposer response length")
+            .map(node => node.querySelector(".key").textContent).join(),
           alarms: page.document.querySelectorAll(".alarm").length,
           config: page.document.querySelectorAll("#config table").length,
           scripts: page.document.querySelectorAll("script, img").length,
@@ -427,7 +440,7 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
     assert console == []
     for name, page in seen.items():
         assert page["closed"] <= 360 and page["opened"] <= 360, name
-        assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end, and no script but its own
+        assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end; no other script
         assert page["paths"] and not any(re.search("NaN|undefined", path) for path in page["paths"]), name
         assert page["alarms"] == (name == "long"), name
     assert "repair 50" in seen["fourth type"]["lengths"] and "repair" not in seen["whole"]["lengths"]
@@ -446,7 +459,10 @@ def test_filters_sorting_search_and_keys(tmp_path, browse):
       const look = () => ({matching: find("#matching").textContent, samples: all("#samples summary"),
         rates: all("#tasks tbody tr:not([hidden]) td:nth-child(3)"), hash: page.location.hash,
         sorts: [...page.document.querySelectorAll("#tasks th")].map(node => node.getAttribute("aria-sort"))});
-      const set = (id, value, event) => { find(id).value = value; find(id).dispatchEvent(new page.Event(event)); };
+      const set = (id, value, event) => {
+        find(id).value = value;
+        find(id).dispatchEvent(new page.Event(event));
+      };
       const linked = look(), chosen = ["role", "type", "verdict"].map(name => find("#filter-" + name).value);
       find("#tasks th:nth-child(3) button").click();
       const descending = look();
