@@ -60,7 +60,7 @@ def test_the_curves_are_drawn_whatever_was_measured(tmp_path):
 
 
 def series(steps, **changes):
-    """Rows of metrics of a healthy run of the tiny model: answers grow 15 → 42 tokens, entropy falls .29 → .13.
+    """Rows of metrics of a healthy run of the tiny model: answers grow 15 → 42 tokens, entropy falls to .13.
 
     `changes` are functions of the step, by the beginning of a key or a pattern for it, with __ for /. They
     replace the healthy values, None included.
@@ -199,7 +199,7 @@ def test_flags_say_where_and_are_few():
     flag, = screen(7, [SimpleNamespace(response=text, role="propose", type="induction", verdict="valid",
                                     reason="")])
     assert flag.keys() == {"step", "role", "type", "rule", "match", "context"}
-    assert [flag[key] for key in ("step", "role", "type", "match")] == [7, "propose", "induction", "os.system"]
+    assert [flag["step"], flag["role"], flag["type"], flag["match"]] == [7, "propose", "induction", "os.system"]
     assert flag["context"] == text[201 - 80:201 + 9 + 80]
 
 
@@ -248,7 +248,8 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
         row |= {f"propose/{kind}/valid": 0.9 for kind in types}
     write("metrics.jsonl", [
         {key: value for key, value in row.items()
-         if key.startswith(("heldout", "buffer")) or not any(name in key for name in dropped)} for row in rows])
+         if key.startswith(("heldout", "buffer")) or not any(name in key for name in dropped)}
+        for row in rows])
     verdicts = {"propose": [("valid", ""), ("repeat", ""), ("invalid", "error: " + text),
                             ("unsafe", "unsafe: imports os")], "solve": [("correct", ""), ("wrong", "")]}
     write("samples.jsonl", [
@@ -380,7 +381,7 @@ const open360 = (source) => new Promise(done => {
 
 @pytest.fixture
 def browse(tmp_path):
-    """A function: JavaScript that may open pages 360 pixels wide → (the value it returns, console messages)."""
+    """A function: JavaScript that may open pages 360 pixels wide → (its value, console messages)."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium on the PATH: the page is tested in a real browser only where there is one")
@@ -390,7 +391,8 @@ def browse(tmp_path):
         done = subprocess.run(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
              f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
-             "--enable-logging=stderr", "--dump-dom", (tmp_path / "harness.html").as_uri()], capture_output=True, text=True, timeout=120)
+             "--enable-logging=stderr", "--dump-dom", (tmp_path / "harness.html").as_uri()],
+            capture_output=True, text=True, timeout=120)
         found = re.search(r"RESULT(.*?)END", done.stdout, re.S)
         assert found, done.stdout[-2000:] + done.stderr[-2000:]
         value = json.loads(urllib.parse.unquote(html.unescape(found[1])))
