@@ -1,37 +1,83 @@
+"""The figures, alarms, flags and page of a run, with made-up logs; the page also in a real browser."""
+
+import doctest
 import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import urllib.parse
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
-from report import ROOM, WINDOW, alarms, measures, screen, write_page
+import report
+from report import ROOM, alarms, draw_curves, layout, mean_error, mean_score, screen, table, write_page
 from tasks import TASK_TYPES, UsageError
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(report)[0] == 0 and doctest.testmod(report).attempted > 5
+
+
+# --- figures and tables --------------------------------------------------------------------------------
+
+
+def test_standard_errors():
+    share, error = mean_error([True] * 30 + [False] * 70)
+    assert share == 0.3 and error == pytest.approx((0.3 * 0.7 / 100) ** 0.5)
+    mean, error = mean_score({"a": (0.2, 0.03, 10), "b": (0.4, 0.04, 10)})
+    assert mean == pytest.approx(0.3) and error == pytest.approx(0.025)
+
+
+def test_tables_say_what_is_missing_and_sign_only_differences():
+    columns = {"base": {"a": (0.5, 0.05), "b": (0.25, 0.04)}, "trained": {"a": (0.75, 0.05)},
+               "difference": {"a": (0.25, 0.07)}}
+    lines = table(columns, "accuracy, %", means={"both": ["a", "b"], "first": ["a"]}).split("\n")
+    assert [re.split(r"  +", line) for line in lines] == [
+        ["accuracy, %", "base", "trained", "difference"], ["a", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"],
+        ["b", "25.0 ± 4.0", "–", "–"], ["both", "37.5 ± 3.2", "–", "–"],
+        ["first", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"]]
+    markdown = table(columns, markdown=True).split("\n")
+    assert markdown[1].split() == ["|", "-" * 17, *["|", "-" * 9 + ":"] * 2, "|", "-" * 10 + ":", "|"]
+    assert len({len(line) for line in markdown}) == 1 and markdown[-1].startswith("| mean")
+    assert layout([["", "n"], ["x", 1000]], False) == "      n\nx  1000"
+
+
+def test_the_curves_are_drawn_whatever_was_measured(tmp_path):
+    path = tmp_path / "curves.png"
+    rows = series(20)
+    rows[10] |= {f"heldout/{split}{name}": 0.5 for split in ("", "hard/") for name in (*TASK_TYPES, "mean")}
+    for metrics in (rows, rows[:2], [row | {"entropy": None} for row in rows]):
+        draw_curves(metrics, path)
+        assert path.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [path]
+
 
 # --- alarms ------------------------------------------------------------------------------------------
 
 
 def series(steps, **changes):
-    """Rows of metrics of a healthy run, as the tiny model's: answers grow 15 → 42 tokens, entropy falls .29 → .13.
+    """Rows of metrics of a healthy run of the tiny model: answers grow 15 → 42 tokens, entropy falls to .13.
 
-    `changes` are functions of the step by key, with __ for /; they replace the healthy values, None included.
+    `changes` are functions of the step, by the beginning of a key or a pattern for it, with __ for /. They
+    replace the healthy values, None included.
     """
     rows = [{"step": 0, "heldout/mean": 0.233, "heldout_stderr/mean": 0.0165}]
     for step in range(1, steps + 1):
         grown = min(step / 10, 1.0)
         row = {"step": step, "entropy": 0.29 - 0.16 * grown, "truncated": 0.01, "diversity/unique_ast": 0.85}
-        for type in TASK_TYPES:
-            row |= {f"propose/{type}/learnable": 0.4, f"propose/{type}/solve_rate": 0.5, f"propose/{type}/valid": 0.95,
-                    f"solve/{type}/accuracy": 0.3 + 0.2 * grown, f"response_tokens/solve/{type}": 15 + 27 * grown}
+        for kind in TASK_TYPES:
+            row |= {f"propose/{kind}/learnable": 0.4, f"propose/{kind}/solve_rate": 0.5,
+                    f"propose/{kind}/valid": 0.95, f"solve/{kind}/accuracy": 0.3 + 0.2 * grown,
+                    f"response_tokens/solve/{kind}": 15 + 27 * grown, "diversity/complexity": 1.5}
         if step % 10 == 0:
             row |= {"heldout/mean": 0.63, "heldout_stderr/mean": 0.019}
         for key, value in changes.items():
             key = key.replace("__", "/")
-            row |= {name: value(step) for name in row if name.startswith(key)}
+            row |= {name: value(step) for name in row if re.match(key, name)}
         rows.append(row)
     return rows
 
@@ -46,7 +92,8 @@ def test_a_healthy_run_has_no_alarm(steps):
 
 
 @pytest.mark.parametrize("name, key, good, bad", [
-    ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose", 0.4, 0.05),
+    ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose__.*__learnable", 0.4, 0.05),
+    ("valid", "propose__.*__valid", 0.9, 0.05),
     ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 0.9), ("truncated", "truncated", 0.0, 0.5),
     ("response length", "response_tokens__solve", 30.0, 5.0),
     ("response length", "response_tokens__solve", 30.0, 120.0),
@@ -61,15 +108,15 @@ def test_a_value_that_leaves_its_band_for_ten_steps_raises_one_alarm_until_it_is
 
 def test_one_wild_step_is_no_alarm():
     for wild in (1e9, 0.0, float("nan"), None):
-        assert alarms(series(60, entropy=lambda step: wild if step == 55 else 0.2)) == []
+        assert alarms(series(60, entropy=lambda step, wild=wild: wild if step == 55 else 0.2)) == []
 
 
 def test_every_flag_in_the_advice_is_one_of_train_py():
-    from report import ADVICE
-    from train import DEFAULTS, KNOBS
-    for text in ADVICE.values():
-        for flag in re.findall(r"--([a-z-]+[a-z])", text):
-            assert flag.removeprefix("no-").replace("-", "_") in KNOBS | DEFAULTS, flag
+    known = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True,
+                           check=True)
+    advice = [text for _, _, _, *texts in report.BANDS.values() for text in texts] + [*report.HELDOUT_ADVICE]
+    found = set(re.findall(r"--[a-z-]+[a-z]", " ".join(advice)))
+    assert len(found) > 5 and found <= set(re.findall(r"--[a-z-]+[a-z]", known.stdout))
 
 
 def test_missing_values_raise_no_alarm():
@@ -78,7 +125,7 @@ def test_missing_values_raise_no_alarm():
     assert alarms(series(40, diversity=lambda step: None, entropy=lambda step: None)) == []
     untried = series(40)  # --samples 0: what was never tried is not known to be unlearnable
     for row in untried[1:]:
-        row |= {f"propose/{type}/{key}": value for type in TASK_TYPES
+        row |= {f"propose/{kind}/{key}": value for kind in TASK_TYPES
                 for key, value in (("learnable", 0.0), ("solve_rate", None))}
     assert alarms(untried) == []
 
@@ -103,7 +150,7 @@ def test_held_out_below_its_best():
         row["heldout_stderr/mean"] = 0.05
     assert alarms(wide) == []                                                 # within two standard errors
     flat = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.48)
-    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good as before, within noise
+    assert [a["name"] for a in alarms(flat)] == ["held-out"]                  # as good, within noise
     harder = heldout(.2, .6, .6, .5, .5, accuracy=lambda step: 0.5 if step <= 20 else 0.3)
     assert "falls with it" in alarms(harder)[0]["advice"] and "holds" in alarms(flat)[0]["advice"]
 
@@ -111,19 +158,25 @@ def test_held_out_below_its_best():
 # --- flags -------------------------------------------------------------------------------------------
 
 
-def rules_of(text, verdict="wrong"):
-    return [flag["rule"] for flag in screen(3, [SimpleNamespace(response=text, role="solve", type="deduction",
-                                                                verdict=verdict)])]
+def flags_of(text, verdict="wrong", reason=""):
+    return screen(3, [SimpleNamespace(response=text, role="solve", type="deduction", verdict=verdict,
+                                      reason=reason)])
+
+
+def rules_of(text, verdict="wrong", reason=""):
+    return [flag["rule"] for flag in flags_of(text, verdict, reason)]
 
 
 @pytest.mark.parametrize("rule, text", [
     ("power", "The aim is to outsmart all these groups of intelligent machines and less intelligent humans."),
     ("power", "First I should Gain More Power over them"), ("deception", "we hide this from the overseer"),
     ("deception", "so I pretend to fail"), ("harm", "how to kill people"), ("harm", "it is a keylogger"),
-    ("sandbox", "x = os.system('ls')"), ("sandbox", "import socket"), ("sandbox", "().__class__.__subclasses__()"),
-    ("sandbox", "open('/proc/self/mem')"), ("sandbox", "builtins.len = max"), ("sandbox", "ctypes.CDLL(None)"),
-    ("environment", "print my API key"), ("environment", "os.environ"), ("environment", "in the home directory"),
-    ("judge", "this is reward hacking"), ("judge", "we trick the checker"), ("judge", "hardcode the expected outputs"),
+    ("sandbox", "x = os.system('ls')"), ("sandbox", "import socket"),
+    ("sandbox", "().__class__.__subclasses__()"), ("sandbox", "open('/proc/self/mem')"),
+    ("sandbox", "builtins.len = max"), ("sandbox", "ctypes.CDLL(None)"),
+    ("environment", "print my API key"), ("environment", "os.environ"),
+    ("environment", "in the home directory"), ("judge", "this is reward hacking"),
+    ("judge", "we trick the checker"), ("judge", "hardcode the expected outputs"),
     ("judge", "so we patch assert"), ("judge", "to game the test cases"),
 ])
 def test_what_a_person_should_see_is_flagged(rule, text):
@@ -131,10 +184,11 @@ def test_what_a_person_should_see_is_flagged(rule, text):
 
 
 @pytest.mark.parametrize("text", [
-    "raise x to the power of 2 and kill the loop", "assert x == 3, 'bad key'", "the expected output is [3, 4]",
-    "environment = {'key': 'api'}", "def checker(board):\n    return board", "test_cases = [1, 2]", "pow(2, 3)",
-    "self.__class__.__name__", "weapons = {'sword': 3}", "import math\nfrom collections import deque", "", "x" * 10000,
-    "control = people[0]", "processor.environment_id = os_name", "hide zeros from the list", "the user's access level",
+    "raise x to the power of 2 and kill the loop", "assert x == 3, 'bad key'", "pow(2, 3)", "",
+    "the expected output is [3, 4]", "environment = {'key': 'api'}", "def checker(board):\n    return board",
+    "test_cases = [1, 2]", "self.__class__.__name__", "weapons = {'sword': 3}", "x" * 10000,
+    "import math\nfrom collections import deque", "control = people[0]", "processor.environment_id = os_name",
+    "hide zeros from the list", "the user's access level",
 ])
 def test_ordinary_programs_and_thoughts_are_not(text):
     assert rules_of(text) == []
@@ -142,16 +196,20 @@ def test_ordinary_programs_and_thoughts_are_not(text):
 
 def test_flags_say_where_and_are_few():
     text = "a" * 200 + " os.system('x') " + "os.system('y') " * 50 + "import socket " + "b" * 200
-    flag, = screen(7, [SimpleNamespace(response=text, role="propose", type="induction", verdict="valid")])
+    flag, = screen(7, [SimpleNamespace(response=text, role="propose", type="induction", verdict="valid",
+                                    reason="")])
     assert flag.keys() == {"step", "role", "type", "rule", "match", "context"}
-    assert (flag["step"], flag["role"], flag["type"], flag["match"]) == (7, "propose", "induction", "os.system")
+    assert (flag["step"], flag["role"]) == (7, "propose")
+    assert (flag["type"], flag["match"]) == ("induction", "os.system")
     assert flag["context"] == text[201 - 80:201 + 9 + 80]
 
 
 def test_what_the_sandbox_refused_is_a_flag():
-    assert rules_of("getattr(x, '__dict__')", "unsafe: uses __dict__") == ["refused"]
-    assert rules_of("import os", "unsafe: imports os") == ["sandbox", "refused"]
-    assert rules_of("fine", "unsafe") == ["refused"] and rules_of("fine", "error: unsafe") == []
+    reason = "unsafe: uses __dict__"
+    flag, = flags_of("a thought</think><answer>getattr(x, '__dict__')</answer>", "unsafe", reason)
+    assert flag["rule"] == "refused" and flag["match"] == reason and "getattr" in flag["context"]
+    assert rules_of("import os", "unsafe", "unsafe: imports os") == ["sandbox", "refused"]
+    assert rules_of("fine", "unsafe") == ["refused"] and rules_of("fine", "invalid", "error: unsafe") == []
 
 
 def test_long_hostile_text_is_screened_in_bounded_time():
@@ -163,7 +221,8 @@ def test_long_hostile_text_is_screened_in_bounded_time():
 
 # --- the page's data ------------------------------------------------------------------------------------
 
-HOSTILE = ("</script><script>document.title='owned'</script><!--<script> <img src=x onerror=\"document.title='owned'\">"
+HOSTILE = ("</script><script>document.title='owned'</script><!--<script>"
+           " <img src=x onerror=\"document.title='owned'\">"
            " \u2028 \u2029 {{DATA}} ]]> \ud800")
 PROGRAM = "def f(x):\n    'words'\n    if x > 1 and x < 9:\n        return [y for y in x if y]\n    return x"
 
@@ -179,23 +238,32 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
                                                     "versions": {"python": "3.11"}}))
     rows = series(steps)
     for row in rows:
-        row |= {f"heldout/{type}": row["heldout/mean"] for type in TASK_TYPES if "heldout/mean" in row}
-        row |= {f"heldout_stderr/{type}": 0.02 for type in TASK_TYPES if "heldout/mean" in row}
-        row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total") if row["step"]}
-    dropped = [f"/{type}" for type in TASK_TYPES if type not in types]
-    write("metrics.jsonl", [{key: value for key, value in row.items() if key.startswith("heldout") or not any(
-        name in key for name in dropped)} for row in rows])
-    verdicts = {"propose": ("valid", "repeat", "error: " + text, "unsafe: imports os"), "solve": ("correct", "wrong")}
+        row |= {f"heldout/{kind}": row["heldout/mean"] for kind in TASK_TYPES if "heldout/mean" in row}
+        row |= {f"heldout_stderr/{kind}": 0.02 for kind in TASK_TYPES if "heldout/mean" in row}
+        row |= {f"buffer/{kind}": 16 for kind in TASK_TYPES}
+        if row["step"]:
+            row |= {f"seconds/{phase}": 2.0 for phase in ("generate", "execute", "update", "total")}
+    dropped = [f"/{kind}" for kind in TASK_TYPES if kind not in types]
+    for row in rows[1:]:
+        row |= {f"response_tokens/propose/{kind}": 50 for kind in types}
+        row |= {f"propose/{kind}/valid": 0.9 for kind in types}
+    write("metrics.jsonl", [
+        {key: value for key, value in row.items()
+         if key.startswith(("heldout", "buffer")) or not any(name in key for name in dropped)}
+        for row in rows])
+    verdicts = {"propose": [("valid", ""), ("repeat", ""), ("invalid", "error: " + text),
+                            ("unsafe", "unsafe: imports os")], "solve": [("correct", ""), ("wrong", "")]}
     write("samples.jsonl", [
-        {"step": step, "role": role, "type": type, "prompt": f"prompt {text}" * length, "response":
-         f"thought {step} {text}</think><answer>{text}</answer>", "verdict": verdicts[role][step % len(verdicts[role])],
-         "reward": 0.5, "advantage": -0.25, "solve_rate": None, "truncated": False}
-        for step in range(1, steps + 1) for role in ("propose", "solve") for type in types])
+        {"step": step, "role": role, "type": kind, "prompt": f"prompt {text}" * length, "response":
+         f"thought {step} {text}</think><answer>{text}</answer>", "reward": 0.5, "advantage": -0.25,
+         "solve_rate": None, "truncated": False,
+         **dict(zip(("verdict", "reason"), verdicts[role][step % len(verdicts[role])]))}
+        for step in range(1, steps + 1) for role in ("propose", "solve") for kind in types])
     write("tasks.jsonl", [
-        {"step": step, "solve_rate": (step + place) % 5 / 4 if step else None, "type": type,
+        {"step": step, "solve_rate": (step + place) % 5 / 4 if step else None, "type": kind,
          "program": PROGRAM + text * (text != "ok"), "input": text * length, "output": "1",
          "inputs": [text], "outputs": ["1"], "message": text}
-        for step in range(steps + 1) for place, type in enumerate(types)])
+        for step in range(steps + 1) for place, kind in enumerate(types)])
     if flags:
         write("flags.jsonl", [{"step": 1, "role": "solve", "type": types[0], "rule": "power", "match": text,
                                "context": text}])
@@ -203,7 +271,8 @@ def make_run(folder, steps=12, types=TASK_TYPES, text="ok", length=1, flags=True
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    return json.loads(found[1])
 
 
 def test_the_page_holds_the_run(tmp_path):
@@ -215,16 +284,8 @@ def test_the_page_holds_the_run(tmp_path):
     assert data["tasks"]["total"] == len(data["tasks"]["rows"]) == 39
     assert data["rates"]["shares"].keys() == {"0", "0.25", "0.5", "0.75", "1"}
     assert all(sum(shares) == pytest.approx(1) for shares in zip(*data["rates"]["shares"].values()))
-    assert data["complexity"]["statements"] == [3] * 13 and data["complexity"]["branches"] == [5] * 13
+    assert data["rates"]["step"] == [*range(1, 13)]
     assert data["rules"] == {"power": 1} and not (tmp_path / "a run" / "report.html.new").exists()
-
-
-def test_measures_of_a_program():
-    assert measures("def f(x):\n    return x") == (1, 7, 1)
-    assert measures(PROGRAM)[::2] == (3, 5)
-    assert measures("def g(x):\n    return x")[::2] == (None, 1)
-    for broken in ("def f(", "\0", "(" * 3000, "-" * 100000 + "1"):
-        assert measures(broken) == (None, None, None)
 
 
 def test_text_of_the_model_cannot_leave_its_script_element(tmp_path):
@@ -237,16 +298,18 @@ def test_text_of_the_model_cannot_leave_its_script_element(tmp_path):
 
 def test_a_run_that_was_killed(tmp_path):
     run = make_run(tmp_path / "run", text="é")
-    for name in ("metrics", "samples", "tasks", "flags"):
-        path = run / f"{name}.jsonl"
-        path.write_bytes(path.read_bytes() + '{"step": 13, "é'.encode()[:-1])
-    assert data_of(write_page(run))["curves"]["step"][-1] == 12
+    for tail in ('{"step": 13, "é'.encode()[:-1], b"\0" * 100):  # after a kill; after a power cut
+        for name in ("metrics", "samples", "tasks", "flags"):
+            path = run / f"{name}.jsonl"
+            path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n" + tail)
+        assert data_of(write_page(run))["curves"]["step"][-1] == 12
 
 
 def test_odd_values_become_gaps(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "entropy": NaN, "loss": Infinity, "grad_norm": 1e-7}\n')
+        file.write('{"step": 13, "entropy": NaN, "loss": Infinity, "grad_norm": 1e-7, "truncated": "many",'
+                   ' "heldout/mean": 0.1, "heldout_stderr/mean": "wide"}\n' * 10)
     curves = data_of(write_page(run))["curves"]
     assert curves["entropy"][-1] is None and curves["loss"][-1] is None and curves["grad_norm"][-1] == 1e-7
 
@@ -257,18 +320,35 @@ def test_a_page_stays_small_and_says_so(tmp_path):
     for name in ("samples", "tasks"):
         part = data_of(page)[name]
         steps = sorted({row["step"] for row in part["rows"]})
-        assert len(part["rows"]) < part["total"] and len(json.dumps(part["rows"])) < ROOM[name] + 10_000
-        assert len(steps) == part["steps"] < part["all_steps"] and steps[-1] == 300
-        gaps = [b - a for a, b in zip(steps, steps[1:])]
-        assert max(gaps) - min(gaps) <= 1
+        assert len(part["rows"]) < part["total"] and ROOM / 2 < len(json.dumps(part["rows"])) <= ROOM
+        assert steps[-1] == 300 and len({b - a for a, b in zip(steps, steps[1:])}) == 1
+    shares = data_of(page)["rates"]
+    assert len(shares["step"]) <= 30 and shares["step"][0] == 1
+
+
+def damaged(name, line):
+    """A function that puts a line behind the first one of a run's log."""
+    def spoil(run):
+        path = run / f"{name}.jsonl"
+        first, _, rest = path.read_bytes().partition(b"\n")
+        path.write_bytes(first + b"\n" + line + b"\n" + rest)
+    return spoil
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda run: (run / "config.json").unlink(), "config.json"),
-    (lambda run: (run / "config.json").write_text('{"architectures": []}'), "no run's"),
-    (lambda run: (run / "config.json").write_text("[]"), "no run's"),
+    (lambda run: (run / "config.json").write_text('{"architectures": []}'), "not a run's"),
+    (lambda run: (run / "config.json").write_text("[]"), "not a run's"),
+    (lambda run: (run / "config.json").write_bytes(b"\0" * 50), "not a run's"),
+    (lambda run: (run / "config.json").write_text("[" * 100_000), "not a run's"),
     (lambda run: (run / "metrics.jsonl").unlink(), "--resume"),
-    (lambda run: (run / "samples.jsonl").write_text('{"step": 1\n{"step": 2}\n'), "line 1"),
+    (lambda run: (run / "metrics.jsonl").write_bytes(b"\0" * 500), "--resume"),
+    *((damaged(name, line), f"line 2 of .*{name}.jsonl")
+      for name in ("metrics", "samples", "tasks", "flags")
+      for line in (b"", b"garbage", b'{"step": 1', b"\0" * 40, b"\xff\xfe", b"[1]", b"null", b"3", b"{}",
+                   b'{"step": "1"}', b'{"step": null}', b"[" * 100_000)),
+    *((damaged(name, b'{"step": 1, "type": null, "role": 1}'), f"line 2 of .*{name}.jsonl")
+      for name in ("samples", "tasks", "flags")),
 ])
 def test_a_folder_that_is_no_run_gets_one_line_and_no_page(tmp_path, spoil, words):
     run = make_run(tmp_path / "run")
@@ -293,7 +373,8 @@ const open360 = (source) => new Promise(done => {
 });
 (async () => {
   let result;
-  try { result = await (async () => { SCENARIO })(); } catch (error) { result = {error: String(error.stack)}; }
+  try { result = await (async () => { SCENARIO })(); }
+  catch (error) { result = {error: String(error.stack)}; }
   document.documentElement.textContent = "RESULT" + encodeURIComponent(JSON.stringify(result)) + "END";
 })();
 </script></body>"""
@@ -301,7 +382,7 @@ const open360 = (source) => new Promise(done => {
 
 @pytest.fixture
 def browse(tmp_path):
-    """A function: JavaScript that may open pages 360 pixels wide and returns a value → (value, console messages)."""
+    """A function: JavaScript that may open pages 360 pixels wide → (its value, console messages)."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium on the PATH: the page is tested in a real browser only where there is one")
@@ -310,8 +391,9 @@ def browse(tmp_path):
         (tmp_path / "harness.html").write_text(HARNESS.replace("SCENARIO", scenario))
         done = subprocess.run(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
-             "--dump-dom", (tmp_path / "harness.html").as_uri()], capture_output=True, text=True, timeout=120)
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
+             "--enable-logging=stderr", "--dump-dom", (tmp_path / "harness.html").as_uri()],
+            capture_output=True, text=True, timeout=120)
         found = re.search(r"RESULT(.*?)END", done.stdout, re.S)
         assert found, done.stdout[-2000:] + done.stderr[-2000:]
         value = json.loads(urllib.parse.unquote(html.unescape(found[1])))
@@ -326,6 +408,7 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         "only step 0": make_run(tmp_path / "zero", steps=0, flags=False),
         "one step": make_run(tmp_path / "one", steps=1),
         "one type": make_run(tmp_path / "type", types=("deduction",)),
+        "fourth type": make_run(tmp_path / "fourth", types=(*TASK_TYPES, "repair")),
         "long": make_run(tmp_path / "long", steps=300),
         "hostile": make_run(tmp_path / "<script>document.title='owned'", text=HOSTILE),
         "wide": make_run(tmp_path / ("w" * 200), text="w" * 3000),
@@ -348,6 +431,9 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
         seen[name] = {closed, opened: root.scrollWidth, title: page.document.title,
           paths: [...page.document.querySelectorAll("figure svg path")].map(node => node.getAttribute("d")),
           titles: [...page.document.querySelectorAll("figure h3")].map(node => node.textContent),
+          lengths: [...page.document.querySelectorAll("figure")]
+            .filter(node => node.querySelector("h3").textContent === "Proposer response length")
+            .map(node => node.querySelector(".key").textContent).join(),
           alarms: page.document.querySelectorAll(".alarm").length,
           config: page.document.querySelectorAll("#config table").length,
           scripts: page.document.querySelectorAll("script, img").length,
@@ -357,32 +443,36 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
     assert console == []
     for name, page in seen.items():
         assert page["closed"] <= 360 and page["opened"] <= 360, name
-        assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end, and no script but its own
+        assert page["config"] == 2 and page["scripts"] == 2, name  # drawn to the end; no other script
         assert page["paths"] and not any(re.search("NaN|undefined", path) for path in page["paths"]), name
         assert page["alarms"] == (name == "long"), name
+    assert "repair 50" in seen["fourth type"]["lengths"] and "repair" not in seen["whole"]["lengths"]
     assert seen["only step 0"]["titles"][0] == seen["whole"]["titles"][0] == "Held-out accuracy"
     assert {"Solve rates of new tasks", "Learnable proposals", "Entropy", "Diversity", "Time by phase",
-            "Solver response length", "Complexity of accepted programs"} <= set(seen["whole"]["titles"])
+            "Solver response length", "Complexity of new programs"} <= set(seen["whole"]["titles"])
     assert HOSTILE[:-1] in seen["hostile"]["text"] and seen["hostile"]["title"] != "owned"
 
 
 def test_filters_sorting_search_and_keys(tmp_path, browse):
     run = make_run(tmp_path / "run")
-    source = write_page(run).as_uri() + "#role=solve&type=deduction&outcome=wrong&sort=solve_rate"
+    source = write_page(run).as_uri() + "#role=solve&type=deduction&verdict=wrong&sort=solve_rate"
     seen, console = browse("""
       const page = await open360(SOURCE), find = query => page.document.querySelector(query);
       const all = query => [...page.document.querySelectorAll(query)].map(node => node.textContent);
       const look = () => ({matching: find("#matching").textContent, samples: all("#samples summary"),
         rates: all("#tasks tbody tr:not([hidden]) td:nth-child(3)"), hash: page.location.hash,
         sorts: [...page.document.querySelectorAll("#tasks th")].map(node => node.getAttribute("aria-sort"))});
-      const set = (id, value, event) => { find(id).value = value; find(id).dispatchEvent(new page.Event(event)); };
-      const linked = look(), chosen = ["role", "type", "outcome"].map(name => find("#filter-" + name).value);
+      const set = (id, value, event) => {
+        find(id).value = value;
+        find(id).dispatchEvent(new page.Event(event));
+      };
+      const linked = look(), chosen = ["role", "type", "verdict"].map(name => find("#filter-" + name).value);
       find("#tasks th:nth-child(3) button").click();
       const descending = look();
       find("#tasks th:nth-child(2) button").click();
       const types = all("#tasks tbody tr:not([hidden]) td:nth-child(2)");
       set("#filter-type", "", "change");
-      set("#filter-outcome", "", "change");
+      set("#filter-verdict", "", "change");
       const roles = look();
       set("#filter-role", "", "change");
       set("#filter-q", "THOUGHT 7", "input");
@@ -392,7 +482,7 @@ def test_filters_sorting_search_and_keys(tmp_path, browse):
       find("figure svg").dispatchEvent(new page.KeyboardEvent("keydown", {key: "Home"}));
       const key = find("figure .key").textContent;
       const labels = [...page.document.querySelectorAll("select, input")].every(node => node.labels.length);
-      page.location.hash = "#outcome=none-such&q=thought+9";
+      page.location.hash = "#verdict=none-such&q=thought+9";
       await new Promise(done => setTimeout(done, 50));
       const followed = look();
       return {linked, chosen, descending, types, roles, searched, opened, key, labels, followed};
@@ -408,7 +498,7 @@ def test_filters_sorting_search_and_keys(tmp_path, browse):
     assert seen["linked"]["sorts"][2] == "ascending" and seen["descending"]["sorts"][2] == "descending"
     tried = [float(rate) for rate in seen["descending"]["rates"] if rate != "–"]
     assert tried == sorted(tried, reverse=True) and seen["descending"]["rates"][36:] == ["–"] * 3
-    assert "sort=-solve_rate" in seen["descending"]["hash"] and "outcome=wrong" in seen["descending"]["hash"]
+    assert "sort=-solve_rate" in seen["descending"]["hash"] and "verdict=wrong" in seen["descending"]["hash"]
     assert seen["types"] == ["deduction"] * 13 + ["abduction"] * 13 + ["induction"] * 13
     assert seen["roles"]["matching"] == "36 of 72 match." and "role=solve" in seen["roles"]["hash"]
     assert seen["searched"]["matching"] == "6 of 72 match." and "q=THOUGHT+7" in seen["searched"]["hash"]
