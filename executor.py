@@ -490,10 +490,13 @@ class _Zygote:
         spans = []
         self.attempt(lambda: spans.extend(self.mapped()))
         memory += sum(size for _, size, _ in spans)   # the limit comes on top of what is in use
-        # The vDSO, the kernel's code in this process, tells the time without a system call from data in vvar.
-        # Without them (zeros; private, fixed, anonymous) it makes the call, which runs may not.
-        clock = [self.call("mmap", start, size, 1, 0x32, -1, 0)
-                 for start, size, name in spans if "[vvar" in name and not _CLOCKS & ALLOWED]
+        clock = []
+        if not _CLOCKS & ALLOWED:
+            # The vDSO, the kernel's code in this process, tells the time without a system call from data in
+            # vvar. Without them (zeros; private, fixed, anonymous) it makes the call, which runs may not.
+            clock = [self.call("mmap", start, size, 1, 0x32, -1, 0)
+                     for start, size, name in spans if "[vvar" in name]
+            self.call("prctl", 26, 2)                 # PR_SET_TSC: the processor's own clock (x86)
         if os.geteuid() == 0:
             for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
                 self.attempt(step, value)
@@ -606,7 +609,6 @@ class _Zygote:
             self.call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != self.pid:              # too late for that
                 os._exit(1)
-        self.call("prctl", 26, 2)              # PR_SET_TSC: the processor's clock (x86)
         if self.filter and not self.call("prctl", 22, 2, self.filter):            # PR_SET_SECCOMP
             os._exit(1)
 

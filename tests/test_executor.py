@@ -1067,6 +1067,13 @@ def test_no_clock_no_pid_no_entropy(bare, box, expression):
     assert {run.output for run in bare.run(jobs)} | outputs == outputs and len(outputs) == 1
 
 
+def test_those_who_may_have_the_clock_have_it():
+    with Executor(workers=1, allow=("time", "datetime")) as executor:
+        runs = executor.run([("import time\ndef f(): return time.time() > 1e9 and time.perf_counter() > 0", ""),
+                             ("import datetime\ndef f(): return datetime.datetime.now().year > 2000", "")])
+        assert [run.output for run in runs] == ["True", "True"], runs
+
+
 @pytest.mark.parametrize("route", [
     "import collections\ndef f(): return collections._sys.modules['time'].time() > 1e9",
     "import contextlib\ndef f(): return contextlib.os.getpid() > 0",
