@@ -128,8 +128,8 @@ def parse_literal(text, limit=None):
 def literal(value, limit=None):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has one text.
     Dicts keep their order, sets are sorted; Counter, OrderedDict and defaultdict are written as the dict that
-    they equal. Raises ValueError, with one line, for a value that does not come back equal (nan, any other class),
-    is over `limit` characters or over MAX_DEPTH deep.
+    they equal. Raises ValueError, with one line, for a value that does not come back equal (nan, any other
+    class), is over `limit` characters or over MAX_DEPTH deep.
     """
     limit = MAX_TEXT if limit is None else limit
     text = _write(value, 0, [limit], True)
@@ -407,7 +407,7 @@ class _Worker:
         """What its walls do not keep, once it has started."""
         if self.promises is None:
             self.promises = self.process.stdout.readline()
-        if not self.promises: 
+        if not self.promises:
             raise RuntimeError("a sandbox worker did not start")
         return json.loads(self.promises)
 
@@ -500,9 +500,9 @@ class _Zygote:
         if os.geteuid() == 0:
             for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
                 self.attempt(step, value)
-        self.call("prctl", 38, 1, 0, 0, 0)              # PR_SET_NO_NEW_PRIVS
-        self.call("prctl", 4, 0)        # PR_SET_DUMPABLE: no ptrace
-        self.call("prctl", 1, signal.SIGKILL)           # PR_SET_PDEATHSIG: not without the parent
+        self.call("prctl", 38, 1, 0, 0, 0)            # PR_SET_NO_NEW_PRIVS
+        self.call("prctl", 4, 0)                      # PR_SET_DUMPABLE: no ptrace
+        self.call("prctl", 1, signal.SIGKILL)         # PR_SET_PDEATHSIG: not without the parent
         if "seccomp" in self.layers:
             self.make_filter()
             self.filter = self.filter if self.survives() else None
