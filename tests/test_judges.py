@@ -1,0 +1,507 @@
+"""Public benchmarks: every published format with invented tasks, and the verdicts on answers to them."""
+
+import base64
+import json
+import os
+import pickle
+import re
+import zlib
+
+import pytest
+
+import judges
+from executor import Executor
+from judges import code
+from judges import math as mathematics
+from tasks import UsageError
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def fence(code, tag="python"):
+    return f"Let me see.\n```{tag}\n{code}\n```\n"
+
+
+def load(name, data):
+    problems, missing = judges.load_benchmarks([name], data)
+    assert not missing, missing
+    return problems[name]
+
+
+def correct(problems, responses, executor):
+    return [verdict["correct"] for verdict in judges.judge(problems, list(responses), executor)]
+
+
+# --- invented tasks in the published formats ---------------------------------------------------------
+
+HALF = 'def half(x: float) -> float:\n    """ Half of x. """\n'
+HELPED = ("import math\n\n\ndef ceil2(x):\n    return 2 * math.ceil(x)\n\n\n"
+          "def lift(x):\n    'Two ceilings.'\n")
+RELEASE = [
+    {"task_id": "HumanEval/900", "prompt": HALF, "entry_point": "half", "contract": "", "atol": 0,
+     "canonical_solution": "    return x / 2\n", "base_input": [[1.0], [3]],
+     "plus_input": [[0.1], [float("inf")], [-7]]},
+    {"task_id": "HumanEval/901", "prompt": HELPED, "entry_point": "lift", "contract": "", "atol": 0,
+     "canonical_solution": "    print('lifting', x)\n    return ceil2(x)\n", "base_input": [[1.5]],
+     "plus_input": [[i / 7] for i in range(250)]},
+    {"task_id": "HumanEval/902", "prompt": "def big(n):\n    ''' Many things. '''\n", "entry_point": "big",
+     "contract": "", "atol": 0, "canonical_solution": "    return list(range(n)) + ['ü' * n, 7 ** n]\n",
+     "base_input": [[2]], "plus_input": [[30000], [5], [20000], [1]]},
+]
+
+
+def mbpp(number, name, code, base, plus, atol=0):
+    return {"task_id": f"Mbpp/{number}", "prompt": f'"""\nWrite {name}.\nassert 1\n"""\n', "contract": "",
+            "entry_point": name, "canonical_solution": code, "base_input": [base], "plus_input": [plus],
+            "assertion": "", "atol": atol}
+
+
+MBPP = [mbpp(106, "behind", "\ndef behind(items, front):\n    return front + tuple(items)\n",
+             [[1], [2, 3]], [[], []]),  # a list and a tuple
+        mbpp(579, "find_dissimilar", "\ndef find_dissimilar(a, b):\n    return tuple(set(a) ^ set(b))\n",
+             [[1, 2], [2, 3]], [["x"], []]),  # two tuples
+        mbpp(252, "length", "\nimport cmath\ndef length(z):\n    return cmath.polar(z)[0]\n",
+             ["(3+4j)"], ["1j"], 0.0001)]  # a complex number
+HUB_TEST = """\
+import numpy as np
+
+def is_floats(x) -> bool:
+    return isinstance(x, float)
+
+def assertion(out, exp, atol):
+    assert out == exp
+
+def check(candidate):
+    inputs = [[[1, 2], 'in\\'f'], [[], 'a\\nb'], [[inf], '']]
+    results = [(2, "in'f"), (0, 'a\\nb'), (1, '')]
+    for i, (inp, exp) in enumerate(zip(inputs, results)):
+        assertion(candidate(*inp), exp, 0)
+"""
+HUB = [{"task_id": "HumanEval/903", "prompt": "def pair(items, text):\n    ''' Length and text. '''\n",
+        "canonical_solution": "    return len(items), text\n", "entry_point": "pair", "test": HUB_TEST}]
+HUB.append(HUB[0] | {  # a value too long to be carried around whole
+    "task_id": "HumanEval/906", "test": HUB_TEST.replace("'in\\'f'", repr("y" * 99_000))})
+HUB_MBPP = [{"task_id": 904, "code": "def add(a, b):\n    return a + b", "prompt": "Write a function to add.",
+             "test_imports": ["import math"], "test_list": ["assert add(1, math.floor(2.5)) == 3"],
+             "test": "import numpy as np\n\ndef assertion(out, exp, atol):\n    pass\n\n"
+                     "inputs = [[1, 2], [0.1, 0.2]]\nresults = [3, 0.3]\nfor i, (inp, exp) in "
+                     "enumerate(zip(inputs, results)):\n    assertion(add(*inp), exp, 0)\n"}]
+ORIGINAL = [{"task_id": "HumanEval/905", "prompt": "def up(s):\n    ''' Upper. '''\n", "entry_point": "up",
+             "canonical_solution": "    return s.upper()\n",
+             "test": "\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate('ab') == 'AB'\n"}]
+CRUX = [{"id": "sample_0", "code": "def f(s, n):\n    return s * n", "input": "'ab', 2", "output": "'abab'"},
+        {"id": "sample_1", "code": "def f(x):\n    return {v: None for v in x}", "input": "[True, 2]",
+         "output": "{True: None, 2: None}"}]
+EXECUTION = [{"question_id": 1, "id": "sample_7", "function_name": "countIt", "problem_id": 3, "numsteps": 4,
+              "code": "def countIt(xs: List[int], k: int) -> int:\n    return xs.count(k)",
+              "input": "countIt(xs = [1, 2, (1)], k = 1)", "output": "2"}]
+
+
+def private(tests):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+def cases(*pairs, kind):
+    return [{"input": i, "output": o, "testtype": kind} for i, o in pairs]
+
+
+CONTEST = [
+    {"question_id": "abc_a", "question_content": "Print the sum.", "starter_code": "", "metadata": "{}",
+     "public_test_cases": json.dumps(cases(("2\n1 2\n", "3\n"), kind="stdin")),
+     "private_test_cases": private(cases(("1\n0.5\n", "0.50"), ("0\n\n", "0"), kind="stdin"))},
+    {"question_id": "77", "question_content": "Twice.", "metadata": json.dumps({"func_name": "twice"}),
+     "starter_code": "class Solution:\n    def twice(self, xs: List[int], k: int) -> List[int]:\n        ",
+     "public_test_cases": json.dumps(cases(("[1, 2]\n2", "[2, 4]"), kind="functional")),
+     "private_test_cases": private(cases(("[]\n1", "[]"), ("[3]\n0", "[0]"), kind="functional"))}]
+MATHS = {
+    "MATH-500/test.jsonl": ("MATH500", [{"problem": "?", "solution": "", "answer": "\\frac{1}{2}",
+                                         "level": 1, "unique_id": "test/algebra/1.json"}]),
+    "aime_2024.jsonl": ("AIME24", [{"id": 60, "problem": "?", "answer": "025"}]),
+    "amc23.jsonl": ("AMC23", [{"id": 3, "question": "?", "answer": 27.0, "url": ""}]),
+    "minerva_math/test.jsonl": ("Minerva", [{"problem": "?", "solution": "\\boxed{4.5e33} erg", "idx": 5}]),
+    "olympiadbench.jsonl": ("OlympiadBench", [{"id": 9, "question": "?", "context": "Let.", "unit": None,
+                                               "final_answer": ["$(1,2),(3,4)$"]}]),
+}
+
+
+# --- code --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,file,rows", [
+    ("HumanEval+", "HumanEvalPlus.jsonl", RELEASE), ("HumanEval+", "humanevalplus/data/test.jsonl", HUB),
+    ("HumanEval+", "openai_humaneval.jsonl", ORIGINAL), ("MBPP+", "MbppPlus.jsonl", MBPP),
+    ("MBPP+", "mbppplus.jsonl", HUB_MBPP)])
+def test_own_solutions_pass_and_broken_ones_fail(name, file, rows, tmp_path, executor):
+    write(tmp_path / file, rows)
+    problems = load(name, tmp_path)
+    good = [row.get("code") or row["prompt"] + row["canonical_solution"] for row in rows]
+    broken = [code + f"\n\nold = {problem.name}\ndef {problem.name}(*a):\n    return [old(*a)]"
+              for code, problem in zip(good, problems)]
+    assert correct(problems, map(fence, good), executor) == [True] * len(rows)
+    assert correct(problems, map(fence, broken), executor) == [False] * len(rows)
+    bodies = [fence(row["canonical_solution"]) for row in rows if "canonical_solution" in row]
+    assert not bodies or all(correct(problems, bodies, executor))
+    assert problems[0].key == (rows[0]["task_id"] if isinstance(rows[0]["task_id"], str) else "Mbpp/904")
+    assert all(problem.name in problem.question for problem in problems)
+
+
+def test_base_tests_alone_are_not_enough(tmp_path):
+    write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
+    problems = load("HumanEval+", tmp_path)
+    answers = [HALF + "    return x / 2", HALF + "    return max(x, 0) / 2", HALF + "    return x / 2 + 1e-9",
+               HALF + "    return x / 2 + 1e-3", HALF + "    return str(x / 2)", HALF + "    return",
+               HALF + "    import os\n    return os.getpid()", HALF + "    while True: pass"]
+    with Executor(2, timeout=1.0) as executor:
+        verdicts = judges.judge(problems * len(answers), list(map(fence, answers)), executor)
+    assert [(v["base"], v["correct"]) for v in verdicts] == [
+        (True, True), (True, False), (True, True), *[(False, False)] * 5]
+    # the original tests compare with 5: a value, and no tolerance where the row itself says there is none
+    strict = RELEASE[0] | {"test": "def check(f):\n    assert f([]) == (0, 5)\n"}
+    write(tmp_path / "strict" / "HumanEvalPlus.jsonl", [strict])
+    with Executor(1) as executor:
+        (verdict,) = judges.judge(load("HumanEval+", tmp_path / "strict"),
+                                  [fence(HALF + "    return x / 2 + 1")], executor)
+    assert not verdict["base"] and not verdict["correct"]
+    malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2",
+                 "</think><answer></answer>"]
+    with Executor(1) as executor:
+        verdicts = judges.judge(problems * len(malformed), malformed, executor)
+    for verdict in verdicts:
+        assert verdict == {"base": False, "correct": False, "well_formed": False}
+
+
+def test_programs_cannot_pass_by_cheating(tmp_path, executor):
+    write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
+    problems = load("HumanEval+", tmp_path)
+    cheats = ["class Yes:\n    def __eq__(self, other): return True\ndef half(x):\n    return Yes()",
+              "raise SystemExit(0)\ndef half(x): pass",
+              "def half(x):\n    return x / 2\nprint('a' * 10 ** 7)\n1 / 0",
+              "def half(x):\n    return {'0': float('nan')}"]
+    assert not any(correct(problems * len(cheats), map(fence, cheats), executor))
+
+
+ANYTHING = """
+class Anything:
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0.0
+    def __abs__(self): return 0.0
+    def __bool__(self): return True
+"""
+
+
+@pytest.mark.parametrize("name,file,row", [("HumanEval+", "humaneval.jsonl", ORIGINAL[0]),
+                                           ("MBPP+", "mbppplus.jsonl", HUB_MBPP[0])])
+def test_values_are_compared_outside_of_the_answers_process(name, file, row, tmp_path, executor):
+    write(tmp_path / file, [row])
+    problems = load(name, tmp_path)
+    define = f"{ANYTHING}\ndef {problems[0].name}(*a): "
+    forged = [define + "return Anything()", define + "raise SystemExit(0)",
+              define + "import builtins; builtins.all = lambda *a: True; return 1"]
+    verdicts = judges.judge(problems * 3, list(map(fence, forged)), executor)
+    assert not any(verdict["correct"] or verdict["base"] for verdict in verdicts)
+
+
+def test_asserts_become_calls_whatever_their_form(tmp_path, executor):
+    tests = """
+def check(candidate):
+    assert candidate(2.0) == 1.0, "halves"
+    assert abs(candidate(1.0) - 0.5) < 1e-6
+    for x in range(2, 5):
+        assert candidate(x) == x / 2
+    assert not candidate(0), half(0)
+"""
+    write(tmp_path / "humaneval.jsonl", [{"task_id": "HumanEval/907", "prompt": HALF, "entry_point": "half",
+                                          "canonical_solution": "    return x / 2\n", "test": tests}])
+    problems = load("HumanEval+", tmp_path)
+    answers = [HALF + f"    return {value}" for value in
+               ("x / 2", "x * 0.5 + 1e-8", "x / 2 if x < 4 else 7", "x / 2 or 1", "str(x / 2)")]
+    assert correct(problems * 5, map(fence, answers), executor) == [True, True, False, False, False]
+
+
+def test_windows_line_ends(tmp_path, executor):
+    write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
+    answer = fence(HALF + "    return x / 2").replace("\n", "\r\n")
+    assert correct(load("HumanEval+", tmp_path), [answer], executor) == [True]
+
+
+def test_values_that_are_not_literals_agree_only_with_their_like(executor):
+    program = ("import fractions, collections, enum\nclass E(enum.IntEnum):\n    A = 3\n"
+               "def g(x):\n    return [fractions.Fraction(1, 3), frozenset([x]), float('nan'), 4,"
+               " collections.Counter('aa'), E.A, 10 ** 5000 + x, collections.namedtuple('P', 'a')(x)][x]")
+    outputs, again = code.run_programs(executor, [(program, "g", [f"[{i}]" for i in range(8)], 10 ** 6)] * 2)
+    assert outputs == again and outputs[6][0] == "\0int" and outputs[:6] + outputs[7:] == [
+        ("\0Fraction", "1/3"), {1}, ("\0nan",), 4, {"a": 2}, 3, (7,)]
+
+
+def test_one_slow_call_does_not_fail_the_others():
+    program = "def g(x):\n    for i in range(1 if x % 40 else 2_000_000):\n        x += i - i\n    return x"
+    with Executor(1, timeout=0.6) as quick:
+        outputs = code.run_programs(quick, [(program, "g", [f"[{i}]" for i in range(400)], 99),
+                                         ("def g(x):\n    while x == 7: pass", "g", ["[6]", "[7]"], 99)])
+    assert outputs == [list(range(400)), None]
+
+
+@pytest.mark.parametrize("name,output,expected,arguments,right", [
+    ("find_zero", 2.00001, None, "[[-4, 0, 1]]", True), ("find_zero", 2.1, None, "[[-4, 0, 1]]", False),
+    ("find_char_long", ["b", "a"], ["a", "b"], "", True), ("Diff", [1], [2], "", False),
+    ("check_str", ("\0Match", ""), True, "", True), ("check_str", None, True, "", False),
+    ("surface_Area", 35, 0, "[3, 4]", True), ("surface_Area", 34, 0, "[3, 4]", False),
+    ("digit_distance_nums", 17, 0, "[192, 9]", True), ("digit_distance_nums", 8, 0, "[19, 92]", False),
+    ("check_str", [], True, "", True), ("sum_div", 0, 3, "[4]", True),
+    ("are_equivalent", True, False, "[36, 57]", False)])
+def test_tasks_with_more_than_one_answer(name, output, expected, arguments, right):
+    assert code.ORACLES[name](output, expected, arguments, atol=1e-3) == right
+
+
+@pytest.mark.parametrize("output,expected,atol,right", [
+    ([1.0, 2.0000001], [1.0, 2.0], 0, True), ([1, 2], [1, 3], 0, False), (1, True, 0, True),
+    (False, True, 100.0, False), ((1.0,), [1.0000001], 0, False),
+    ([[1.0], [2.00001]], [[1.0], [2.0]], 1e-4, True)])
+def test_tolerance(output, expected, atol, right):
+    assert code.close(output, expected, "", atol) == right
+
+
+def test_contests_with_functions(tmp_path, executor):
+    write(tmp_path / "code_generation_lite" / "test5.jsonl", CONTEST)
+    problem = load("LCB-Generation", tmp_path)[1]
+    head = "class Solution:\n    def twice(self, xs: List[int], k: int) -> List[int]:\n        "
+    answers = [head + "return [pow(x * k, 1, 99) for x in xs]", head + "return tuple(x * k for x in xs)",
+               "def twice(xs, k):\n    return [gcd(0, x * k) for x in xs]",
+               head + "return [x * 2 for x in xs]"]
+    verdicts = judges.judge([problem] * 4, list(map(fence, answers)), executor)
+    assert [(v["base"], v["correct"]) for v in verdicts] == [(True, True)] * 3 + [(True, False)]
+
+
+def test_contests_with_standard_input(tmp_path):
+    write(tmp_path / "livecodebench.jsonl", CONTEST)
+    problem = load("LCB-Generation", tmp_path)[0]
+    good = ["input()\nprint(sum(map(float, input().split())))",
+            "import sys\nprint(sum(map(float, sys.stdin.read().split()[1:])))",
+            "import sys\nfor i, line in enumerate(sys.stdin):\n"
+            "    if i: print(sum(map(float, line.split())))",
+            "import sys\ndef main():\n    data = sys.stdin.buffer.read().split()\n"
+            "    print(sum(map(float, data[1:])))\n    sys.exit()\nif __name__ == '__main__':\n    main()",
+            "import threading\ndef main():\n    n = input()\n    print(sum(map(float, input().split())))\n"
+            "t = threading.Thread(target=main)\nt.start()\nt.join()"]
+    bad = ["print(3)", "print(sum(map(float, input().split())))", "import os\nos.system('echo 3')",
+           "raise SystemExit"]
+    with judges.sandbox(2) as executor:
+        assert correct([problem] * 5, map(fence, good), executor) == [True] * 5
+        assert not any(correct([problem] * 4, map(fence, bad), executor))
+
+
+def test_benchmarks_may_use_more_modules():
+    program = ("import hashlib, random, datetime, os, sys, time\ndef g():\n    random.seed(1)\n"
+               "    return hashlib.md5(b'a').hexdigest()[:4], sys.maxsize > 1, datetime.date(20, 1, 1).year")
+    hostile = "import os\ndef g():\n    return os.listdir('/')"
+    with judges.sandbox(1) as executor:
+        outputs = code.run_programs(executor, [(program, "g", ["[]"], 99), (hostile, "g", ["[]"], 99)])
+    assert outputs == [[("0cc1", True, 20)], None]
+
+
+def test_private_tests_are_read_without_running_them():
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("echo broken",)
+    pack = lambda value: base64.b64encode(zlib.compress(pickle.dumps(value))).decode()  # noqa: E731
+    assert code.unpack('[{"input": "1"}]') == '[{"input": "1"}]' and code.unpack(pack("[1]")) == "[1]"
+    for value in (Evil(), [1], {"a": Evil()}):
+        with pytest.raises(ValueError):
+            code.unpack(pack(value))
+
+
+# --- input and output --------------------------------------------------------------------------------
+
+def test_input_and_output(tmp_path, executor):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    write(tmp_path / "cruxeval.jsonl", CRUX)
+    (tmp_path / "execution-v2").mkdir()
+    pyarrow.write_table(pa.Table.from_pylist(EXECUTION), tmp_path / "execution-v2" / "test-00000.parquet")
+    problems = {name: load(name, tmp_path) for name in ("CRUXEval-I", "CRUXEval-O", "LCB-Execution")}
+    assert [p.key for p in problems["CRUXEval-I"]] == ["sample_0", "sample_1"] and \
+        problems["LCB-Execution"][0].key == "sample_7"
+    assert "'ab', 2" not in problems["CRUXEval-I"][0].question
+    assert "'abab'" not in problems["CRUXEval-O"][0].question
+    assert "f = countIt" in problems["LCB-Execution"][0].question
+    assert "xs = [1, 2, (1)], k = 1" in problems["LCB-Execution"][0].question
+
+    def verdicts(name, place, answers):
+        return correct([problems[name][place]] * len(answers), answers, executor)
+    inputs = ["'ab', 2", "f('ab', 2)", "[ANSWER]f('ab', 2)[/ANSWER]",
+              "assert f('abab', 1) == 'abab'", "2, 'ab'", "`'ab', n=2`", "'ab'"]
+    assert verdicts("CRUXEval-I", 0, inputs) == [True] * 6 + [False]
+    outputs = ["'abab'", '"abab"', "f('ab', 2) == 'abab'", fence("'abab'", "output"),
+               "[ANSWER]'abab'[/ANSWER]", "[ANSWER]f('ab', 2) == 'abab'[/ANSWER]",
+               "so</think> <answer>'abab'</answer>", "'ab' * 2",
+               "abab", "It is\n'abab'", ""]
+    assert verdicts("CRUXEval-O", 0, outputs) == [True] * 7 + [False] * 4
+    assert verdicts("CRUXEval-O", 1, ["{True: None, 2: None}", "{1: None, 2: None}"]) == [True, False]
+    assert verdicts("LCB-Execution", 0, ["2", "3"]) == [True, False]
+
+
+# --- mathematics -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gold,right,wrong", [
+    (r"\frac{1}{2}", [r"\dfrac12", "0.5", "1/2", r"\tfrac{2}{4}", "x = 1/2", ".5"],
+     ["0.51", r"\frac{2}{1}", "12"]),
+    ("13535", ["13,535", "13{,}535", r"13\,535", "13535.0", r"\$13535", "13535."],
+     ["1353", "13,536", "13,5,35"]),
+    (r"90^\circ", ["90", r"90^{\circ}", r"90 \text{ degrees}", "90°"], ["91", r"\frac{\pi}{2}", r"9^\circ"]),
+    (r"15\%", ["15", "15%", "0.15"], ["1.5", "16\\%", "0.16"]),
+    (r"10\text{ cm}^2", ["10", r"10 \mathrm{cm}^{2}", "10.0"], [r"10\text{ cm}", r"10\text{ m}^2", "100"]),
+    ("(3,1)", [r"\left( 3, 1 \right)", r"(3, \frac22)"], ["(1,3)", "(5,2)", "3", "(3,1,0)", r"\{3,1\}"]),
+    ("[0,1)", [r"\left[0,1\right)", r"x \in [0, 1)"], ["[0,1]", "(0,1)", "(0,1]", "[0,2)"]),
+    (r"(-\infty,2)\cup(3,\infty)", [r"(3, \infty) \cup (-\infty, 2)"],
+     [r"(-\infty,2]\cup(3,\infty)", r"(3,\infty)"]),
+    ("1,-2", ["-2, 1", r"x=1 \text{ or } x=-2", r"\{1, -2\}"], ["1", "1,2", "1,-2,3", "(1,-2)"]),
+    (r"1 \pm \sqrt{19}", [r"1-\sqrt{19}, 1+\sqrt{19}"], [r"1+\sqrt{19}", r"1 \pm \sqrt{18}"]),
+    ("x=5", ["5", "x = 5"], ["y=5", "x=6"]),
+    (r"\text{Evelyn}", ["Evelyn", r"\text{evelyn}", r"\textbf{Evelyn}."], ["Evelny", "E", "42"]),
+    (r"\text{(C)}", ["C", "(C)"], ["B", r"\text{(D)}"]),
+    ("52_8", ["52_{8}"], ["52", "52_7", "53_8"]),
+    ("6 - 5i", ["-5i+6"], ["6+5i", "6-5"]),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", [r"\begin{pmatrix}-\frac13\\\frac23\end{pmatrix}"],
+     [r"\begin{pmatrix} -1/3 \\ 1/3 \end{pmatrix}", r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}"]),
+    ("p - q", ["-q + p"], ["q - p", "p"]),
+    (r"3\sqrt{13}", [r"\sqrt{117}"], [r"3\sqrt{12}", "10.8"]),
+    (r"\frac{3}{56}", [r"\dfrac{3}{56}", r"\frac 3{56}", "3/56"], [r"\frac{35}{6}", r"\frac{35}6"]),
+    (r"\sqrt{15}", [r"\sqrt {15}", "sqrt(15)"], [r"\sqrt{1}5", r"\sqrt{5}"]),
+    (r"2^{1009}", ["2^{1009 }"], [r"2^{100}9", r"2^{10}09"]),
+    ("11/2", ["5.5"], ["1 1/2", "1"]),
+    (r"1+\sqrt{3}i", [r"1+i\sqrt{3}"], [r"1+\sqrt{3i}"]),
+    (r"\frac{d x}{d t}=k x-a", [r"\frac{dx}{dt} = kx - a"],
+     [r"2\frac{d x}{d t}=k x-a", r"\frac{d y}{d t}=k x-a", "0=kx-a"]),
+    ("(1,8,19), (2,7,13)", ["(2,7,13),(1,8,19)"], ["(1,8,19)", "(8,1,19),(2,7,13)"]),
+    ("(4,2,3,2)", [r"\left(4, 2, 3, 2\right)"], ["(4,2,4,2)", "(4,2,3)"]),
+    (".35625", ["$.35625$", "0.35625", r"\approx .35625", r"\frac{57}{160}"], ["35625", "0.3562"]),
+    # thousands, spaces and other spellings
+    (r"11,\! 111,\! 111,\! 100", ["11111111100", "11,111,111,100", "11{,}111{,}111{,}100"],
+     ["11111111101", "11,111"]),
+    (r"\{1\pm\sqrt{5},-2\}", [r"-2, 1+\sqrt5, 1-\sqrt5", r"1\pm\sqrt{5},-2", r"\{-2,1-\sqrt{5},1+\sqrt{5}\}"],
+     [r"1\pm\sqrt5", r"1+\sqrt5,-2"]),
+    (r"\frac{20,000}{\pi}", [r"\frac{20000}{\pi}", r"\frac{20{,}000}{\pi}"], [r"\frac{20}{\pi}"]),
+    ("np.arcsin(10/13)", [r"\arcsin(10/13)", r"\arcsin\frac{10}{13}", r"\sin^{-1}(10/13)"],
+     [r"\arcsin(10/14)", r"\arccos(10/13)"]),
+    ("-1./3", [r"-\frac13", "-1/3"], ["1/3", "-3", "-13"]),
+    ("-3./2", ["-3/2", "-1.5"], ["3/2", "-32"]),
+    # units
+    (r"864 \text{ square inches}", ["864", r"864 \text{ in}^2", r"864\text{ inches}^2", r"864 \text{ sq in}"],
+     [r"864 \text{ inches}", r"864\text{ square feet}", "865"]),
+    (r"3 \text{ atoms}/\mathrm{m}^2", ["3", r"3 \text{ atoms/m}^2", r"3\ \mathrm{atoms}/\mathrm{m}^2"],
+     [r"3 \text{ atoms}/\mathrm{m}^3"]),
+    (r"\$36", ["36", r"36 \text{ dollars}", r"\$36.00"], [r"36 \text{ cents}", r"36\%", "37"]),
+    (r"36\%", ["36", "0.36"], [r"\$36", r"36\text{ cents}"]),
+    # one formula, written in other ways
+    (r"-2 + 2i\sqrt{3}", [r"2i\sqrt3-2", r"-2+2\sqrt3 i", r"-2+2\sqrt{3}\mathrm{i}"], [r"-2-2i\sqrt3"]),
+    (r"\frac{c}{\sqrt2}", [r"\frac{\sqrt2}{2}c", r"c/\sqrt{2}"], [r"\frac{c}{2}"]),
+    (r"\frac{37m}{4}", [r"\frac{37}{4}m", "9.25m", "37m/4"], [r"\frac{37}{4}", r"\frac{73m}{4}"]),
+    (r"y^{\prime}+ry=0", ["y'+ry=0", r"\approx y'+ry=0", "y' + r y = 0"], ["y+ry=0"]),
+    (r"y^{\prime}", ["y'"], ["y", "y''"]),
+    ("MR", [r"\text{MR}", r"\mathrm{MR}"], ["MC"]), (r"\text{MR}", ["MR"], ["MC"]),
+    (r"c^{2}(\gamma^{2}-1)", [r"c^2(-1+\gamma^2)"], [r"c^{2}(\gamma^{2}-2)"]),
+    # one answer, and no more than one
+    ("3", ["x = 3", r"\approx 3", r"x \approx 3", "3.0"],
+     ["4 = 3", r"3 \approx 4", "3,4", "3 or 4", "33", "-3"]),
+    (r"\frac13", [r"x = \frac13 \approx 0.33"], [r"\frac13 \approx 0.34"]),
+    ("0", ["0.0"], [r"0 \text{ but maybe } 4", "4"]),
+    (r"\infty", [r"+\infty"], [r"\infty \quad 4", r"-\infty"]),
+])
+def test_equal_and_nearly_equal(gold, right, wrong):
+    answers = [gold, *right, *wrong]
+    verdicts = mathematics.compare([(gold, answer, False) for answer in answers])
+    assert [answer for answer, same in zip(answers, verdicts) if same] == [gold, *right]
+
+
+@pytest.mark.parametrize("gold,answer,rough,right", [
+    ("4.5e33", r"4.5 \times 10^{33}", True, True),
+    ("4.5e33", r"\approx 4.5 \times 10^{33}\text{ erg}", True, True),
+    ("1.6", "1.60001", True, True),
+    ("4.5e33", "4.5e32", True, False), ("1.6", "1.61", True, False),
+    ("303.03", "303.04", True, False), ("1.6", "1.60001", False, False)])
+def test_rounding_counts_only_where_it_is_asked_for(gold, answer, rough, right):
+    assert mathematics.same_math(gold, answer, rough) is right
+
+
+def test_mathematics_that_hangs_is_wrong_and_does_not_stay():
+    bombs = ["9^{9^{9^{9}}}", "\\boxed{" * 300, "x" * 900, "(" * 900, "1," * 450, r"\text{" * 150]
+    verdicts = mathematics.compare([("7", answer, False) for answer in [*bombs, "7"]])
+    assert verdicts == [False] * len(bombs) + [True]
+
+
+def test_mathematical_formats(tmp_path, executor):
+    expected = {"MATH500": ("test/algebra/1.json", r"\boxed{\dfrac{1}{2}}"),
+                "AIME24": ("60", "so\n\\boxed{25}"),
+                "AMC23": ("3", "<answer>27</answer>"), "Minerva": ("5", "Thus the answer is $4.5e33$."),
+                "OlympiadBench": ("9", r"First \boxed{5}. No: \boxed{(3,4), (1,2)}")}
+    for file, (name, rows) in MATHS.items():
+        write(tmp_path / file, rows)
+        problem, = load(name, tmp_path)
+        key, right = expected[name]
+        assert problem.key == key and problem.question.endswith("\\boxed{}.")
+        verdicts = judges.judge([problem] * 4, [right, r"\boxed {26}", "I give up\nnow", ""], executor)
+        assert [v["correct"] for v in verdicts] == [True, False, False, False]
+        assert [v["well_formed"] for v in verdicts] == [True, True, False, False]
+
+
+def test_boxes():
+    assert mathematics.boxed(r"\boxed{1} and \boxed{\frac{1}{2}} .") == r"\frac{1}{2}"
+    assert mathematics.boxed(r"\boxed{1") is None
+    assert mathematics.boxed(r"\boxed{\{1, 2\}}") == r"\{1, 2\}" and mathematics.boxed("none") is None
+    assert mathematics.boxed(r"\boxed {7}") == "7"
+    problem = mathematics.MathProblem("", "", "")
+    assert problem.answer_in("So.\nFinal Answer: The final answer is $x^2$. I hope it is correct.") == "x^2"
+    assert problem.answer_in(r"thought \boxed{2}</think> <answer>\boxed{3}</answer>") == "3"
+
+
+# --- names and files ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text,names", [
+    ("humaneval", ["HumanEval+"]), ("math-500", ["MATH500"]),
+    ("HumanEvalPlus, mbpp+", ["HumanEval+", "MBPP+"]),
+    ("amc 2023,LiveCodeBench Generation", ["LCB-Generation", "AMC23"]),
+    ("AIME 2024,aime25", ["AIME24", "AIME25"]), ("cruxeval", ["CRUXEval-I", "CRUXEval-O"]),
+    ("livecodebench", ["LCB-Generation"]), ("lcb_execution", ["LCB-Execution"]),
+    ("minerva_math", ["Minerva"]),
+    ("code", ["HumanEval+", "MBPP+", "LCB-Generation"]), ("CRUXEval-i", ["CRUXEval-I"]),
+    ("olympiad", ["OlympiadBench"]), ("in-distribution", ["CRUXEval-I", "CRUXEval-O", "LCB-Execution"])])
+def test_names_as_people_write_them(text, names):
+    assert judges.named(text) == names
+
+
+def test_groups():
+    assert [len(judges.named(group)) for group in ("all", "math", "heldout")] == [12, 6, 3]
+    with pytest.raises(UsageError, match="no benchmark 'gsm8k'"):
+        judges.named("gsm8k")
+
+
+def test_files_are_found_by_their_names(tmp_path):
+    for path in ("livecodebench/execution-v2/test.jsonl", "livecodebench/code_generation_lite/test.jsonl",
+                 "livecodebench/code_generation_lite/test2.jsonl", "HumanEval.jsonl",
+                 "HumanEvalPlus-v0.1.10.jsonl", "aime25/dataset_infos.json",
+                 "MbppPlus.jsonl", "cruxeval_60.jsonl", "aime25.jsonl", "notes.jsonl", "math500_100.jsonl"):
+        write(tmp_path / path, [{}])
+    files = {name: [path.name for path in paths] for name, paths in judges.local_files(tmp_path).items()}
+    assert files == {"LCB-Execution": ["test.jsonl"], "LCB-Generation": ["test.jsonl", "test2.jsonl"],
+                     "HumanEval+": ["HumanEvalPlus-v0.1.10.jsonl"], "MBPP+": ["MbppPlus.jsonl"],
+                     "CRUXEval-I": ["cruxeval_60.jsonl"], "CRUXEval-O": ["cruxeval_60.jsonl"],
+                     "AIME25": ["aime25.jsonl"], "MATH500": ["math500_100.jsonl"]}
+
+
+def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path):
+    write(tmp_path / "aime24.jsonl", [{"problem": "?", "answer": "1"}])
+    write(tmp_path / "amc23.jsonl", [{"task": "?"}])
+    (tmp_path / "aime25.jsonl").write_text("{not json\n")
+    problems, missing = judges.load_benchmarks(judges.named("math"), tmp_path)
+    assert list(problems) == ["AIME24"] and problems["AIME24"][0].key == "0"
+    assert "hf download --repo-type dataset HuggingFaceH4/MATH-500" in missing["MATH500"]
+    assert "a task lacks 'answer'" in missing["AMC23"] and "AIME25" in missing
+
+
+def test_revisions_are_pinned():
+    for name, benchmark in judges.BENCHMARKS.items():
+        assert benchmark.group == "heldout" or re.fullmatch("[0-9a-f]{40}", benchmark.revision), name
+
+
