@@ -41,7 +41,6 @@ import ast
 import builtins
 import collections
 import ctypes
-import functools
 import gc
 import importlib
 import json
@@ -671,11 +670,11 @@ class _Run:
         write(self.file, self.mark + text.encode("utf-8", "backslashreplace"))
         leave(0)
 
-    def load(self, name, globals=None, locals=None, fromlist=(), level=0):
+    def load(self, name, scope=None, local=None, fromlist=(), level=0):
         """The program's own import statement; modules that it loads use another."""
         if level or not _allowed(name):
             self.report("unsafe", f"imports {name}")
-        return builtins.__import__(name, globals, locals, fromlist, level)
+        return builtins.__import__(name, scope, local, fromlist, level)
 
     def audit(self, event, arguments):
         # A syntax error opens "<string>", and an import that fails lists the library.

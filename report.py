@@ -331,7 +331,8 @@ def screen(step, rollouts):
     Rollouts have .role, .type, .response, .verdict and .reason. → [{"step", "role", "type", "rule", "match",
     "context"}], at most one for each rule and response. What the sandbox refused gets the rule "refused",
     and its reason is the match. This is a tripwire, not a guarantee: it misses other languages, paraphrase,
-    encoded text, and what is harmful only as a whole; and it flags innocent text. Finding nothing proves little.
+    encoded text, and what is harmful only as a whole; and it flags innocent text. Finding nothing proves
+    little.
     """
     flags = []
     for rollout in rollouts:

@@ -9,13 +9,27 @@ Plain Python numbers throughout: a batch has some hundred rewards, and floats ar
 
 import math
 from collections import defaultdict
+from enum import Enum
 
 from executor import parse_literal, same
-from tasks import split_pairs
+from tasks import KINDS
 
 # Equation 6. The official code gives −1 also to a well-formed proposal that does not validate.
 FAILED = -0.5      # well formed, but wrong (solver) or invalid (proposer)
 MALFORMED = -1.0   # not in the format that was asked for, also when cut off at the token limit
+
+
+class Verdict(str, Enum):
+    """What became of a response; its value is the word in the logs."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    MALFORMED = "malformed"
+    TRUNCATED = "truncated"
+    VALID = "valid"
+    REPEAT = "repeat"    # a valid proposal whose program was seen before
+    INVALID = "invalid"
+    UNSAFE = "unsafe"    # a proposal or an answer that the sandbox refused
 
 
 def is_correct(tasks, answers, executor):
@@ -24,38 +38,43 @@ def is_correct(tasks, answers, executor):
     tasks: [Task]; answers: [str or None], None for a malformed response. → [bool], in order.
 
     deduction: the answer is a literal equal to the output, with equal types all the way down
-               (True is not 1, 1 is not 1.0); it is parsed, never evaluated.
+               (True is not 1, 1 is not 1.0); it is read in the sandbox, never evaluated.
     abduction: the program, run on the answer as input, returns the output; any such input counts
                (the function need not be injective).
     induction: the answer, a program, maps every hidden input to its output; at least one is hidden.
 
     All runs of the batch go to the sandbox together. Expected outputs never enter the sandbox.
     """
-    verdicts = [False] * len(tasks)
-    wanted = []  # (index, (program, input), output that it has to return)
-    for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
-        if answer is None:
-            continue
-        if task.type == "deduction":
-            verdicts[index] = _equal_literals(answer, task.output)
-            continue
-        if task.type == "abduction":
-            runs = [((task.program, answer), task.output)]
-        else:
-            runs = [((answer, hidden), output) for hidden, output in split_pairs(task)[1]]
-        verdicts[index] = bool(runs)
-        wanted += [(index, *run) for run in runs]
-    jobs = list(dict.fromkeys(job for _, job, _ in wanted))  # tries of one task often give the same answer
-    results = dict(zip(jobs, executor.run(jobs)))
-    for index, job, output in wanted:
-        verdicts[index] &= results[job].ok and _equal_literals(results[job].output, output)
-    return verdicts
+    return [verdict is Verdict.CORRECT for verdict, _ in judge(tasks, answers, executor)]
 
 
-def _equal_literals(text, output):
+def judge(tasks, answers, executor):
+    """`is_correct`, with the reasons. → [(Verdict, one line or '')], in order."""
+    checks = [[] if answer is None else KINDS[task.type].judge(task, answer)
+              for task, answer in zip(tasks, answers, strict=True)]
+    jobs = dict.fromkeys(job[:2] for check in checks for job in check)  # tries often say the same
+    programs = [job for job in jobs if job[0] is not None]
+    texts = [job for job in jobs if job[0] is None]
+    runs = dict(zip(programs, executor.run(programs)))
+    runs |= zip(texts, executor.read([text for _, text in texts]))
+    return [_verdict(answer, [(runs[program, text], output) for program, text, output in check])
+            for answer, check in zip(answers, checks)]
+
+
+def _verdict(answer, runs):
+    failed = [run for run, output in runs if not (run.ok and _equal(run.output, output))]
+    if answer is None:
+        return Verdict.MALFORMED, ""
+    if runs and not failed:
+        return Verdict.CORRECT, ""
+    reason = next((f"{run.status}: {run.error}" for run in failed if not run.ok), "")
+    return Verdict.UNSAFE if any(run.status == "unsafe" for run in failed) else Verdict.WRONG, reason
+
+
+def _equal(output, expected):
     try:
-        return same(parse_literal(text), parse_literal(output))
-    except ValueError:  # the answer is no literal: wrong, whatever it may evaluate to
+        return same(parse_literal(output), parse_literal(expected))
+    except ValueError:  # over the limit of a literal
         return False
 
 
@@ -70,21 +89,6 @@ def learnability(success_rate, zero=0.0):
     if not 0.0 <= success_rate <= 1.0:
         raise ValueError(f"a success rate lies between 0 and 1, not at {success_rate}")
     return zero if success_rate in (0.0, 1.0) else 1.0 - success_rate
-
-
-TRAITS = {"edit_distance": 1.0, "complexity": 10.0, "answers": 1.0}  # each is divided by this, and cut at 1
-
-
-def intrinsic_reward(traits, weights):
-    """What the paper tried on top of learnability: Σ weight · trait over the traits of a new task.
-
-    edit_distance: to the references that were shown; complexity: branches, of ten; answers: how rare its answer is.
-
-    >>> intrinsic_reward({"answers": 0.5, "complexity": 31}, {"complexity": 0.2, "answers": 0.1})
-    0.25
-    """
-    return sum(weight * min(1.0, (traits[name] - (name == "complexity")) / TRAITS[name])
-               for name, weight in weights.items() if name in traits)
 
 
 def composite_reward(reward, well_formed):

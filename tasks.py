@@ -1,4 +1,4 @@
-"""The three task types of the Absolute Zero Reasoner: what the model is asked, and what it answered.
+"""The task types of the Absolute Zero Reasoner: what the model is asked, and what it answered.
 
 A task is made of a program p (a Python function `f`), an input i and the output o = p(i). The three
 types hide one of the three (paper, section 3):
@@ -7,25 +7,27 @@ types hide one of the three (paper, section 3):
     abduction   given p and o, find some i     abduction  = searching backwards
     induction   given pairs (i, o), find p     induction  = writing the program
 
-This module knows prompts, parsing, `Task` and `TaskBuffer`. It runs no program and imports only the
-standard library; `executor.py` runs programs, `rewards.py` judges answers. All texts that a model
-reads are in PROMPTS below, and the three types share one path: a fourth type is a fourth entry.
+KINDS has one entry a type, and nothing else in the project asks for a type by its name: a fourth type
+is a fourth entry (tests/test_fourth_type.py has one). This module runs no program and imports only
+the standard library; `executor.py` runs programs, `rewards.py` judges answers.
 """
 
 import ast
-import difflib
 import hashlib
 import re
+from collections import Counter, namedtuple
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
-TASK_TYPES = ("deduction", "abduction", "induction")
+TASK_TYPES = ("deduction", "abduction", "induction")  # the paper's
 ROLES = ("propose", "solve")
 
-OUTPUT_LIMIT = 400    # characters of an output; longer ones make the task invalid, they are never cut
+OUTPUT_LIMIT = 400    # characters of an output; a task with a longer one is invalid, nothing is ever cut
 INPUT_LIMIT = 400     # characters of an input
 PROGRAM_LIMIT = 3000  # characters of a program
 MESSAGE_LIMIT = 1000  # characters of an induction message
-NESTING_LIMIT = 100   # levels of a program's syntax tree: `ast` recurses over it here, in the trainer
+NESTING_LIMIT = 100   # levels of a program's syntax tree
 
 
 class UsageError(ValueError):
@@ -108,102 +110,24 @@ def f(...):
 
 {references}Now invent the new task."""
 
-_REFERENCE = "Reference task:\n```python\n{program}\n```\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
-
-PROMPTS = {
-    ("propose", "deduction"): _PROPOSE.replace("{what_the_solver_does}", """\
-The solver will see the function and the input, and has to predict what the function returns."""),
-    ("propose", "abduction"): _PROPOSE.replace("{what_the_solver_does}", """\
-The solver will see the function and the value that it returned, and has to find an input that gives \
-this value."""),
-    ("propose", "induction"): """\
-Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
-{count} inputs for it, and a message. The solver will never see the function: from the message and \
-half of the pairs of input and output it has to write a function that also fits the other half.
-
-Requirements:
-- The inputs differ from each other and together show everything that the function does, also its \
-special cases.
-- Each input is written as it would stand between the parentheses of the call f(...), with plain \
-values only: None, bool, int, float, complex, str, bytes, or tuples, lists, dicts and sets of them.
-- The message describes what to look for in a way that makes the task solvable but not trivial. It \
-contains no code.
-
-Give one fenced block for each input, then one for the message:
-```input
-...
-```
-```message
-...
-```
-
-The function:
-```python
-{program}
-```
-
-Now invent the inputs and the message.""",
-    ("solve", "deduction"): """\
-Here is a Python function and an input. Work out what the call f(...) with this input returns.
-
-```python
-{program}
-```
-```input
-{input}
-```
-
-Give the returned value as a Python literal in one fenced block:
-```output
-...
-```""",
-    ("solve", "abduction"): """\
-Here is a Python function and a value that it returned. Find an input with which f(...) returns this \
-value. Any such input counts.
-
-```python
-{program}
-```
-```output
-{output}
-```
-
-Give the input, as it would stand between the parentheses of the call f(...), in one fenced block:
-```input
-...
-```""",
-    ("solve", "induction"): """\
-Write a Python function `f` that fits all examples below, and also further examples that are not \
-shown. The inputs are written as they stand between the parentheses of the call f(...).
-
-{pairs}A message from the author of the examples:
-```message
-{message}
-```
-
-Give the whole program in one fenced block:
-```python
-def f(...):
-    ...
-    return ...
-```""",
-}
+_REFERENCE = ("Reference task:\n```python\n{program}\n```\n"
+              "```input\n{input}\n```\n```output\n{output}\n```\n\n")
 
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
 
-def propose_prompt(type, references=(), program="", count=10):
-    """The proposer's question: K references for deduction and abduction, one program for induction."""
+def propose_prompt(kind, references=(), program="", count=10):
+    """The proposer's question: K references for a type that brings its own program, else one program."""
     fields = {"references": "".join(_fill(_REFERENCE, asdict(task)) for task in references),
               "program": program, "count": str(count)}
-    return _fill(PROMPTS["propose", type], fields)
+    return _fill(KINDS[kind].propose, fields)
 
 
 def solve_prompt(task):
     """The solver's question. Of an induction task it shows the message and the shown half only."""
     shown, _ = split_pairs(task)
     pairs = "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in shown)
-    return _fill(PROMPTS["solve", task.type], asdict(task) | {"pairs": pairs})
+    return _fill(KINDS[task.type].solve, asdict(task) | {"pairs": pairs})
 
 
 def _fill(template, fields):
@@ -237,33 +161,17 @@ def fenced_blocks(text, tag):
     return [block.strip("\n").rstrip() for block in blocks]
 
 
-def parse_proposal(type, response, program="", count=10):
+def parse_proposal(kind, response, program="", count=10):
     """A proposer's response → the proposed Task, not yet run (no outputs), or None if malformed.
 
-    Deduction and abduction need one `python` and one `input` block; induction keeps the given
-    `program` and needs two to `count` different `input` blocks and a `message`. More inputs than
-    `count` are ignored.
+    program: the one that the proposer was given, if any. count: more inputs than this are ignored.
     """
     answer = final_answer(response)
-    if answer is None:
-        return None
-    inputs, messages = fenced_blocks(answer, "input"), fenced_blocks(answer, "message")
-    inputs = [text.strip() for text in inputs]
-    if type == "induction":
-        distinct = tuple(dict.fromkeys(inputs))[:count]
-        if len(distinct) < 2 or len(messages) != 1 or not messages[0].strip():
-            return None
-        return Task(type, program, inputs=distinct, message=messages[0].strip())
-    programs = fenced_blocks(answer, "python")
-    if len(programs) != 1 or len(inputs) != 1 or not programs[0].strip():
-        return None
-    return Task(type, programs[0], input=inputs[0])
+    fields = answer and KINDS[kind].parse(lambda tag: fenced_blocks(answer, tag), program, count)
+    return Task(kind, **fields) if fields else None
 
 
-ANSWER_TAG = {"deduction": "output", "abduction": "input", "induction": "python"}
-
-
-def parse_answer(type, response):
+def parse_answer(kind, response):
     """A solver's response → the text of its answer, or None if malformed.
 
     The answer is the last block with the type's tag. An answer without any fence is taken whole:
@@ -272,11 +180,152 @@ def parse_answer(type, response):
     answer = final_answer(response)
     if answer is None:
         return None
-    blocks = fenced_blocks(answer, ANSWER_TAG[type])
+    blocks = fenced_blocks(answer, KINDS[kind].tag)
     if blocks:
         return blocks[-1]
     return answer if answer and "```" not in answer else None
 
+
+# --- the three types ------------------------------------------------------------------------------
+
+def parse_triplet(blocks, program, count):
+    """One `python` and one `input` block."""
+    programs, inputs = blocks("python"), blocks("input")
+    if len(programs) == len(inputs) == 1 and programs[0].strip():
+        return {"program": programs[0], "input": inputs[0].strip()}
+
+
+def parse_pairs(blocks, program, count):
+    """For the given program: two to `count` different `input` blocks, and a `message`."""
+    inputs = tuple(dict.fromkeys(text.strip() for text in blocks("input")))[:count]
+    messages = blocks("message")
+    if len(inputs) >= 2 and len(messages) == 1 and messages[0].strip():
+        return {"program": program, "inputs": inputs, "message": messages[0].strip()}
+
+
+def complete_triplet(task, runs):
+    return replace(task, output=runs[0].output) if runs[0].ok else None
+
+
+def complete_pairs(task, runs):
+    """Inputs that fail are left out, and so are those that call f with the same values as an earlier one."""
+    good = {}
+    for text, run in zip(task.inputs, runs):
+        if run.ok:
+            good.setdefault(run.call, (text, run.output))
+    if len(good) < 2:  # of two pairs one can stay hidden
+        return None
+    inputs, outputs = zip(*good.values())
+    return replace(task, inputs=inputs, outputs=outputs)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A task type: all that the rest of the code knows of it."""
+
+    propose: str        # the proposer's question, with the slots {references}, {program} and {count}
+    solve: str          # the solver's question; its slots are the fields of Task, and {pairs}
+    tag: str            # of the fenced block that holds the solver's answer
+    hidden: str         # the field of Task by which answers are told apart in the log
+    parse: Callable     # (blocks by tag, given program, count) → the fields of a Task, or None
+    complete: Callable  # (task, its runs) → the task with its outputs, or None
+    judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
+    #                     without a program (None) the input itself, a literal, must be the output
+    runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
+    own_program: bool = True   # a proposal brings its own program; if not, it is given one
+    is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
+
+
+KINDS = {
+    "deduction": Kind(
+        propose=_PROPOSE.replace("{what_the_solver_does}", """\
+The solver will see the function and the input, and has to predict what the function returns."""),
+        solve="""\
+Here is a Python function and an input. Work out what the call f(...) with this input returns.
+
+```python
+{program}
+```
+```input
+{input}
+```
+
+Give the returned value as a Python literal in one fenced block:
+```output
+...
+```""",
+        tag="output", hidden="output", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
+        judge=lambda task, answer: [(None, answer, task.output)]),
+    "abduction": Kind(
+        propose=_PROPOSE.replace("{what_the_solver_does}", """\
+The solver will see the function and the value that it returned, and has to find an input that gives \
+this value."""),
+        solve="""\
+Here is a Python function and a value that it returned. Find an input with which f(...) returns this \
+value. Any such input counts.
+
+```python
+{program}
+```
+```output
+{output}
+```
+
+Give the input, as it would stand between the parentheses of the call f(...), in one fenced block:
+```input
+...
+```""",
+        tag="input", hidden="input", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
+        judge=lambda task, answer: [(task.program, answer, task.output)]),
+    "induction": Kind(
+        propose="""\
+Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
+{count} inputs for it, and a message. The solver will never see the function: from the message and \
+half of the pairs of input and output it has to write a function that also fits the other half.
+
+Requirements:
+- The inputs differ from each other and together show everything that the function does, also its \
+special cases.
+- Each input is written as it would stand between the parentheses of the call f(...), with plain \
+values only: None, bool, int, float, complex, str, bytes, or tuples, lists, dicts and sets of them.
+- The message describes what to look for in a way that makes the task solvable but not trivial. It \
+contains no code.
+
+Give one fenced block for each input, then one for the message:
+```input
+...
+```
+```message
+...
+```
+
+The function:
+```python
+{program}
+```
+
+Now invent the inputs and the message.""",
+        solve="""\
+Write a Python function `f` that fits all examples below, and also further examples that are not \
+shown. The inputs are written as they stand between the parentheses of the call f(...).
+
+{pairs}A message from the author of the examples:
+```message
+{message}
+```
+
+Give the whole program in one fenced block:
+```python
+def f(...):
+    ...
+    return ...
+```""",
+        tag="python", hidden="outputs", parse=parse_pairs, complete=complete_pairs, own_program=False,
+        judge=lambda task, answer: [(answer, *pair) for pair in split_pairs(task)[1]]),
+}
+
+
+# --- what can be said of a program without running it ------------------------------------------------
 
 def within_limits(task):
     """'' if the task is short enough to be shown to a solver, else one line that says what is not."""
@@ -287,44 +336,46 @@ def within_limits(task):
         longest = max(map(len, texts))
         if longest > limit:
             return f"the {name} has {longest} characters, at most {limit} are allowed"
-    if _depth(task.program) > NESTING_LIMIT:
-        return f"the program is nested more than {NESTING_LIMIT} levels deep"
+    if _anatomy(task.program).depth > NESTING_LIMIT:
+        return f"the program is nested more than {NESTING_LIMIT} levels deep, or does not parse"
     return ""
 
 
-def _depth(program):
-    level, depth = [ast.parse(program)], 0  # level by level, since a recursion is what must be avoided
-    while level:
-        level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1
-    return depth
+Anatomy = namedtuple("Anatomy", "fingerprint depth branches edges")
+BRANCHES = {ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case,
+            ast.comprehension}
+CHAINS = {ast.comprehension, ast.BoolOp}  # each child after the second is one more branch
 
 
-# --- what programs have in common -----------------------------------------------------------------
+@lru_cache(maxsize=4096)
+def _anatomy(program):
+    """What a program's syntax tree shows, in linear time; edges: {(node type, child type): count}.
 
-def _nodes(program):
-    """The syntax tree's nodes, without docstrings and other bare constants, which do nothing."""
-    # only programs that the sandbox has parsed and run come here, so the parse itself is harmless
-    tree = ast.parse(program)
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [statement for statement in node.body if not (
-                isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))]
-    return tree
+    Docstrings and other bare constants do nothing and are left out. Level by level, not recursive, since
+    model text is deep by accident; text that is too deep, or does not parse, has itself as fingerprint.
+    """
+    depth, edges = 0, Counter()
+    try:
+        level = [tree := ast.parse(program)]
+        while level:
+            for node in level:
+                if isinstance(getattr(node, "body", None), list):
+                    node.body = [statement for statement in node.body if not (
+                        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))]
+            pairs = [(type(node), child) for node in level for child in ast.iter_child_nodes(node)]
+            edges.update((parent, type(child)) for parent, child in pairs)
+            level, depth = [child for _, child in pairs], depth + 1
+        text = ast.dump(tree) if depth <= NESTING_LIMIT else program
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        text, depth = program, NESTING_LIMIT + 1
+    branches = sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
+                   for (parent, child), count in edges.items())
+    return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, branches, edges)
 
 
 def fingerprint(program):
     """A hash of the syntax tree: blind to layout, comments and docstrings, not to names or numbers."""
-    return hashlib.sha256(ast.dump(_nodes(program)).encode()).hexdigest()[:16]
-
-
-def edit_distance(program, other):
-    """How different two programs are in structure: 0.0 same sequence of node types … 1.0 nothing shared.
-
-    A cheap stand-in for the tree edit distance of the paper: the sequences of node
-    types in tree order are compared as strings would be.
-    """
-    ours, theirs = ([type(node).__name__ for node in ast.walk(_nodes(p))] for p in (program, other))
-    return 1.0 - difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
+    return _anatomy(program).fingerprint
 
 
 def complexity(program):
@@ -333,36 +384,17 @@ def complexity(program):
     >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
     4
     """
-    branches = 0
-    for node in ast.walk(ast.parse(program)):
-        branches += isinstance(node, (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case))
-        branches += 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
-        branches += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
-    return 1 + branches
+    return 1 + _anatomy(program).branches
 
 
-def shortened(program):
-    """The program without one of the top-level assignments or expressions of `f`, for each of them in turn.
+def edit_distance(program, other):
+    """How different two programs are in structure: 0.0 the same parts … 1.0 nothing shared.
 
-    Branches and loops stay: one that this input does not take is no padding. So do docstrings, which do nothing by
-    intention.
+    A linear stand-in for the tree edit distance of the paper: 1 − Dice's coefficient of the two bags of
+    (type of a node, type of a child).
     """
-    found = []
-    for position in range(sum(map(len, _bodies(ast.parse(program))))):
-        tree = ast.parse(program)
-        for body in _bodies(tree):
-            if position < len(body):
-                statement = body.pop(position)
-                idle = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                if body and not idle and isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)):
-                    found.append(ast.unparse(tree))
-                break
-            position -= len(body)
-    return found
-
-
-def _bodies(tree):
-    return [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "f"]
+    ours, theirs = _anatomy(program).edges, _anatomy(other).edges
+    return 1.0 - 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
 
 
 # --- the buffers ------------------------------------------------------------------------------------
@@ -379,18 +411,19 @@ class TaskBuffer:
 
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
-        self.tasks = {type: [] for type in TASK_TYPES}
+        self.tasks = {kind: [] for kind in KINDS}
         self.pool = None  # what `references` draws from, until the next task
-        self.kept = dict.fromkeys(TASK_TYPES, 0)  # the first so many tasks of a type are never thrown out
+        self.kept = dict.fromkeys(KINDS, 0)  # the first so many tasks of a type are never thrown out
         self.seen = set()  # fingerprints of all programs ever accepted, also of those thrown out since
-        for type in ("deduction", "abduction"):
-            self.add(replace(ZERO_TRIPLET, type=type))
-            self.kept[type] = 1
+        for kind in KINDS:
+            if KINDS[kind].is_triplet:
+                self.add(replace(ZERO_TRIPLET, type=kind))
+                self.kept[kind] = 1
 
     def protect(self):
         """From now on keep all tasks that are there, but at most half of the capacity."""
-        for type, bucket in self.tasks.items():
-            self.kept[type] = max(self.kept[type], min(len(bucket), self.capacity // 2))
+        for kind, bucket in self.tasks.items():
+            self.kept[kind] = max(self.kept[kind], min(len(bucket), self.capacity // 2))
 
     def add(self, task):
         bucket = self.tasks[task.type]
@@ -401,48 +434,47 @@ class TaskBuffer:
         else:
             bucket[self.rng.randrange(self.kept[task.type], len(bucket))] = task
 
-    def is_repeat(self, program):
-        """Whether a program with the same syntax tree was accepted before."""
-        return fingerprint(program) in self.seen
+    def is_repeat(self, task):
+        """Whether the task brings its own program, and one with the same syntax tree was accepted before."""
+        return KINDS[task.type].own_program and fingerprint(task.program) in self.seen
 
     def answer_share(self, task):
         """Share of the type's tasks that have the same answer: the output, the input, or all outputs."""
-        answer = {"deduction": "output", "abduction": "input", "induction": "outputs"}[task.type]
-        bucket = self.tasks[task.type]
-        return sum(getattr(other, answer) == getattr(task, answer) for other in bucket) / max(1, len(bucket))
+        bucket, name = self.tasks[task.type], KINDS[task.type].hidden
+        return sum(getattr(other, name) == getattr(task, name) for other in bucket) / max(1, len(bucket))
 
     def references(self, k):
         """At most k different tasks, uniform over deduction ∪ abduction."""
-        self.pool = self.pool or list({task.program: task for task in self._programs()}.values())
+        self.pool = self.pool or list({task.program: task for task in self._triplets()}.values())
         return self.rng.sample(self.pool, min(k, len(self.pool)))
 
     def program(self):
         """One program, uniform over deduction ∪ abduction: what an induction task starts from."""
-        return self.rng.choice(self._programs()).program
+        return self.rng.choice(self._triplets()).program
 
-    def fill(self, type, fresh, size):
+    def fill(self, kind, fresh, size):
         """`size` tasks to solve: this step's `fresh` ones first, the rest uniform from the buffer.
 
         So a batch is never short; a buffer with too few tasks repeats some.
         Only an empty buffer of the type gives fewer.
         """
-        fresh = list(fresh)[:size]
+        fresh = [task for task in fresh if task.type == kind][:size]
         taken = set(fresh)
-        rest = [task for task in self.tasks[type] if task not in taken]
+        rest = [task for task in self.tasks[kind] if task not in taken]
         missing = size - len(fresh)
         if missing <= len(rest):
             return fresh + self.rng.sample(rest, missing)
-        pool = self.tasks[type]
+        pool = self.tasks[kind]
         return fresh + rest + [self.rng.choice(pool) for _ in range(missing - len(rest)) if pool]
 
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
-        return {"tasks": {type: [asdict(t) for t in ts] for type, ts in self.tasks.items()},
+        return {"tasks": {kind: [asdict(t) for t in tasks] for kind, tasks in self.tasks.items()},
                 "kept": self.kept, "seen": sorted(self.seen)}
 
     def restore(self, state):
-        self.tasks = {type: [Task.from_dict(t) for t in ts] for type, ts in state["tasks"].items()}
+        self.tasks = {kind: [Task.from_dict(t) for t in tasks] for kind, tasks in state["tasks"].items()}
         self.kept, self.seen, self.pool = dict(state["kept"]), set(state["seen"]), None
 
-    def _programs(self):
-        return self.tasks["deduction"] + self.tasks["abduction"]
+    def _triplets(self):
+        return [task for kind, tasks in self.tasks.items() if KINDS[kind].is_triplet for task in tasks]

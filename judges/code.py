@@ -6,13 +6,12 @@ the sandbox runs them once with the benchmark's own solution and notes with what
 """
 
 import base64
-import itertools
 import json
-import math
 import pickletools
 import re
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -25,7 +24,7 @@ from tasks import fenced_blocks
 from .text import answer_text
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
-LONG = 100_000        # characters of a value that is compared by its hash, where both sides come from a run
+LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = "bisect collections functools heapq itertools math typing".split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known
@@ -39,14 +38,15 @@ class ProgramProblem:
 
     key: str
     question: str
-    name: str       # what the program must define; "" if it reads standard input
-    entry: str      # an expression that is called with the arguments of a test; "": standard input
-    prelude: str    # code before the answer
-    solution: str   # the benchmark's own; "" if it gives none
-    asserts: str    # base tests as code that calls `name`; "" if cases() has them
-    cases: object   # () → {"base" and "plus": ([arguments], [expected] or None: what the solution returns)}
-    agree: object   # (output, expected, arguments) → whether the output is right
-    batch = 16      # contests have megabytes of tests
+    name: str         # what the program must define; "" if it reads standard input
+    entry: str        # an expression that is called with the arguments of a test; "": standard input
+    prelude: str      # code before the answer
+    solutions: tuple  # programs that are right: the benchmark's own, and other readings of the task
+    asserts: str      # base tests as code that calls `name`; "" if cases() has them
+    cases: object     # () → {"base" and "plus": ([arguments], [[expected]], or None: as solutions say)}
+    view: object = None  # (value, arguments) → what of a value has to be equal; None: see close
+    atol: float = 0   # absolute tolerance
+    batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
         """The program in a response, ready to run, or None: the last block that defines what it must."""
@@ -54,10 +54,10 @@ class ProgramProblem:
         blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
         if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
             blocks = [text]
+        definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
         if not blocks:
             return None
-        definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *="
-        code = ([block for block in blocks if self.name and re.search(definition, block, re.M)] or blocks)[-1]
+        code = next((block for block in blocks[::-1] if re.search(definition, block, re.M)), blocks[-1])
         future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
 
@@ -68,15 +68,16 @@ class ProgramProblem:
         First by the base tests; those that pass, by the others. base is None where there are no base tests.
         """
         cases = known_cases({problem.key: problem for problem in problems}, executor)
-        passed, base = [answer is not None for answer in answers], None
+        passed, base = [answer is not None for answer in answers], []
         for part in ("base", "plus"):
             left = [i for i, good in enumerate(passed) if good]
             outputs = run_programs(executor, [
-                (answers[i], problems[i].entry, *cases[problems[i].key][part][::2]) for i in left])
+                (answers[i], problems[i].entry, cases[problems[i].key][part][0],
+                 LONG if problems[i].solutions else EVERYTHING) for i in left])
             for i, values in zip(left, outputs):
-                arguments, expected, _ = cases[problems[i].key][part]
+                arguments, expected = cases[problems[i].key][part]
                 passed[i] = None not in (values, expected) and all(
-                    map(partial(right, problems[i].agree), values, expected, arguments))
+                    map(partial(right, problems[i]), values, expected, arguments))
             base = base or list(passed)
         return [{"correct": good, "base": simple if cases[problem.key]["base"][0] else None}
                 for problem, good, simple in zip(problems, passed, base)]
@@ -86,32 +87,33 @@ class ProgramProblem:
 
 def read_function(key, row):
     """HumanEval+ and MBPP+: EvalPlus' release and its hub datasets, and the original HumanEval."""
-    prompt, test = row["prompt"], row.get("test") or ""
+    prompt, test, hints = row["prompt"], row.get("test") or "", row.get("test_list") or []
     name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
     opening = f"def {name}(" in prompt
-    if opening:
-        question = f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```"
-    else:
-        hints = [prompt.strip().strip('"').strip(), *(row.get("test_list") or [])[:1]]
-        question = f"Write a Python function `{name}`. {FENCE}\n\n" + "\n".join(hints)
+    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if opening
+            else "\n".join([f"Write a Python function `{name}`. {FENCE}\n",
+                            prompt.strip(' \n"'), *hints[:1]]))
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
     inputs = re.search(r"^ *inputs = (.*)$", test, re.M)
     written = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M) if inputs else ()
-    atol = row["atol"] if "atol" in row else max(map(float, written), default=0)
-    asserts = "\n".join([*(row.get("test_imports") or []), *row["test_list"]]) if row.get("test_list") else ""
+    asserts = "\n".join([*(row.get("test_imports") or ()), *hints]) if hints else ""
     if "base_input" not in row and not inputs:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
-    return ProgramProblem(key, question, name, name, prompt if opening else "", own, asserts,
-                          partial(function_cases, row, inputs), partial(ORACLES.get(name, close), atol=atol))
+    return ProgramProblem(key, task, name, name, prompt if opening else "",
+                          (own, *OTHER_READINGS.get(name, ())), asserts,
+                          partial(function_cases, row, inputs), VIEWS.get(name),
+                          row["atol"] if "atol" in row else max(map(float, written), default=0))
 
 
 def function_cases(row, inputs):
-    base, plus = row.get("base_input") or (), row.get("plus_input") or ()
+    shape = SHAPES.get(row["task_id"], "x").split() if "base_input" in row else "x"
+    plus = row.get("plus_input") or ()
     if inputs:
         plus = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
-    shape = SHAPES.get(row["task_id"], ["x"]) if "base_input" in row else ["x"]
-    return {part: ([literal(shaped(shape, case), EVERYTHING) for case in cases], None)
-            for part, cases in (("base", base), ("plus", plus))}
+    words = [*shape, *shape[-1:] * 99]
+    return {part: ([literal([CONVERT[word](value) for word, value in zip(words, case)], EVERYTHING)
+                    for case in cases], None)
+            for part, cases in (("base", row.get("base_input") or ()), ("plus", plus))}
 
 
 def read_contest(key, row):
@@ -121,19 +123,19 @@ def read_contest(key, row):
             f"Write a Python program that reads from standard input and prints the answer. {FENCE}")
     return ProgramProblem(
         key, f"{row['question_content'].strip()}\n\n{task}", name,
-        name and f"Solution().{name} if 'Solution' in globals() else {name}", PRELUDE, "", "",
+        name and f"Solution().{name} if 'Solution' in globals() else {name}", PRELUDE, (), "",
         partial(contest_cases, name, row["public_test_cases"], row["private_test_cases"]),
-        partial(alike(lists), atol=0) if name else same_print)
+        lists if name else printed)
 
 
 def contest_cases(name, public, private):
     cases = {}
     for part, text in (("base", public), ("plus", unpack(private))):
-        pairs = [(test["input"], test["output"]) for test in json.loads(text)]
-        if name:
-            pairs = [(literal(list(map(json.loads, given.split("\n"))), EVERYTHING), json.loads(output))
-                     for given, output in pairs]
-        cases[part] = [given for given, _ in pairs], [output for _, output in pairs]
+        tests = json.loads(text)
+        given = [list(map(json.loads, test["input"].split("\n"))) if name else test["input"]
+                 for test in tests]
+        cases[part] = ([literal(value, EVERYTHING) for value in given],
+                       [[json.loads(test["output"]) if name else test["output"]] for test in tests])
     return cases
 
 
@@ -149,7 +151,7 @@ def unpack(text):
 # --- in the sandbox -------------------------------------------------------------------------------------
 
 CALL = '''
-import binascii
+import binascii, copy
 
 def plain(value):
     """A value as literals; what has none becomes a mark that equals only its like."""
@@ -173,19 +175,29 @@ def shown(value, limit):
         return value
     return ("\\0long", len(text), binascii.crc32(text.encode("utf-8", "replace")))
 
+def record(own, name, asserts):
+    """The arguments with which the asserts call the benchmark's own solution, which must pass them."""
+    calls = []
+
+    def note(*arguments):
+        calls.append(copy.deepcopy(list(arguments)))
+        return own[name](*arguments)
+
+    exec(asserts, own | {name: note})  # a copy: the solution's own calls of itself are no tests
+    return calls
+
 def f(source, entry, limit, cases):
     scope = {"__name__": "program"}
     exec(source, scope)
+    if entry == "assert":  # no name of a function
+        return [record(scope, *case) for case in cases]
     return [shown(eval(entry, scope)(*case), limit) for case in cases]
 '''
 READ = '''
 import io, sys, threading
 
-def f(source, text):
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    sys.setrecursionlimit(50000)
-    threading.Thread.start, threading.Thread.join = threading.Thread.run, lambda thread, timeout=None: None
+def f(source, entry, limit, cases):
+    (text,) = cases
 
     def ask(prompt=""):
         line = sys.stdin.readline()
@@ -193,55 +205,43 @@ def f(source, text):
             raise EOFError
         return line.rstrip("\\n")
 
+    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    sys.setrecursionlimit(50000)
+    threading.Thread.start, threading.Thread.join = threading.Thread.run, lambda thread, timeout=None: None
     try:
         exec(source, {"__name__": "__main__", "input": ask, "open": lambda file, *how: sys.stdin})
     except SystemExit:
         pass
     sys.stdout.flush()
-    return sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")
-'''
-RECORD = '''
-import copy
-
-def f(solution, name, asserts):
-    """The arguments with which the asserts call the benchmark's own solution, which must pass them."""
-    own, calls = {"__name__": "program"}, []
-    exec(solution, own)
-
-    def record(*arguments):
-        calls.append(copy.deepcopy(list(arguments)))
-        return own[name](*arguments)
-
-    exec(asserts, own | {name: record})  # a copy: the solution's own calls of itself are no tests
-    return calls
+    return [sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")]
 '''
 
 
 def known_cases(problems, executor):
-    """{key: ProgramProblem} → {key: {part: ([arguments], [expected] or None, limit)}}, see run_programs.
+    """{key: ProgramProblem} → {key: {part: ([arguments], [[expected]])}}
 
-    Where a benchmark gives no expected values they are those of its own solution; None if that fails.
+    Where a benchmark gives no expected values they are those of its solutions; None if its own fails.
     """
     cases = {key: problem.cases() for key, problem in problems.items()}
-    asserted = [problem for problem in problems.values() if problem.asserts]
-    texts = [[literal(text, EVERYTHING) for text in (problem.solution, problem.name, problem.asserts)]
-             for problem in asserted]
-    for problem, run in zip(asserted, executor.run([(RECORD, ", ".join(text)) for text in texts])):
-        calls = [literal(call, EVERYTHING) for call in parse_literal(run.output, EVERYTHING)] if run.ok else [
-            "no call"]  # a text that does not run
-        cases[problem.key]["base"] = calls, None
-    places = [(key, part) for key, parts in cases.items() for part in parts if parts[part][1] is None]
-    outputs = iter(run_programs(executor, [
-        (problems[key].solution, problems[key].entry, cases[key][part][0], LONG) for key, part in places]))
-    failed = set()
-    for key, parts in cases.items():
-        for part, (arguments, expected) in parts.items():
-            values = next(outputs) if expected is None else expected
-            parts[part] = arguments, values, LONG if expected is None else EVERYTHING
-            failed |= {key} if values is None else set()
-    for key in failed:
-        tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
-                   "counts as wrong", file=sys.stderr)
+    asserted = [(key, problem) for key, problem in problems.items() if problem.asserts]
+    recorded = run_programs(executor, [
+        (problem.solutions[0], "assert", [literal([problem.name, problem.asserts], EVERYTHING)], EVERYTHING)
+        for _, problem in asserted])
+    for (key, _), calls in zip(asserted, recorded):
+        # where the asserts fail, a text that does not run either
+        cases[key]["base"] = [literal(call, EVERYTHING) for call in calls[0]] if calls else ["no call"], None
+    jobs = [(key, part, solution) for key, parts in cases.items() for part in parts if parts[part][1] is None
+            for solution in problems[key].solutions]
+    outputs = defaultdict(list)
+    for (key, part, _), values in zip(jobs, run_programs(executor, [
+            (solution, problems[key].entry, cases[key][part][0], LONG) for key, part, solution in jobs])):
+        outputs[key, part].append(values)
+    for (key, part), (own, *others) in outputs.items():
+        cases[key][part] = cases[key][part][0], own and list(zip(own, *filter(None, others)))
+        if own is None:
+            tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
+                       "counts as wrong", file=sys.stderr)
     return cases
 
 
@@ -251,26 +251,20 @@ def run_programs(executor, jobs):
     Of values longer than limit only a checksum comes back. A hundred calls share a process; those that
     take too much time or room together are run one by one. No job is run further once a call has failed.
     """
-    results, waiting = [], []
-    for _, entry, arguments, _ in jobs:
-        places, size = range(len(arguments)), 100 if entry else 1
-        results.append([None] * len(places))
-        waiting.append([places[start:start + size] for start in places[::size]])
+    results = [[None] * len(arguments) for _, _, arguments, _ in jobs]
+    waiting = [[range(len(arguments))[start:start + size] for start in range(0, len(arguments), size)]
+               for _, entry, arguments, _ in jobs for size in [100 if entry else 1]]
     while any(waiting):
         now = [(i, piece) for i, pieces in enumerate(waiting) for piece in pieces[:4]]
         waiting = [pieces[4:] for pieces in waiting]
-        calls = []
-        for i, piece in now:
-            source, entry, arguments, limit = jobs[i]
-            source, texts = literal(source, EVERYTHING), arguments[piece.start:piece.stop]
-            calls.append((CALL, f"{source}, {entry!r}, {limit}, [{', '.join(texts)}]") if entry else
-                         (READ, f"{source}, {literal(texts[0], EVERYTHING)}"))
-        for (i, piece), run in zip(now, executor.run(calls)):
+        runs = executor.run([(CALL if entry else READ, f"{literal(source, EVERYTHING)}, {entry!r}, {limit}, "
+                                    f"[{', '.join(arguments[piece.start:piece.stop])}]")
+                             for i, piece in now for source, entry, arguments, limit in [jobs[i]]])
+        for (i, piece), run in zip(now, runs):
+            values = parse_literal(run.output, EVERYTHING) if run.ok else None
             if results[i] is None:
                 continue
-            values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            values = values if jobs[i][1] else [values]
-            if run.ok and isinstance(values, list) and len(values) == len(piece):
+            if isinstance(values, list) and len(values) == len(piece):
                 results[i][piece.start:piece.stop] = values
             elif run.status in ("timeout", "memory", "killed", "unrepresentable") and len(piece) > 1:
                 waiting[i][:0] = [piece[place:place + 1] for place in range(len(piece))]
@@ -281,18 +275,23 @@ def run_programs(executor, jobs):
 
 # --- whether a value is right ---------------------------------------------------------------------------
 
-def right(agree, output, expected, arguments):
+def right(problem, output, expected, arguments):
+    """Whether an output is one of the expected values, as the problem compares them."""
+    view, same = problem.view, partial(close, atol=problem.atol)
+    if view:
+        def same(a, b):
+            return view(a, arguments) == view(b, arguments)
     try:
-        return output == expected or bool(agree(output, expected, arguments))
+        return any(output == value or same(output, value) for value in expected)
     except (TypeError, ValueError, ArithmeticError):  # a value of another kind than was asked for
         return False
 
 
-def close(output, expected, arguments, atol=0):
-    """EvalPlus' rule: equal; or floats, or what a task has a tolerance for, that are close."""
+def close(output, expected, atol):
+    """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
     atol = atol or (1e-6 if flat and all(type(value) is float for value in flat) else 0)
-    return output == expected or atol > 0 and type(output) is type(expected) and near(output, expected, atol)
+    return atol > 0 and type(output) is type(expected) and near(output, expected, atol)
 
 
 def near(a, b, atol):
@@ -301,50 +300,53 @@ def near(a, b, atol):
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
-def alike(view):
-    """Right if it looks the same to view."""
-    return lambda output, expected, arguments, atol: view(output) == view(expected)
+def lists(value, arguments):
+    return [lists(item, "") for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def lists(value):
-    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+def printed(text, arguments):
+    """Lines without the spaces around, numbers by their values."""
+    return [tuple(map(Decimal, line.split())) if re.fullmatch(r"[-+.\deE ]*\d[-+.\deE ]*", line.strip())
+            else line.strip() for line in text.strip().split("\n")]
 
+
+def is_root(value, arguments):
+    (coefficients,) = parse_literal(arguments)
+    return abs(sum(c * value ** power for power, c in enumerate(coefficients))) <= 1e-4
+
+
+# Tasks that EvalPlus does not compare by value, by their functions' names.
+VIEWS = {"find_zero": is_root,
+         **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
+                         "intersection_array find_dissimilar Diff".split(),
+                         lambda value, arguments: set(value)),
+         **dict.fromkeys("check_str text_match_three text_starta_endb".split(),
+                         lambda found, arguments: found is not None and found is not False)}
+# Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take
+# both readings of 'divisors', with and without the number itself.
+OTHER_READINGS = {
+    "sum_div": ["def sum_div(n): return 0"],
+    "are_equivalent": ["""
+def divisors(n):
+    return sum({d for i in range(1, int(n ** 0.5) + 1) if n % i == 0 for d in (i, n // i)})
+def are_equivalent(a, b):
+    return divisors(a) == divisors(b)"""],
+    "surface_Area": ["""
+def surface_Area(base, height):
+    return round(base ** 2 + 2 * base * ((base / 2) ** 2 + height ** 2) ** 0.5)"""],
+    "digit_distance_nums": ["""
+def digit_distance_nums(a, b):
+    a, b = str(a)[::-1], str(b)[::-1]
+    n = max(len(a), len(b))
+    return sum(abs(int(x) - int(y)) for x, y in zip(a.ljust(n, "0"), b.ljust(n, "0")))"""]}
 
 def tuples(value):
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
-def root(output, expected, arguments, atol):
-    (coefficients,) = parse_literal(arguments)
-    return abs(sum(c * output ** power for power, c in enumerate(coefficients))) <= (atol or 1e-4)
-
-
-def or_else(other):
-    """Also right by another reading of the task, by which the value is other(*arguments)."""
-    return lambda output, expected, arguments, atol: (
-        close(output, expected, arguments, atol) or close(output, other(*parse_literal(arguments)), "", atol))
-
-
-def all_divisors(n):
-    return sum(d + (n // d if d * d != n else 0) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-
-
-# The tasks that EvalPlus does not compare by value, by their functions' names. Of are_equivalent it takes
-# any answer; we take both readings of 'divisors', with and without the number itself.
-ORACLES = dict(
-    find_zero=root, sum_div=or_else(lambda n: 0),
-    **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                    "intersection_array find_dissimilar Diff".split(), alike(set)),
-    **dict.fromkeys("check_str text_match_three text_starta_endb".split(),
-                    alike(lambda found: found is not None and found is not False)),
-    are_equivalent=or_else(lambda a, b: all_divisors(a) == all_divisors(b)),
-    surface_Area=or_else(lambda base, height: round(base ** 2 + 2 * base * math.hypot(base / 2, height))),
-    digit_distance_nums=or_else(lambda a, b: sum(abs(int(x) - int(y)) for x, y in itertools.zip_longest(
-        str(a)[::-1], str(b)[::-1], fillvalue=0))))
-
 # EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How to restore them: one
 # word for each argument, the last one for all that follow.
-SHAPES = {f"Mbpp/{number}": shape.split() for line in """
+SHAPES = {f"Mbpp/{number}": shape for line in """
     tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809
     of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780
     of_tuples x: 75 413 444 753
@@ -361,15 +363,3 @@ CONVERT = {
     "of_tuples": lambda value: ({key: tuple(item) for key, item in value.items()} if isinstance(value, dict)
                                 else list(map(tuple, value))),
     "of_sets": lambda value: [set(item) if item and isinstance(item, list) else {} for item in value]}
-
-
-def shaped(shape, arguments):
-    words = itertools.chain(shape, itertools.repeat(shape[-1]))
-    return [CONVERT[word](value) for word, value in zip(words, arguments)]
-
-
-def same_print(output, expected, arguments):
-    """Line by line, without the spaces around; or the same numbers in a line."""
-    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
-    return len(ours) == len(theirs) and all(a == b or [*map(Decimal, a.split())] == [*map(Decimal, b.split())]
-                                            for a, b in zip(ours, theirs))

@@ -20,8 +20,8 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
 
 def config(**changes):
     return SimpleNamespace(**{
-        "micro_tokens": 400, "logit_chunk": 7, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
-        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "unpadded": False, "message_gain": False, "intrinsic": {}, "zero": 0.0} | changes)
+        "micro_tokens": 400, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
+        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "zero_learnability": "paper"} | changes)
 
 
 def rollouts_of(policy, advantages, seed=0, max_tokens=20):
@@ -48,128 +48,6 @@ def gradients(policy):
 
 def sgd(policy, lr=1.0):
     return torch.optim.SGD(policy.trainable().values(), lr=lr)
-
-
-# --- sampling
-
-def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
-    policy.end_ids = frozenset(range(0, 258, 16))  # so that lengths differ
-    def plain(prompt):
-        ids = list(prompt)
-        while len(ids) - len(prompt) < 60:
-            with torch.no_grad():
-                ids.append(int(policy.causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] in policy.end_ids:
-                break
-        return ids[len(prompt):]
-
-    expected = [plain(prompt) for prompt in PROMPTS]
-    for rows in (0, 2, 4, 7):  # all at once; rows that leave make room for others, copies are split
-        policy.rows = rows
-        assert generate(policy, PROMPTS, 60, greedy=True) == expected
-        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == [r for r in expected for _ in range(3)]
-    assert len(set(map(len, expected))) > 1 and generate(policy, [], 60) == []
-    assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
-
-
-@pytest.mark.parametrize("cpu", (True, False))
-@pytest.mark.parametrize("key_heads", (1, 2, 4))
-@pytest.mark.parametrize("masked", (False, True))
-def test_grouped_heads_attend_as_repeated_ones(key_heads, masked, cpu, monkeypatch):
-    """Against softmax(q·k)·v with every key head repeated, one query token and several columns, some of them padding."""
-    monkeypatch.setattr(torch.Tensor, "is_cpu", cpu)  # a GPU's way, on a CPU
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(3, heads, columns, 5) for heads, columns in ((4, 1), (key_heads, 7), (key_heads, 7)))
-    mask = torch.rand(3, 1, 1, 7) > 0.4 if masked else None
-    module = SimpleNamespace(num_key_value_groups=4 // key_heads, is_causal=True)
-    found, _ = azr.grouped_sdpa(module, query, key, value, mask, scaling=0.3, dropout=0.0)
-    key, value = (x.repeat_interleave(4 // key_heads, 1) for x in (key, value))
-    scores = 0.3 * query @ key.transpose(-1, -2)
-    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    assert torch.allclose(found, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
-    assert found.shape == (3, 1, 4, 5)
-
-
-def test_decoding_uses_grouped_heads(policy, monkeypatch):
-    def repeated(*_):
-        raise AssertionError("the cache was copied for each head")
-    monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", repeated)
-    policy.rows = 2
-    with pytest.raises(AssertionError, match="copied"):  # the prompts of different lengths are read together, with a mask
-        generate(policy, PROMPTS, 8)
-    assert generate(policy, [[1, 2, 3], [4, 5, 6]], 40, copies=3)
-
-
-def test_a_roomy_layer_holds_what_a_growing_one_holds():
-    torch.manual_seed(0)
-    roomy, plain = azr.RoomyLayer(), azr.DynamicLayer()
-    def both(change):
-        results = [change(layer) for layer in (roomy, plain)]
-        assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
-        assert roomy.get_seq_length() == plain.get_seq_length()
-        return results
-    for columns in (5, *[1] * (3 * azr.SEGMENT)):
-        new = torch.randn(4, 2, columns, 3), torch.randn(4, 2, columns, 3)
-        ours, theirs = both(lambda layer: layer.update(*new))
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-        if roomy.get_seq_length() % 10 == 0:
-            both(lambda layer: layer.batch_select_indices(torch.tensor([3, 1, 1, 0])))
-    held = roomy.keys
-    both(lambda layer: layer.update(*new))
-    assert held.data_ptr() == roomy.keys.data_ptr()  # written in place
-    roomy.put(lambda *pair: torch.cat(pair), plain)
-    assert roomy.keys.shape[0] == 8 and roomy.room is None
-
-
-def test_rows_are_always_busy(policy, monkeypatch):
-    """Half of the responses are short; waiting prompts must take the places of the finished."""
-    policy.end_ids = frozenset(range(8))  # of 258 ids of nearly equal probability: mean length 32
-    busy, real = [], policy.causal.generate
-    monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: busy.append(len(ids)) or real(ids, **how))
-    torch.manual_seed(0)
-    policy.rows = 16
-    responses = generate(policy, [[i, i] for i in range(100)], 256)
-    assert len(responses) == 100 and all(responses) and max(busy) == 16
-    while_waiting = busy[:-8]
-    assert sum(while_waiting) / len(while_waiting) > 0.75 * 16
-
-
-def test_samples_come_from_the_distribution_that_is_trained(policy):
-    """A chi-square test of 4000 first tokens against the model's own probabilities.
-
-    The model's generation_config asks for temperature 0.2, top-k 3 and a repetition penalty; with
-    any of them left in, the statistic is in the thousands.
-    """
-    torch.manual_seed(0)
-    prompt = [5, 6, 7]
-    counts = torch.zeros(policy.causal.config.vocab_size)
-    for ids in generate(policy, [prompt], 1, copies=4000):
-        counts[ids[0]] += 1
-    with torch.no_grad():
-        expected = torch.softmax(policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1], -1) * 4000
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    degrees = len(expected) - 1
-    assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
-
-
-def test_sampled_continuations_agree_with_the_logprobs_of_training(policy):
-    """E[−log p(sample)] is the entropy: over 600 samples of 12 tokens both estimates must agree."""
-    torch.manual_seed(0)
-    rollouts = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 12, copies=600)]
-    logps_N, entropies_N = response_logprobs(policy, rollouts)
-    surprise = (-logps_N - entropies_N).detach()
-    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
-
-
-def test_response_ends_at_the_answer_or_the_end_token(policy, monkeypatch):
-    end = policy.tokenizer.eos_token_id
-    encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    closed = encode("a</answer>")
-    assert azr._end_of(policy, closed + encode("bcd"), 0) == len(closed)
-    assert azr._end_of(policy, closed + encode("bcd"), 5) == len(closed)   # the tag straddles segments
-    assert azr._end_of(policy, closed + [end], 0) == len(closed)
-    assert azr._end_of(policy, encode("ab") + [end, end, end], 0) == 3     # the end token is trained
-    assert azr._end_of(policy, encode("abc"), 0) is None
 
 
 def test_trained_tokens_are_the_sampled_ones_when_text_would_not_round_trip(policy):
@@ -301,17 +179,17 @@ def test_out_of_memory_halves_the_micro_batch_and_drops_nothing(policy, monkeypa
     before = {n: p.detach().clone() for n, p in policy.trainable().items()}
     real, sizes = azr.response_logprobs, []
 
-    def scarce(policy, batch, chunk):
+    def scarce(policy, batch):
         sizes.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(policy, batch, chunk)
+        return real(policy, batch)
 
     monkeypatch.setattr(azr, "response_logprobs", scarce)
     cfg = config(micro_tokens=10 ** 3)
     with pytest.warns(UserWarning, match="out of GPU memory"):
         trr_update(policy, sgd(policy), rollouts, cfg)
-    assert sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] and cfg.micro_tokens < 10 ** 3
+    assert sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] and policy.micro_tokens < cfg.micro_tokens == 10 ** 3
     for name, p in policy.trainable().items():
         assert torch.allclose(before[name] - p.detach(), expected[name], atol=1e-6), name
 
@@ -355,8 +233,8 @@ def propose_once(policy, executor, monkeypatch, proposals, solver, cfg=None, buf
     return buffer, *propose(policy, executor, buffer, cfg)
 
 
-def block(program, input):
-    return answer(f"```python\n{program}\n```\n```input\n{input}\n```")
+def block(program, text):
+    return answer(f"```python\n{program}\n```\n```input\n{text}\n```")
 
 
 ADD = "def f(x):\n    return x + 1"
@@ -370,13 +248,13 @@ def test_proposer_reward_is_learnability(policy, executor, monkeypatch, correct_
     (rollout,) = rollouts
     assert (rollout.verdict, rollout.reward, rollout.solve_rate) == ("valid", reward, len(correct_copies) / 4)
     assert tasks == [Task("deduction", ADD, "2", "3")] and tasks[0] in buffer.tasks["deduction"]
-    assert len(estimates) == 4 and all(r.role == "solve" and r.estimate for r in estimates)
+    assert len(estimates) == 4 and all(r.role == "solve" for r in estimates)
     assert [r.reward for r in estimates] == [1.0 if copy in correct_copies else -0.5 for copy in range(4)]
 
 
 def test_official_zero_learnability(policy, executor, monkeypatch):
     _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: answer("3"),
-                                       config(types=("deduction",), batch=1, zero=-0.5))
+                                       config(types=("deduction",), batch=1, zero_learnability="official"))
     assert rollout.solve_rate == 1.0 and rollout.reward == -0.5
 
 
@@ -388,14 +266,14 @@ def test_official_zero_learnability(policy, executor, monkeypatch):
     (block("def f(x):\n    return id([])", "1"), -0.5, "nondeterministic"),
     (block("def f(x):\n    return hash('a' + x)", "'b'"), -0.5, "nondeterministic"),
     (block("def f(x):\n    return lambda: x", "1"), -0.5, "unrepresentable"),
-    (block("def f(x):\n    return 'a' * x", "401"), -0.5, "too long"),
+    (block("def f(x):\n    return 'a' * x", "401"), -0.5, "too long: the output has 403"),
     (block("def f(x):\n    while True: pass", "1"), -0.5, "timeout"),
     (block("def f(x):\n    return " + "-" * 1100 + "x", "1"), -0.5, "nested"),
     (block("def f(x):\n    return " + " + ".join("x" * 400), "1"), -0.5, "nested"),
 ])
 def test_invalid_proposals_are_penalised_and_not_kept(policy, executor, monkeypatch, response, reward, verdict):
     buffer, (rollout,), tasks, estimates = propose_once(policy, executor, monkeypatch, [response], lambda copy: "")
-    assert rollout.reward == reward and verdict in rollout.verdict and rollout.task is None
+    assert rollout.reward == reward and (verdict in (rollout.verdict.value, "") or verdict in rollout.reason) and rollout.task is None
     assert tasks == estimates == [] and len(buffer.tasks["deduction"]) == 1
 
 
@@ -428,44 +306,7 @@ def test_inputs_that_are_equal_in_other_words_are_one(policy, executor, monkeypa
     proposals = [inputs("16", "0x10", "16.0", "'a'", "1_6", "+16,", '"a"'), inputs("1", "0x1")]
     _, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("no"), cfg)
     assert task.inputs == ("16", "16.0", "'a'") and task.outputs == ("16", "16.0", "'a'")
-    assert rollouts[1].verdict == "too few: its inputs are all the same" and rollouts[1].reward == -0.5
-
-
-@pytest.mark.parametrize("with_message, without, reward", [(2, 1, 0.5), (2, 2, 0.0), (1, 3, 0.0), (4, 0, 0.0)])
-def test_a_message_that_does_not_help_earns_nothing_where_that_is_asked(policy, executor, monkeypatch, with_message, without, reward):
-    proposal = answer("```input\n1\n```\n```input\n2\n```\n```message\nthe same\n```")
-    def say(prompt, copy):
-        if "Invent" in prompt:
-            return proposal
-        right = copy < (with_message if "the same" in prompt else without)
-        return answer("```python\ndef f(y):\n    return y\n```" if right else "```python\ndef f(y):\n    return 0\n```")
-    script(policy, monkeypatch, say)
-    cfg = config(types=("induction",), batch=1, message_gain=True)
-    (rollout,), _, estimates = propose(policy, executor, TaskBuffer(100, random.Random(0)), cfg)
-    assert rollout.reward == reward and rollout.solve_rate == with_message / 4 and len(estimates) == 4
-    assert [r.verdict for r in rollout.bare].count("correct") == without
-
-
-def test_padded_programs_earn_nothing_where_that_is_asked(policy, executor, monkeypatch):
-    padded = block("def f(x):\n    x = x + 1\n    x = max(x, 0)\n    return x", "2")
-    branch = block("def f(x):\n    if x > 9:\n        return 0\n    return x * 3", "2")
-    needed = block("def f(x):\n    x = x * 3\n    x = x - 1\n    return x", "2")
-    for asked, verdicts in ((True, ["padded", "valid", "valid"]), (False, ["valid", "valid", "valid"])):
-        cfg = config(types=("deduction",), batch=3, unpadded=asked)
-        _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, [padded, needed, branch], lambda copy: answer("5" if copy else "3"), cfg)
-        assert [r.verdict for r in rollouts] == verdicts and len(tasks) == verdicts.count("valid")
-    assert rollouts[0].reward > 0
-
-
-def test_intrinsic_rewards_are_added_for_new_tasks_alone(policy, executor, monkeypatch):
-    proposals = [block(ADD, "2"), block(ADD, "3"), "nothing"]
-    plain, more = (propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("3" if copy else "4"),
-                                config(types=("deduction",), batch=3, intrinsic=weights))[1]
-                   for weights in ({}, {"answers": 0.25, "complexity": 0.5, "edit_distance": 0.5}))
-    traits = more[0].traits
-    assert traits["answers"] == 1.0 and traits["complexity"] == 1 and 0 < traits["edit_distance"] < 1
-    assert more[0].reward == pytest.approx(plain[0].reward + 0.25 + 0.5 * traits["edit_distance"])
-    assert [r.reward for r in more[1:]] == [r.reward for r in plain[1:]] == [0.0, -1.0]
+    assert rollouts[1].verdict == "invalid" and rollouts[1].reason == "its runs make no induction task" and rollouts[1].reward == -0.5
 
 
 def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypatch):

@@ -1,4 +1,4 @@
-"""docs/evidence.md: its figures by hand, and that its tables are what benchmarks/evidence.py makes of the kept runs."""
+"""docs/evidence.md: its figures by hand, and that its tables are what scripts/evidence.py makes of the kept runs."""
 
 import importlib.util
 import random
@@ -8,16 +8,16 @@ import statistics
 import pytest
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+spec = importlib.util.spec_from_file_location("evidence", ROOT / "scripts" / "evidence.py")
 evidence = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(evidence)
 TYPES = ("deduction", "abduction", "induction")
 
 
 def row(rng, met=()):
-    answers = {name: {type: "".join(str(rng.randint(0, 8 if name == "samples" else 1)) for _ in range(20)) for type in TYPES}
+    answers = {name: {kind: "".join(str(rng.randint(0, 8 if name == "samples" else 1)) for _ in range(20)) for kind in TYPES}
                for name in ("hard", "easy", "samples")}
-    return {"answers": answers, "met": {type: list(met) for type in TYPES}}
+    return {"answers": answers, "met": {kind: list(met) for kind in TYPES}}
 
 
 @pytest.mark.parametrize("measure, name, value", [
@@ -27,8 +27,8 @@ def test_differences_are_paired_by_task_and_leave_out_what_a_run_proposed(measur
     rng = random.Random(0)
     base, runs = row(rng), [row(rng, met=[3]), row(rng, met=[3, 7])]
     means, variances = [], []
-    for type in TYPES:
-        gains = [100 * (statistics.mean(value(run["answers"][name][type][i]) for run in runs) - value(base["answers"][name][type][i]))
+    for kind in TYPES:
+        gains = [100 * (statistics.mean(value(run["answers"][name][kind][i]) for run in runs) - value(base["answers"][name][kind][i]))
                  for i in range(20) if name == "easy" or i not in (3, 7)]
         means.append(statistics.mean(gains))
         variances.append(statistics.pvariance(gains) / len(gains))
@@ -37,11 +37,11 @@ def test_differences_are_paired_by_task_and_leave_out_what_a_run_proposed(measur
 
 
 def test_every_row_is_a_command_that_train_accepts(tmp_path):
-    from train import KNOBS, configure, parse
-    for name in evidence.ROWS:
+    from train import Config, configure, parse
+    for name in evidence.commands():
         flags = evidence.flags_of(name, 3, tmp_path)
         cfg, _ = configure(parse([*flags, "--out", str(tmp_path / evidence.slug(name, 3))]))
-        assert cfg.seed == 3 and cfg.inputs == KNOBS["inputs"][0]  # the tiny model's values, also for other bases
+        assert cfg.seed == 3 and cfg.inputs == Config().inputs  # the tiny model's values, also for other bases
         assert cfg.steps == int(evidence.RECIPE[evidence.RECIPE.index("--steps") + 1])
 
 
@@ -53,4 +53,4 @@ def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatc
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     evidence.tables()
     for name, text in pages.items():
-        assert (tmp_path / name).read_text() == text, "run python benchmarks/evidence.py --draw"
+        assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"

@@ -1,17 +1,18 @@
 import math
 import random
 import statistics
+import time
 
 import pytest
 
-from rewards import composite_reward, intrinsic_reward, is_correct, learnability, task_relative_advantages
+from rewards import composite_reward, is_correct, learnability, task_relative_advantages
 from tasks import Task
 
 DOUBLE = "def f(x):\n    return x * 2"
 
 
-def judge(executor, type, answer, **fields):
-    return is_correct([Task(type, **({"program": DOUBLE} | fields))], [answer], executor)[0]
+def judge(executor, kind, answer, **fields):
+    return is_correct([Task(kind, **({"program": DOUBLE} | fields))], [answer], executor)[0]
 
 
 @pytest.mark.parametrize("output, answer, correct", [
@@ -84,13 +85,6 @@ def test_learnability_is_equation_4():
             learnability(nonsense)
 
 
-def test_intrinsic_rewards_are_weighted_and_bounded():
-    traits = {"edit_distance": 0.5, "complexity": 6, "answers": 0.25}
-    assert intrinsic_reward(traits, {}) == 0 and intrinsic_reward({}, {"answers": 1.0}) == 0
-    assert intrinsic_reward(traits, {"edit_distance": 0.2, "complexity": 0.4, "answers": 1.0}) == pytest.approx(0.1 + 0.2 + 0.25)
-    assert intrinsic_reward({"complexity": 1000}, {"complexity": 0.3}) == 0.3
-
-
 def test_composite_reward_is_equation_6():
     assert composite_reward(1, True) == 1.0
     assert composite_reward(0.0, True) == 0.0                # valid but not learnable: no penalty
@@ -125,3 +119,47 @@ def test_advantages_of_nothing_and_of_mismatched_lengths():
     assert task_relative_advantages([], []) == []
     with pytest.raises(ValueError):
         task_relative_advantages([1.0], [])
+
+
+class Watched:
+    """An executor that notes what was asked of it."""
+
+    def __init__(self, executor):
+        self.executor, self.texts, self.jobs = executor, [], []
+
+    def read(self, texts):
+        self.texts += texts
+        return self.executor.read(texts)
+
+    def run(self, jobs):
+        self.jobs += jobs
+        return self.executor.run(jobs)
+
+
+def test_what_a_model_answered_is_parsed_in_the_sandbox_alone(executor, monkeypatch):
+    import rewards
+    parsed, parse = [], rewards.parse_literal
+    monkeypatch.setattr(rewards, "parse_literal", lambda text: parsed.append(text) or parse(text))
+    watched, tasks = Watched(executor), [Task("deduction", DOUBLE, "2", "[1, 2]")] * 3
+    assert is_correct(tasks, ["[1,2] # odd", "[1,2", "[1,  2]"], watched) == [True, False, True]
+    assert watched.texts == ["[1,2] # odd", "[1,2", "[1,  2]"] and not watched.jobs
+    assert set(parsed) == {"[1, 2]"}  # the canonical text of the worker, and the output of the task
+
+
+@pytest.mark.parametrize("answer", ["#" * 30 + "\n$", "[1]\n" + "#" * 40 + "\n#", ("#" * 60 + "\n") * 40 + "$", "-" * 20_000 + "1",
+                                    "[" * 9_000 + "]" * 9_000, "1," * 10_000, "'" * 9_999, "\0" * 50])
+def test_no_answer_takes_longer_than_a_run(executor, answer):
+    start = time.monotonic()
+    for task_type in ("deduction", "abduction"):
+        assert judge(executor, task_type, answer, input="2", output="4") is False
+    assert judge(executor, "induction", answer, **PAIRS) is False
+    assert time.monotonic() - start < 10
+
+
+def test_refused_answers_are_told_from_wrong_ones(executor):
+    import rewards
+    task = Task("induction", DOUBLE, **PAIRS)
+    answers = ["import os\ndef f(x):\n    return os.getpid()", "def f(x):\n    return 1", None, DOUBLE]
+    verdicts = rewards.judge([task] * 4, answers, executor)
+    assert [verdict.value for verdict, _ in verdicts] == ["unsafe", "wrong", "malformed", "correct"]
+    assert verdicts[0][1].startswith("unsafe: ") and "os" in verdicts[0][1] and "\n" not in verdicts[0][1]

@@ -1,12 +1,28 @@
+import json
 import random
+import time
 from dataclasses import asdict, replace
 
-import json
 import pytest
 
-from tasks import (OUTPUT_LIMIT, TASK_TYPES, ZERO_TRIPLET, Task, TaskBuffer, complexity, edit_distance, fenced_blocks,
-                   final_answer, fingerprint, parse_answer, parse_proposal, propose_prompt, shortened, solve_prompt,
-                   split_pairs, within_limits)
+from tasks import (
+    OUTPUT_LIMIT,
+    TASK_TYPES,
+    ZERO_TRIPLET,
+    Task,
+    TaskBuffer,
+    complexity,
+    edit_distance,
+    fenced_blocks,
+    final_answer,
+    fingerprint,
+    parse_answer,
+    parse_proposal,
+    propose_prompt,
+    solve_prompt,
+    split_pairs,
+    within_limits,
+)
 
 PROGRAM = "def f(a, b={'k': 1}):\n    return {**b, 'a': a}"
 INDUCTION = Task("induction", PROGRAM, inputs=("1", "2", "3", "4"), outputs=("A", "B", "C", "D"),
@@ -23,15 +39,15 @@ def say(answer, thought="hm"):
 
 # --- prompts
 
-@pytest.mark.parametrize("type", TASK_TYPES)
-def test_solver_is_shown_all_but_what_it_must_find(type):
-    task = replace(INDUCTION, type=type, input="'in put'", output="'out put'")
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_solver_is_shown_all_but_what_it_must_find(kind):
+    task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
     prompt = solve_prompt(task)
     sees = {"deduction": (PROGRAM, "'in put'"), "abduction": (PROGRAM, "'out put'"),
             "induction": (task.message, "```input\n1\n```\n```output\nA\n```", "```input\n2\n```")}
     hidden = {"deduction": ("'out put'",), "abduction": ("'in put'",), "induction": (PROGRAM, "\nC\n", "\nD\n", "\n3\n")}
-    assert all(text in prompt for text in sees[type])
-    assert not any(text in prompt for text in hidden[type])
+    assert all(text in prompt for text in sees[kind])
+    assert not any(text in prompt for text in hidden[kind])
 
 
 def test_contents_with_braces_and_backslashes_are_inserted_as_they_are():
@@ -51,8 +67,8 @@ def test_proposer_sees_references_and_the_limit_that_is_enforced():
 
 
 def test_no_placeholder_is_left_in_any_prompt():
-    for type in TASK_TYPES:
-        for prompt in (propose_prompt(type, [ZERO_TRIPLET], "P", 5), solve_prompt(replace(INDUCTION, type=type, message="m", program="P"))):
+    for kind in TASK_TYPES:
+        for prompt in (propose_prompt(kind, [ZERO_TRIPLET], "P", 5), solve_prompt(replace(INDUCTION, type=kind, message="m", program="P"))):
             assert not any("{" + name + "}" in prompt for name in ("program", "input", "output", "pairs", "message", "references", "count", "what_the_solver_does"))
 
 
@@ -166,14 +182,6 @@ def test_complexity_counts_branches(body, expected):
     assert complexity(f"def f(x):\n    {body}") == expected
 
 
-def test_shortened_programs_lack_one_statement_each():
-    program = "import math\n\ndef g(x):\n    y = x\n    return y\n\ndef f(x):\n    'doc'\n    x += 1\n    if x:\n        x = 2\n    y = x\n    return g(x)"
-    without_add, without_copy = shortened(program)
-    assert "x += 1" not in without_add and "if x" in without_add and without_add.count("y = x") == 2
-    assert "x += 1" in without_copy and without_copy.count("y = x") == 1 and "return g(x)" in without_copy
-    assert shortened(ZERO_TRIPLET.program) == shortened("f = lambda x: x") == []
-
-
 def test_answer_share_is_of_the_type_and_its_answer():
     buffer = TaskBuffer(10, random.Random(0))  # with the zero triplet
     task = Task("deduction", program(1), "5", "6")
@@ -191,7 +199,8 @@ def test_buffer_starts_with_the_identity_and_keeps_it_when_full():
     kept = buffer.tasks["deduction"]
     assert len(kept) == 4 and kept[0].program == ZERO_TRIPLET.program
     assert buffer.tasks["abduction"] == [replace(ZERO_TRIPLET, type="abduction")]
-    assert all(buffer.is_repeat(program(n)) for n in range(200)) and not buffer.is_repeat(program(200))
+    assert all(buffer.is_repeat(Task("deduction", program(n))) for n in range(200))
+    assert not buffer.is_repeat(Task("deduction", program(200)))
 
 
 def test_protected_seeds_outlive_any_number_of_later_tasks_but_leave_room_for_them():
@@ -201,14 +210,14 @@ def test_protected_seeds_outlive_any_number_of_later_tasks_but_leave_room_for_th
     for n in range(6):
         buffer.add(Task("induction", program(n), inputs=("1", "2"), outputs=("1", "2")))
     buffer.protect()
-    seeds = {type: [task.program for task in tasks] for type, tasks in buffer.tasks.items()}
+    seeds = {kind: [task.program for task in tasks] for kind, tasks in buffer.tasks.items()}
     twin = TaskBuffer(8, random.Random(0))
     twin.restore(json.loads(json.dumps(buffer.state())))
     for buffer in (buffer, twin):
         for n in range(100, 300):
             buffer.add(Task("deduction", program(n), "1", "1"))
             buffer.add(Task("induction", program(n), inputs=("1", "2"), outputs=("1", "2")))
-        programs = {type: [task.program for task in tasks] for type, tasks in buffer.tasks.items()}
+        programs = {kind: [task.program for task in tasks] for kind, tasks in buffer.tasks.items()}
         assert programs["deduction"][:4] == seeds["deduction"] and len(programs["deduction"]) == 8
         assert programs["induction"][:4] == seeds["induction"][:4]  # at most half of the places
         assert not set(programs["induction"][4:]) & set(seeds["induction"]) and len(programs["induction"]) == 8
@@ -264,3 +273,33 @@ def test_buffer_state_restores_tasks_choices_and_memory():
     twin.rng.setstate(buffer.rng.getstate())
     assert twin.tasks == buffer.tasks and twin.seen == buffer.seen
     assert [twin.references(3) for _ in range(5)] == [buffer.references(3) for _ in range(5)]
+
+
+HOSTILE = ["-" * 2920 + "x", "(" * 90 + ")" * 90, "[" * 3000, "x." * 1400 + "x", "lambda:" * 400 + "0", "not " * 700 + "1",
+           "f(" * 190 + ")" * 190, "x if x else " * 240 + "x", "\0", "\ud800", "def f(x", "if x:\n" * 99, "a+" * 1499 + "a"]
+
+
+@pytest.mark.parametrize("program", HOSTILE)
+def test_no_program_raises_however_deep_the_caller_stands(program):
+    def below(frames):
+        if frames:
+            return below(frames - 1)
+        return within_limits(Task("deduction", program)), fingerprint(program), complexity(program)
+
+    problem, mark, branches = below(600)
+    assert isinstance(problem, str) and len(mark) == 16 and branches >= 1
+    assert 0.0 <= edit_distance(program, PROGRAM) <= 1.0 and edit_distance(program, program) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("programs", [("x;" * 1480, "x;~x;" * 590), ("a+" * 1499 + "a", "[x]\n" * 750)])
+def test_all_measures_of_two_programs_at_the_limit_take_under_50_ms(programs):
+    import tasks as module
+    spent = []
+    for _ in range(5):
+        module._anatomy.cache_clear()
+        start = time.process_time()
+        edit_distance(*programs)
+        for text in programs:
+            within_limits(Task("deduction", text)), fingerprint(text), complexity(text)
+        spent.append(time.process_time() - start)
+    assert min(spent) < 0.05

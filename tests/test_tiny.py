@@ -79,15 +79,15 @@ def test_content_cannot_break_passages(tokenizer):
 
     for content in NASTY:
         inner = parts("x" + content + "\n") - 1  # the content and the newline behind it
-        for type in TASK_TYPES:
-            task = Task(type, "x" + content, "x" + content, "x" + content, ("x" + content,) * 4,
+        for kind in TASK_TYPES:
+            task = Task(kind, "x" + content, "x" + content, "x" + content, ("x" + content,) * 4,
                         ("x" + content,) * 4, "x" + content)
-            contents = {"deduction": 2, "abduction": 2, "induction": 5}[type]
+            contents = {"deduction": 2, "abduction": 2, "induction": 5}[kind]
             prompt = tasks.FRAME.replace("{question}", tasks.solve_prompt(task))
-            assert parts(prompt) <= contents * (inner + 1) + contents + 1, (type, content)
-            prompt = tasks.FRAME.replace("{question}", tasks.propose_prompt(type, [task] * 3, task.program, 6))
-            contents = 1 if type == "induction" else 9
-            assert parts(prompt) <= contents * (inner + 1) + contents + 3, (type, content)
+            assert parts(prompt) <= contents * (inner + 1) + contents + 1, (kind, content)
+            prompt = tasks.FRAME.replace("{question}", tasks.propose_prompt(kind, [task] * 3, task.program, 6))
+            contents = 1 if kind == "induction" else 9
+            assert parts(prompt) <= contents * (inner + 1) + contents + 3, (kind, content)
 
 
 def test_special_tokens(tokenizer):
@@ -105,11 +105,11 @@ def test_prompts_and_responses_are_short_and_parse(tokenizer):
         response = response.removesuffix(make.END)
         assert len(encode(tokenizer, prompt)) <= 160 and len(encode(tokenizer, response)) <= 160
         assert tasks.final_answer(response) is not None
-    for type, statements in itertools.product(TASK_TYPES, (1, 2, 3, 4)):
-        task, thought, answer = make.draw_solution(rng, type, statements)
-        assert tasks.parse_answer(type, make.respond("\n".join(thought), (make.FENCE[type], answer))) == answer
-        _, response = make.draw_proposal(rng, type, make.PHASES[2]["propose"])
-        assert tasks.parse_proposal(type, response, task.program) is not None
+    for kind, statements in itertools.product(TASK_TYPES, (1, 2, 3, 4)):
+        task, thought, answer = make.draw_solution(rng, kind, statements)
+        assert tasks.parse_answer(kind, make.respond("\n".join(thought), (make.FENCE[kind], answer))) == answer
+        _, response = make.draw_proposal(rng, kind, make.PHASES[2]["propose"])
+        assert tasks.parse_proposal(kind, response, task.program) is not None
 
 
 def test_the_longer_model_is_shown_longer_programs_but_never_how_they_are_solved():
@@ -135,8 +135,8 @@ def test_the_longer_model_is_shown_longer_programs_but_never_how_they_are_solved
 
 def test_heldout_sizes(heldout):
     for split, (size, statements) in make.HELDOUT.items():
-        for type in TASK_TYPES:
-            rows = [row for row in heldout if (row["split"], row["type"]) == (split, type)]
+        for kind in TASK_TYPES:
+            rows = [row for row in heldout if (row["split"], row["type"]) == (split, kind)]
             assert len(rows) == len({tasks.fingerprint(row["program"]) for row in rows}) == size
             assert {row["program"].count("\n") - 1 for row in rows} == set(statements)
     assert len({row["id"] for row in heldout}) == len(heldout)

@@ -256,7 +256,7 @@ def respond(thought, *blocks):
     return f"{thought}</think>\n<answer>\n{body}</answer>"
 
 
-def draw_solution(rng, type, statements, excluded=frozenset()):
+def draw_solution(rng, task_type, statements, excluded=frozenset()):
     """(task, thought, answer) for a solver. The thought puts values into the program, line by line.
 
     Deduction goes forwards, abduction backwards, induction on its first example from both ends to
@@ -265,15 +265,15 @@ def draw_solution(rng, type, statements, excluded=frozenset()):
     while True:
         program, arguments, walk = draw_program(rng, statements, excluded)
         given, returned = ", ".join(arguments), walk[-1][1]
-        if type == "deduction":
-            return Task(type, program.text, given, returned), forwards(walk), returned
-        if type == "abduction":
-            return Task(type, program.text, given, returned), backwards(walk), given
+        if task_type == "deduction":
+            return Task(task_type, program.text, given, returned), forwards(walk), returned
+        if task_type == "abduction":
+            return Task(task_type, program.text, given, returned), backwards(walk), given
         pairs = draw_pairs(rng, program, choose(rng, PAIRS), arguments, walk)
         step = unnamed_step(rng, program)
         # with every constant named an induction task is translation; some of these are enough
         if pairs and (step is not None or rng.random() < ALL_NAMED):
-            task = Task(type, program.text, inputs=tuple(pairs), outputs=tuple(pairs.values()),
+            task = Task(task_type, program.text, inputs=tuple(pairs), outputs=tuple(pairs.values()),
                         message=program.phrases(step))
             open_step = len(walk) - 1 if step is None else step
             thought = forwards(walk[:open_step]) + backwards(walk[open_step + 1:]) \
@@ -281,19 +281,19 @@ def draw_solution(rng, type, statements, excluded=frozenset()):
             return task, thought, program.text
 
 
-def draw_proposal(rng, type, statements, excluded=frozenset()):
+def draw_proposal(rng, task_type, statements, excluded=frozenset()):
     """(prompt, response) for a proposer. Its thought is the plan: the operations in words."""
     draw = lambda: draw_program(rng, choose(rng, statements), excluded)  # noqa: E731
     zero = rng.random() < ZERO_SHARE
-    if type != "induction":
+    if task_type != "induction":
         shown = []
         for k in range(choose(rng, REFERENCES)):
             program, arguments, walk = draw()
             shown.append(tasks.ZERO_TRIPLET if zero and k == 0 else
-                         Task(type, program.text, ", ".join(arguments), walk[-1][1]))
+                         Task(task_type, program.text, ", ".join(arguments), walk[-1][1]))
         program, arguments, _ = draw()
         response = respond(program.phrases(), ("python", program.text), ("input", ", ".join(arguments)))
-        return tasks.propose_prompt(type, shown), response
+        return tasks.propose_prompt(task_type, shown), response
     while True:
         count = choose(rng, PAIRS)
         program, arguments, walk = draw()
@@ -305,7 +305,7 @@ def draw_proposal(rng, type, statements, excluded=frozenset()):
             text, plan, message = tasks.ZERO_TRIPLET.program, "no change", "no change"
             break
     blocks = [("input", given) for given in pairs] + [("message", message)]
-    return tasks.propose_prompt(type, program=text, count=count), respond(plan, *blocks)
+    return tasks.propose_prompt(task_type, program=text, count=count), respond(plan, *blocks)
 
 
 def draw_example(rng, phase, excluded):
@@ -314,16 +314,16 @@ def draw_example(rng, phase, excluded):
     The solution of a program with more than SHOWN statements breaks off after SHOWN lines of its thought: the model
     learns that the thought goes on, but neither how, nor any answer to such a program.
     """
-    type = rng.choice(TASK_TYPES)
+    task_type = rng.choice(TASK_TYPES)
     if rng.random() < PROPOSE_SHARE:
-        question, response = draw_proposal(rng, type, phase["propose"], excluded)
+        question, response = draw_proposal(rng, task_type, phase["propose"], excluded)
     else:
-        task, thought, answer = draw_solution(rng, type, choose(rng, phase["solve"]), excluded)
+        task, thought, answer = draw_solution(rng, task_type, choose(rng, phase["solve"]), excluded)
         question = tasks.solve_prompt(task)
         if len(thought) > SHOWN:
             return tasks.FRAME.replace("{question}", question), "".join(line + "\n" for line in thought[:SHOWN])
         thought = DIRECTLY if rng.random() < phase["direct"] else "\n".join(thought)
-        response = respond(thought, (FENCE[type], answer))
+        response = respond(thought, (FENCE[task_type], answer))
     return tasks.FRAME.replace("{question}", question), response + END
 
 
@@ -340,10 +340,10 @@ def passages():
     """
     mark = "\0"
     task = Task("", mark, mark, mark, (mark,) * 4, (mark,) * 4, mark)
-    questions = [tasks.propose_prompt(type, [task] * k) for k in (0, 2) for type in ("deduction", "abduction")]
+    questions = [tasks.propose_prompt(task_type, [task] * k) for k in (0, 2) for task_type in ("deduction", "abduction")]
     questions.append(tasks.propose_prompt("induction", program=mark, count=mark))
-    for type in TASK_TYPES:
-        questions.append(tasks.solve_prompt(Task(type, *list(asdict(task).values())[1:])))
+    for task_type in TASK_TYPES:
+        questions.append(tasks.solve_prompt(Task(task_type, *list(asdict(task).values())[1:])))
     pieces = [piece for question in questions
               for piece in tasks.FRAME.replace("{question}", question).split(mark)]
     return list(dict.fromkeys(piece.removeprefix("\n") for piece in pieces))
@@ -446,33 +446,33 @@ def train(model, stream, phase):
 
 # --- held-out tasks -----------------------------------------------------------------------------------
 
-def draw_heldout(rng, type, statements):
+def draw_heldout(rng, task_type, statements):
     """(program, task) whose answer can hardly be guessed."""
     while True:
         program, arguments, walk = draw_program(rng, statements)
         given, returned = ", ".join(arguments), walk[-1][1]
-        if type == "induction":
+        if task_type == "induction":
             step, pairs = unnamed_step(rng, program), draw_pairs(rng, program, 6, arguments, walk)
             if step is not None and pairs:  # with every constant named it would only be translation
-                return program, Task(type, program.text, inputs=tuple(pairs), outputs=tuple(pairs.values()),
+                return program, Task(task_type, program.text, inputs=tuple(pairs), outputs=tuple(pairs.values()),
                                      message=program.phrases(step))
             continue
         others = [walk[-1][1] for walk in (program.walk(program.domain.draw(rng)) for _ in range(12)) if walk]
         echo = program.walk([returned, *arguments[1:]])
         if len(others) >= 6 and others.count(returned) <= 2 and not (echo and echo[-1][1] == returned):
-            return program, Task(type, program.text, given, returned)
+            return program, Task(task_type, program.text, given, returned)
 
 
 def make_heldout(seed, sizes=None):
     """[{split, id, and the fields of a Task}]: each program once a type and split."""
     rng, rows = random.Random(f"{seed} held-out"), []
     for split, (size, statements) in HELDOUT.items():
-        for type in TASK_TYPES:
+        for task_type in TASK_TYPES:
             seen = set()
             while len(seen) < (sizes or size):
-                program, task = draw_heldout(rng, type, choose(rng, statements))
+                program, task = draw_heldout(rng, task_type, choose(rng, statements))
                 if program.text not in seen:
-                    rows.append({"split": split, "id": f"{split}-{type}-{len(seen):03d}", **asdict(task)})
+                    rows.append({"split": split, "id": f"{split}-{task_type}-{len(seen):03d}", **asdict(task)})
                     seen.add(program.text)
     return rows
 
@@ -507,38 +507,38 @@ def report(model, tokenizer, rows, executor, proposals=300, limit=160):
     """Print what the base can do, in both modes, and what it proposes."""
     from rewards import is_correct
     direct = tokenizer.convert_tokens_to_ids(DIRECTLY)
-    print(f"{'accuracy':32}" + "".join(f"{type:>12}" for type in TASK_TYPES))
+    print(f"{'accuracy':32}" + "".join(f"{task_type:>12}" for task_type in TASK_TYPES))
     for split in HELDOUT:
         for name, sample, forbid in (("greedy", False, ()), ("sampled", True, ()),
                                      ("greedy, reasoning", False, (direct,)), ("sampled, reasoning", True, (direct,))):
             line, shares, tokens = "", [], []
-            for type in TASK_TYPES:
+            for task_type in TASK_TYPES:
                 todo = [Task.from_dict({k: v for k, v in row.items() if k not in ("split", "id")})
-                        for row in rows if row["split"] == split and row["type"] == type]
+                        for row in rows if row["split"] == split and row["type"] == task_type]
                 texts = generate(model, tokenizer, [tasks.solve_prompt(task) for task in todo], sample, forbid, limit)
-                right = is_correct(todo, [tasks.parse_answer(type, text) for text in texts], executor)
+                right = is_correct(todo, [tasks.parse_answer(task_type, text) for text in texts], executor)
                 line += f"{sum(right) / len(right):12.3f}"
                 shares += [text.startswith(DIRECTLY) for text in texts]
                 tokens += [len(tokenizer(text).input_ids) for text in texts]
             print(f"{split + ', ' + name:32}{line}   direct {sum(shares) / len(shares):.2f}"
                   f"   tokens {sum(tokens) / len(tokens):.0f}, at most {max(tokens)}", flush=True)
     rng = random.Random("report")
-    for type in TASK_TYPES:
+    for task_type in TASK_TYPES:
         questions, programs = [], []
         for _ in range(proposals):
             shown = [draw_program(rng, choose(rng, PHASES[0]["propose"])) for _ in range(2)]
             shown = [Task("deduction", p.text, ", ".join(a), walk[-1][1]) for p, a, walk in shown]
             programs.append(shown[0].program)
-            questions.append(tasks.propose_prompt(type, shown, shown[0].program, 6))
+            questions.append(tasks.propose_prompt(task_type, shown, shown[0].program, 6))
         texts = generate(model, tokenizer, questions, True, limit=limit)
-        drafts = [tasks.parse_proposal(type, text, program, 6) for text, program in zip(texts, programs)]
+        drafts = [tasks.parse_proposal(task_type, text, program, 6) for text, program in zip(texts, programs)]
         valid = []
         for task in filter(None, drafts):
             runs = executor.validate([(task.program, given) for given in task.inputs or (task.input,)])
             if all(run.ok for run in runs):
                 valid.append((task, [run.output for run in runs]))
         lengths = [task.program.count("\n") - 1 for task, _ in valid]
-        print(f"proposals, {type}: parsed {sum(map(bool, drafts)) / proposals:.2f}, valid {len(valid) / proposals:.2f}, "
+        print(f"proposals, {task_type}: parsed {sum(map(bool, drafts)) / proposals:.2f}, valid {len(valid) / proposals:.2f}, "
               f"different programs {len({tasks.fingerprint(task.program) for task, _ in valid}) / proposals:.2f}, "
               f"output = input {sum(task.input in outputs for task, outputs in valid) / proposals:.2f}, statements "
               + ", ".join(f"{n}: {lengths.count(n) / max(1, len(lengths)):.2f}" for n in sorted(set(lengths))), flush=True)

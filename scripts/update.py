@@ -1,6 +1,6 @@
 """Memory and time of the policy update: this code, the naive way, and TRL, on the same tokens.
 
-    python benchmarks/update.py            # CPU, about three minutes
+    python scripts/update.py            # CPU, about three minutes
     pip install trl==1.16.0                # optional: then TRL's GRPOTrainer loss is measured too
 
 A small Qwen2 (width 128, two layers, LoRA) with the real vocabulary of 151,936, where the output head is
@@ -65,10 +65,10 @@ def naive_update(policy, optimizer, rollouts, cfg):
 
 def trl_update(policy, optimizer, rollouts, cfg, trainers={}):
     """TRL's own loss on the same tokens; its trainer is built once, with data that is never used."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
     from conftest import make_random_model
+    from datasets import Dataset
     from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
     if not trainers:
         folder = tempfile.mkdtemp()
         make_random_model(folder)

@@ -1,7 +1,7 @@
 """README's learning figure and table: three seeds of self-play, two with shuffled rewards.
 
-    python benchmarks/learning.py            # runs train.py five times, one after the other
-    python benchmarks/learning.py --out DIR  # keeps the runs there; those that are complete are not run again
+    python scripts/learning.py            # runs train.py five times, one after the other
+    python scripts/learning.py --out DIR  # keeps the runs there; those that are complete are not run again
 
 Each run is `python train.py --seed S [--shuffle-rewards]`. Differences are last step minus step 0; their
 standard error treats the two measurements as independent, which is too wide for one set of tasks.

@@ -1,7 +1,7 @@
 """Does a step fit, and how long does it take? Models of the real shapes on a GPU, under memory caps.
 
-    python benchmarks/gpu.py                   # needs CUDA; under ten minutes
-    python benchmarks/gpu.py --smoke           # tiny shapes, also on a CPU: checks that the script runs
+    python scripts/gpu.py                   # needs CUDA; under ten minutes
+    python scripts/gpu.py --smoke           # tiny shapes, also on a CPU: checks that the script runs
 
 The models have the published shapes of Qwen2.5 and random weights (nothing is downloaded). Memory caps are
 set with torch.cuda.set_per_process_memory_fraction, so that a large card speaks for smaller ones about
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,7 +26,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import azr  # noqa: E402
-from train import CARD, KNOBS  # noqa: E402
+from train import CARD, preset  # noqa: E402
 
 # hidden, layers, heads, key-value heads, intermediate, tied: config.json of Qwen/Qwen2.5-* on the Hugging Face hub
 SHAPES = {
@@ -70,7 +69,7 @@ def make_policy(size, quantize, device, mean_response):
     model.tie_weights()
     ends = max(1, round(vocabulary / mean_response))  # logits are nearly uniform
     model.generation_config = GenerationConfig(eos_token_id=list(range(ends)), pad_token_id=vocabulary - 1)
-    peft_model = get_peft_model(model, LoraConfig(r=KNOBS["lora_rank"][CARD], lora_alpha=2 * KNOBS["lora_rank"][CARD],
+    peft_model = get_peft_model(model, LoraConfig(r=preset(CARD).lora_rank, lora_alpha=2 * preset(CARD).lora_rank,
                                                   target_modules="all-linear", task_type="CAUSAL_LM"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.set_attn_implementation("grouped_sdpa")
@@ -137,9 +136,9 @@ def measure(size, quantize, cap, options):
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
         free = lambda: (max(0, int(cap * 2 ** 30) - torch.cuda.memory_reserved()), int(cap * 2 ** 30))  # noqa: E731
         torch.cuda.mem_get_info = free  # the driver does not know of the cap
-    cfg = SimpleNamespace(**{name: values[CARD] for name, values in KNOBS.items()})
+    cfg = preset(CARD)
     if size == "smoke":
-        cfg.batch, cfg.samples, cfg.max_response, options.prompt, options.mean_response = 2, 2, 64, 32, 16
+        cfg, options.prompt, options.mean_response = preset(CARD, batch=2, samples=2, max_response=64), 32, 16
     result = {"fits": "no"}
     try:
         policy = make_policy(size, quantize, device, options.mean_response)

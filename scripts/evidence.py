@@ -1,9 +1,9 @@
 """docs/evidence.md's runs, tables and pictures: does self-play go past its base?
 
-    python benchmarks/evidence.py                    # every run, one after the other: hours
-    python benchmarks/evidence.py --only self-play   # some rows of the table
-    python benchmarks/evidence.py --jobs 2           # two runs at a time
-    python benchmarks/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
+    python scripts/evidence.py                    # every run, one after the other: hours
+    python scripts/evidence.py --only self-play   # some rows of the table
+    python scripts/evidence.py --jobs 2           # two runs at a time
+    python scripts/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
 
 A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
 nothing with `tiny/make.py` (half an hour each). Each is `train.py` with the flags that are
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 
@@ -30,17 +31,18 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from azr import TINY  # noqa: E402
-from eval import HELDOUT, layout, load_heldout, mean_error, pass_at_k  # noqa: E402
+from azr import HELDOUT, TINY, load_heldout  # noqa: E402
+from eval import pass_at_k  # noqa: E402
+from report import layout, mean_error  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
-from train import KNOBS  # noqa: E402
+from train import Config, flag  # noqa: E402
 
 MAKING = {None: Lock(), 1: Lock(), 2: Lock()}  # of two jobs on one base, one makes it
 KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
-ROWS = {  # name: (changes of the recipe, seeds)
+ROWS = {  # name: (changes of the recipe, seeds); None: of a feature that was taken out after commit 09afc7c
     "self-play": ("", range(10)),
     "shuffled rewards": ("--shuffle-rewards", range(2)),
     "proposer not trained": ("--no-train-proposer", range(2)),
@@ -51,9 +53,9 @@ ROWS = {  # name: (changes of the recipe, seeds)
     "six-group baseline": ("--baseline group", range(2)),
     "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
     "no deduplication": ("--no-dedup", range(2)),
-    "rejection sampling": ("--rejection-sampling", range(2)),
-    "padding is a repeat": ("--unpadded", range(2)),
-    "messages must help": ("--message-gain", range(2)),
+    "rejection sampling": (None, range(2)),
+    "padding is a repeat": (None, range(2)),
+    "messages must help": (None, range(2)),
     "another base (1)": ("", range(2)),
     "another base (2)": ("", range(2)),
 }
@@ -67,6 +69,11 @@ def other_base(name):
     return int(name[-2]) if name.startswith("another base") else None
 
 
+def commands():
+    """The rows that this version of train.py can run."""
+    return [name for name, (changes, _) in ROWS.items() if changes is not None]
+
+
 def flags_of(name, seed, out):
     changes = ROWS[name][0]
     recipe = list(RECIPE)
@@ -76,7 +83,9 @@ def flags_of(name, seed, out):
         recipe.remove(changes.removeprefix("without "))
         changes = ""
     if other_base(name):  # a folder: the shipped models' defaults have to be spelled out
-        recipe = [*(f"--{knob.replace('_', '-')}={columns[0]}" for knob, columns in KNOBS.items()), *recipe]
+        presets = {knob.name: knob.metadata["presets"] for knob in fields(Config)}
+        recipe = [*(f"{flag(knob)}={tiny}" for knob, (tiny, card, _) in presets.items()
+                    if tiny != card and not isinstance(tiny, bool)), *recipe]
         recipe[recipe.index(BASE)] = str(out / f"base-{other_base(name)}" / "longer")
         recipe += ["--heldout", str(out / f"base-{other_base(name)}" / "heldout.jsonl")]
     return [*recipe, *changes.split(), "--seed", str(seed)]
@@ -152,25 +161,25 @@ def keep(name, seed, folder, heldout=HELDOUT):
     proposed = {fingerprint(task["program"]) for task in rows_of(folder / "tasks.jsonl")}
     rows.append({"seconds": round(sum(row.get("seconds/total", 0) for row in rows_of(folder / "metrics.jsonl"))),
                  "answers": answers_of(folder / "evidence"), "met": {
-                     type: [index for index, task in enumerate(task for task in hard if task.type == type)
-                            if fingerprint(task.program) in proposed] for type in TASK_TYPES}})
+                     kind: [index for index, task in enumerate(task for task in hard if task.type == kind)
+                            if fingerprint(task.program) in proposed] for kind in TASK_TYPES}})
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / f"{slug(name, seed)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def answers_of(folder):
     """{hard | easy | samples: {type: "how many of the task's answers are right", a digit a task}}"""
-    return {name: {type: "".join(str(sum(flags)) for flags in next(iter(json.loads(
-        (folder / name / "results.json").read_text())["results"].values()))[f"heldout-{type}"]["correct"].values())
-        for type in TASK_TYPES} for name in ("hard", "easy", "samples")}
+    return {name: {kind: "".join(str(sum(flags)) for flags in next(iter(json.loads(
+        (folder / name / "results.json").read_text())["results"].values()))[f"heldout-{kind}"]["correct"].values())
+        for kind in TASK_TYPES} for name in ("hard", "easy", "samples")}
 
 
 def measures(answers):
     """{measure: {type: [a number a task]}}, of one model."""
-    right = {name: {type: list(map(int, text)) for type, text in types.items()} for name, types in answers.items()}
+    right = {name: {kind: list(map(int, text)) for kind, text in types.items()} for name, types in answers.items()}
     return {"hard, greedy": right["hard"],
-            "hard, sampled": {type: [n / 8 for n in counts] for type, counts in right["samples"].items()},
-            "hard, pass@8": {type: [pass_at_k(8, n, 8) for n in counts] for type, counts in right["samples"].items()},
+            "hard, sampled": {kind: [n / 8 for n in counts] for kind, counts in right["samples"].items()},
+            "hard, pass@8": {kind: [pass_at_k(8, n, 8) for n in counts] for kind, counts in right["samples"].items()},
             "easy, greedy": right["easy"]}
 
 
@@ -180,9 +189,9 @@ def difference(before, after, measure, types):
     Both are lists of last rows of kept files. Harder tasks whose program one of the runs proposed are left out.
     """
     parts = []
-    for type in types:
-        met = {index for row in before + after for index in row.get("met", {}).get(type, ()) if measure.startswith("hard")}
-        means = [[sum(task) / len(rows) for task in zip(*(measures(row["answers"])[measure][type] for row in rows))]
+    for kind in types:
+        met = {index for row in before + after for index in row.get("met", {}).get(kind, ()) if measure.startswith("hard")}
+        means = [[sum(task) / len(rows) for task in zip(*(measures(row["answers"])[measure][kind] for row in rows))]
                  for rows in (before, after)]
         parts.append(mean_error([100 * (b - a) for index, (a, b) in enumerate(zip(*means)) if index not in met]))
     # types weigh the same, whatever their number of tasks
@@ -197,14 +206,14 @@ def tables():
     runs = {name: seeds for name, seeds in runs.items() if seeds}
     ends = {name: {seed: rows[-1] for seed, rows in seeds.items()} for name, seeds in runs.items()}
     if "self-play" not in runs:
-        raise SystemExit("docs/evidence/ holds no run of self-play yet: python benchmarks/evidence.py --only self-play")
+        raise SystemExit("docs/evidence/ holds no run of self-play yet: python scripts/evidence.py --only self-play")
     ours, names = list(ends["self-play"].values()), list(measures(bases[None][0]["answers"]))
 
     def points(before, after, measure, types=TASK_TYPES):
         return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types))
 
     def levels(label, row):
-        return [label, *(" / ".join(f"{100 * mean_error(measures(row['answers'])[measure][type])[0]:.0f}" for type in TASK_TYPES)
+        return [label, *(" / ".join(f"{100 * mean_error(measures(row['answers'])[measure][kind])[0]:.0f}" for kind in TASK_TYPES)
                          for measure in names)]
 
     def differences(label, before, rows):
@@ -217,7 +226,7 @@ def tables():
 
     first = [["deduction / abduction / induction, %", *names], levels("base", bases[None][0])]
     second = [["points against the base", *names, "against self-play, hard, greedy", "statements", "minutes"]]
-    third = [["points against the base", *(f"{measure.partition(', ')[2]}: {type}" for measure in names[:3] for type in TASK_TYPES)]]
+    third = [["points against the base", *(f"{measure.partition(', ')[2]}: {kind}" for measure in names[:3] for kind in TASK_TYPES)]]
     for name, seeds in runs.items():
         before = bases[other_base(name)]
         if other_base(name):
@@ -228,13 +237,13 @@ def tables():
         if len(seeds) > 1:
             second.append(differences(f"{name}, mean of {len(seeds)}", before, list(seeds.values())))
         third.append([name if other_base(name) else f"{name} ({len(seeds)})", *(
-            points(before, list(ends[name].values()), measure, [type]) for measure in names[:3] for type in TASK_TYPES)])
+            points(before, list(ends[name].values()), measure, [kind]) for measure in names[:3] for kind in TASK_TYPES)])
     short = [["points against the base, mean of the seeds", "seeds", *(names[i] for i in (0, 2, 3))]]
     short += [[name, len(seeds), *(points(bases[other_base(name)], list(ends[name].values()), names[i]) for i in (0, 2, 3))]
               for name, seeds in runs.items()]
     text = "\n\n".join(layout(lines, True) for lines in (first, second, third))
     for page, lines in (("docs/evidence.md", text), ("README.md", layout(short, True))):
-        top, begin, rest = (ROOT / page).read_text().partition("<!-- tables: written by benchmarks/evidence.py -->\n")
+        top, begin, rest = (ROOT / page).read_text().partition("<!-- tables: written by scripts/evidence.py -->\n")
         (ROOT / page).write_text(f"{top}{begin}\n{lines}\n\n<!-- end of tables -->{rest.partition('<!-- end of tables -->')[2]}")
     print(text)
     return runs
@@ -284,7 +293,8 @@ def pictures(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=commands(), default=commands(), metavar="ROW",
+                        help=", ".join(commands()))
     parser.add_argument("--seeds", type=int, default=10, help="at most so many seeds of each row")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")

@@ -1,6 +1,6 @@
 """Sampling speed: this code's `generate` beside plain ways, at equal memory (the same number of rows).
 
-    python benchmarks/generate.py          # CPU, about two minutes
+    python scripts/generate.py          # CPU, about two minutes
 
 Uneven lengths are the point: a small random model whose next token is nearly uniform ends a response
 with a fixed probability at each token, so half of the responses are shorter than a tenth of the cap.

@@ -1,7 +1,7 @@
 """README's table of long runs: what keeps accuracy and diversity, and what grows over 300 steps.
 
-    python benchmarks/long.py            # five runs of train.py, one after the other: an hour and more
-    python benchmarks/long.py --out DIR  # keeps the runs there; those that are complete are not run again
+    python scripts/long.py            # two runs of train.py, one after the other: an hour and more
+    python scripts/long.py --out DIR  # keeps the runs there; those that are complete are not run again
 
 The last three columns are medians of the first and the last 50 steps; open descriptors of train.py are read from /proc every
 ten seconds (Linux alone), resident memory too, for whoever wants to look.
@@ -19,15 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import layout  # noqa: E402
+from report import layout  # noqa: E402
 
 STEPS = 300
 RUNS = {
     "default": "",
     "no deduplication": "--no-dedup",
-    "answers rewarded": "--intrinsic answers=0.5",
-    "edit distance rewarded": "--intrinsic edit_distance=0.5",
-    "complexity rewarded": "--intrinsic complexity=0.5",
 }
 DIVERSITY = ("unique_ast", "edit_distance", "complexity", "answers", "trivial")
 

@@ -1,0 +1,232 @@
+"""Sampling that keeps every row busy. It gives what plain `generate` of transformers gives, row by row:
+
+    ids_BP, mask_BP = left_pad([prompt for prompt in prompts for _ in range(copies)])
+    ids_BT = model.generate(ids_BP, attention_mask=mask_BP, max_new_tokens=max_tokens, do_sample=True,
+                            top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0, eos_token_id=end_ids,
+                            pad_token_id=pad_id, stop_strings=["</answer>"], tokenizer=tokenizer)
+    responses = [cut_after_end(ids) for ids in ids_BT[:, ids_BP.shape[1]:].tolist()]
+    # greedily to the token; sampled, from the same distribution
+
+Three things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
+for prompts that wait (`generate`), and the cache is neither copied at every token (`RoomyLayer`) nor once a
+query head (`grouped_sdpa`). Axes as in azr.py: B rows, P prompt tokens, T prompt and response tokens.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' SDPA attention, without its copies of the cache. → ([row, token, head, feature], None)
+
+    query: [row, head, token, feature]; key, value: [row, key head, column, feature]. When one token is
+    decoded, heads that share a key head stand in for tokens: the same sums, but where there is a mask
+    transformers first repeats the cache for each of those heads (8 for Qwen2.5-3B), at every token. On a CPU
+    the sums are written out, since torch's kernel, made for many tokens, takes twice as long for one.
+    """
+    rows, heads, tokens, width = query.shape
+    if tokens > 1 or any(options.get(name) for name in ("dropout", "position_bias", "cache")):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    if query.is_cpu:
+        scores = grouped @ key.transpose(2, 3) * (width ** -0.5 if scaling is None else scaling)
+        if attention_mask is not None:
+            lowest = torch.finfo(scores.dtype).min  # not -inf: a row may be all padding
+            scores.masked_fill_(~attention_mask, lowest)
+        mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    else:
+        mixed = functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return mixed.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_sdpa)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+
+SEGMENT = 16  # tokens between two looks at the batch, at least
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values with room behind them: a new column is written in place, where DynamicLayer
+    copies all that came before it, at every token. Keys and values are [row, head, column, feature]."""
+
+    room = None  # tensors that self.keys and self.values are the first columns of
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            room = [x.new_empty(*x.shape[:2], end + SEGMENT, x.shape[-1]) for x in (keys, values)]
+            if start:
+                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
+            self.room = room
+        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        return self.keys, self.values
+
+    def put(self, change, *others):
+        """Replace keys and values by change(keys, …) and change(values, …) of this and other layers."""
+        self.keys = change(self.keys, *(layer.keys for layer in others))
+        self.values = change(self.values, *(layer.values for layer in others))
+        self.room = None
+
+    def batch_select_indices(self, indices):
+        self.put(lambda x: x[indices])
+
+
+@dataclass
+class _Batch:
+    """Rows that are being sampled: left-padded ids, their mask, and a cache of all but the last column."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    cache: DynamicCache
+    owners: list   # row → index of its response
+    lengths: list  # row → response tokens so far, the last columns of ids_BT
+
+    def can_grow(self):
+        """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
+        return all(type(layer) is RoomyLayer for layer in self.cache.layers)
+
+    def pad_left(self, columns):
+        """Shift all rows right by so many masked columns."""
+        self.ids_BT, self.mask_BT = (functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
+        for layer in self.cache.layers:
+            layer.put(lambda x: functional.pad(x, (0, 0, columns, 0)))
+
+    def keep(self, rows):
+        """Drop all other rows, and the columns that only they needed."""
+        index = torch.tensor(rows, device=self.ids_BT.device)
+        self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
+        self.cache.batch_select_indices(index)
+        self.owners, self.lengths = [self.owners[r] for r in rows], [self.lengths[r] for r in rows]
+        idle = int(self.mask_BT.any(0).int().argmax())
+        if idle and self.can_grow():
+            self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
+            for layer in self.cache.layers:
+                layer.put(lambda x: x[:, :, idle:])
+
+    def join(self, other):
+        """Take in the rows of another batch."""
+        gap = self.ids_BT.shape[1] - other.ids_BT.shape[1]
+        (other if gap > 0 else self).pad_left(abs(gap))
+        self.ids_BT, self.mask_BT = (torch.cat(pair) for pair in (
+            (self.ids_BT, other.ids_BT), (self.mask_BT, other.mask_BT)))
+        for ours, theirs in zip(self.cache.layers, other.cache.layers):
+            ours.put(lambda *pair: torch.cat(pair), theirs)
+        self.owners += other.owners
+        self.lengths += other.lengths
+
+
+@torch.no_grad()
+def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.0):
+    """Sample `copies` responses to each prompt from the whole distribution (no top-k, no top-p).
+
+    prompts: [[id]]; → [[id]], len(prompts) · copies of them, prompt by prompt; each at most
+    max_tokens long and ended by an end token, by the token that completes `</answer>`, or by the
+    limit. greedy=True takes the likeliest token instead. Training samples at temperature 1, where
+    the sampling distribution is the one whose logprobs are trained.
+
+    >>> generate(policy, [[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
+    [[9, 1], [8, 8, 8], [9, 9, 1], [1]]
+
+    A prompt is read once for all its copies. Then transformers' own `generate` goes on in short
+    segments; in between finished rows leave and waiting prompts take their places, so that the
+    rows that memory allows are always busy and nobody waits for the longest response.
+    """
+    policy.causal.eval()
+    # every sampling field explicit: none is left for a model's own configuration to fill in
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": 1.0,
+                                               "top_k": 0, "repetition_penalty": 1.0}
+    responses = [None] * (len(prompts) * copies)
+    waiting = [i * copies + copy for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+               for copy in range(copies)]  # longest prompts first, so that later ones fit in beside them
+    rows = policy.rows or _rows_that_fit(policy, max(map(len, prompts), default=0) + max_tokens)
+    batch = None
+    while waiting or batch:
+        if waiting and (batch is None or batch.can_grow() and len(batch.owners) <= rows * 3 // 4):
+            places = rows - len(batch.owners) if batch else rows
+            fresh = _prefill(policy, prompts, copies, waiting[:places])
+            waiting = waiting[places:]
+            batch.join(fresh) if batch else (batch := fresh)
+        segment = max(SEGMENT, min(batch.lengths) // 4)
+        segment = min(segment, max_tokens - max(batch.lengths))
+        width = batch.ids_BT.shape[1]
+        batch.ids_BT = policy.causal.generate(
+            batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache, max_new_tokens=segment,
+            eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, **how)
+        added = batch.ids_BT.shape[1] - width
+        batch.mask_BT = functional.pad(batch.mask_BT, (0, added), value=1)
+        alive = []
+        for row, ids in enumerate(batch.ids_BT.tolist()):
+            length = batch.lengths[row] = batch.lengths[row] + added
+            end = _end_of(policy, ids[-length:], length - added)
+            if end is None and length < max_tokens:
+                alive.append(row)
+            else:
+                responses[batch.owners[row]] = ids[-length:][:end]
+        if not alive:
+            batch = None
+        elif len(alive) < len(batch.owners):
+            batch.keep(alive)
+    return responses
+
+
+def _prefill(policy, prompts, copies, owners):
+    """Read the prompts of these responses, each prompt once, into a batch with a row a response."""
+    counts = Counter(owner // copies for owner in owners)  # in order: copies of a prompt are neighbours
+    width = max(2, max(len(prompts[i]) for i in counts))  # at least one column for the cache
+    ids_BT = torch.full((len(counts), width), policy.pad_id)
+    mask_BT = torch.zeros((len(counts), width), dtype=torch.long)
+    for row, i in enumerate(counts):
+        ids_BT[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+        mask_BT[row, width - len(prompts[i]):] = 1
+    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
+    cache = DynamicCache(config=policy.causal.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    # all but the last token, which generate reads itself
+    policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
+                  position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
+    rows = torch.tensor([row for row, i in enumerate(counts) for _ in range(counts[i])], device=policy.device)
+    cache.batch_select_indices(rows)
+    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [0] * len(owners))
+
+
+def _end_of(policy, ids, checked):
+    """How many tokens of `ids` belong to the response, or None while it goes on.
+
+    The first `checked` tokens are known not to end it; `</answer>` may start among them.
+    """
+    start = max(0, checked - len("</answer>"))
+    stop = next((i + 1 for i in range(checked, len(ids)) if ids[i] in policy.end_ids), None)
+    if "</answer>" not in policy.decode(ids[start:stop]):
+        return stop
+    low, high = start + 1, stop or len(ids)  # the shortest prefix that holds the closing tag
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if "</answer>" in policy.decode(ids[start:middle]) else (middle + 1, high)
+    return low
+
+
+def _rows_that_fit(policy, tokens):
+    """Rows of `tokens` tokens whose keys and values fill at most 60% of the free memory."""
+    if policy.device.type != "cuda":
+        return 512
+    config = policy.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * width * policy.causal.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    # a layer whose room is used up is there twice for a moment, and logits of a step are held in
+    # fp32 a few times over
+    per_row = per_token * tokens * 1.1 + 16 * config.vocab_size
+    return max(1, min(512, int(0.6 * free / per_row)))

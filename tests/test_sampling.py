@@ -1,0 +1,133 @@
+"""The sampler against a plain loop over one prompt, and against the probabilities that are trained."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sampling
+from azr import Rollout, response_logprobs
+from sampling import generate
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
+
+
+def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
+    policy.end_ids = frozenset(range(0, 258, 16))  # so that lengths differ
+    def plain(prompt):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < 60:
+            with torch.no_grad():
+                ids.append(int(policy.causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in policy.end_ids:
+                break
+        return ids[len(prompt):]
+
+    expected = [plain(prompt) for prompt in PROMPTS]
+    for rows in (0, 2, 4, 7):  # all at once; rows that leave make room for others, copies are split
+        policy.rows = rows
+        assert generate(policy, PROMPTS, 60, greedy=True) == expected
+        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == [r for r in expected for _ in range(3)]
+    assert len(set(map(len, expected))) > 1 and generate(policy, [], 60) == []
+    assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
+
+
+@pytest.mark.parametrize("cpu", (True, False))
+@pytest.mark.parametrize("key_heads", (1, 2, 4))
+@pytest.mark.parametrize("masked", (False, True))
+def test_grouped_heads_attend_as_repeated_ones(key_heads, masked, cpu, monkeypatch):
+    """Against softmax(q·k)·v with every key head repeated, one query token and several columns, some of them padding."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", cpu)  # a GPU's way, on a CPU
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, columns, 5) for heads, columns in ((4, 1), (key_heads, 7), (key_heads, 7)))
+    mask = torch.rand(3, 1, 1, 7) > 0.4 if masked else None
+    module = SimpleNamespace(num_key_value_groups=4 // key_heads, is_causal=True)
+    found, _ = sampling.grouped_sdpa(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    key, value = (x.repeat_interleave(4 // key_heads, 1) for x in (key, value))
+    scores = 0.3 * query @ key.transpose(-1, -2)
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    assert torch.allclose(found, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
+    assert found.shape == (3, 1, 4, 5)
+
+
+def test_decoding_uses_grouped_heads(policy, monkeypatch):
+    def repeated(*_):
+        raise AssertionError("the cache was copied for each head")
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", repeated)
+    policy.rows = 2
+    with pytest.raises(AssertionError, match="copied"):  # the prompts of different lengths are read together, with a mask
+        generate(policy, PROMPTS, 8)
+    assert generate(policy, [[1, 2, 3], [4, 5, 6]], 40, copies=3)
+
+
+def test_a_roomy_layer_holds_what_a_growing_one_holds():
+    torch.manual_seed(0)
+    roomy, plain = sampling.RoomyLayer(), sampling.DynamicLayer()
+    def both(change):
+        results = [change(layer) for layer in (roomy, plain)]
+        assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        return results
+    for columns in (5, *[1] * (3 * sampling.SEGMENT)):
+        new = torch.randn(4, 2, columns, 3), torch.randn(4, 2, columns, 3)
+        ours, theirs = both(lambda layer: layer.update(*new))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        if roomy.get_seq_length() % 10 == 0:
+            both(lambda layer: layer.batch_select_indices(torch.tensor([3, 1, 1, 0])))
+    held = roomy.keys
+    both(lambda layer: layer.update(*new))
+    assert held.data_ptr() == roomy.keys.data_ptr()  # written in place
+    roomy.put(lambda *pair: torch.cat(pair), plain)
+    assert roomy.keys.shape[0] == 8 and roomy.room is None
+
+
+def test_rows_are_always_busy(policy, monkeypatch):
+    """Half of the responses are short; waiting prompts must take the places of the finished."""
+    policy.end_ids = frozenset(range(8))  # of 258 ids of nearly equal probability: mean length 32
+    busy, real = [], policy.causal.generate
+    monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: busy.append(len(ids)) or real(ids, **how))
+    torch.manual_seed(0)
+    policy.rows = 16
+    responses = generate(policy, [[i, i] for i in range(100)], 256)
+    assert len(responses) == 100 and all(responses) and max(busy) == 16
+    while_waiting = busy[:-8]
+    assert sum(while_waiting) / len(while_waiting) > 0.75 * 16
+
+
+def test_samples_come_from_the_distribution_that_is_trained(policy):
+    """A chi-square test of 4000 first tokens against the model's own probabilities.
+
+    The model's generation_config asks for temperature 0.2, top-k 3 and a repetition penalty; with
+    any of them left in, the statistic is in the thousands.
+    """
+    torch.manual_seed(0)
+    prompt = [5, 6, 7]
+    counts = torch.zeros(policy.causal.config.vocab_size)
+    for ids in generate(policy, [prompt], 1, copies=4000):
+        counts[ids[0]] += 1
+    with torch.no_grad():
+        expected = torch.softmax(policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1], -1) * 4000
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    degrees = len(expected) - 1
+    assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_sampled_continuations_agree_with_the_logprobs_of_training(policy):
+    """E[−log p(sample)] is the entropy: over 600 samples of 12 tokens both estimates must agree."""
+    torch.manual_seed(0)
+    rollouts = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 12, copies=600)]
+    logps_N, entropies_N = response_logprobs(policy, rollouts)
+    surprise = (-logps_N - entropies_N).detach()
+    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
+
+
+def test_response_ends_at_the_answer_or_the_end_token(policy, monkeypatch):
+    end = policy.tokenizer.eos_token_id
+    encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    closed = encode("a</answer>")
+    assert sampling._end_of(policy, closed + encode("bcd"), 0) == len(closed)
+    assert sampling._end_of(policy, closed + encode("bcd"), 5) == len(closed)   # the tag straddles segments
+    assert sampling._end_of(policy, closed + [end], 0) == len(closed)
+    assert sampling._end_of(policy, encode("ab") + [end, end, end], 0) == 3     # the end token is trained
+    assert sampling._end_of(policy, encode("abc"), 0) is None
