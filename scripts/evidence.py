@@ -199,7 +199,7 @@ def difference(before, after, measure, types):
 
 
 def tables():
-    """Write the tables into docs/evidence.md and README.md from the kept files. → {row: {seed: [kept line]}}"""
+    """Write the tables into docs/evidence.md from the kept files. → {row: {seed: [kept line]}}"""
     bases = {seed: rows_of(KEPT / (f"base-{seed}.jsonl" if seed else "base.jsonl"))[-1:] for seed in (None, 1, 2)}
     runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in seeds
                    if (KEPT / f"{slug(name, seed)}.jsonl").exists()} for name, (_, seeds) in ROWS.items()}
@@ -241,10 +241,10 @@ def tables():
     short = [["points against the base, mean of the seeds", "seeds", *(names[i] for i in (0, 2, 3))]]
     short += [[name, len(seeds), *(points(bases[other_base(name)], list(ends[name].values()), names[i]) for i in (0, 2, 3))]
               for name, seeds in runs.items()]
-    text = "\n\n".join(layout(lines, True) for lines in (first, second, third))
-    for page, lines in (("docs/evidence.md", text), ("README.md", layout(short, True))):
-        top, begin, rest = (ROOT / page).read_text().partition("<!-- tables: written by scripts/evidence.py -->\n")
-        (ROOT / page).write_text(f"{top}{begin}\n{lines}\n\n<!-- end of tables -->{rest.partition('<!-- end of tables -->')[2]}")
+    text = "\n\n".join(layout(lines, True) for lines in (short, first, second, third))
+    page, mark, end = ROOT / "docs" / "evidence.md", "<!-- tables: written by scripts/evidence.py -->\n", "<!-- end of tables -->"
+    top, begin, rest = page.read_text().partition(mark)
+    page.write_text(f"{top}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
     print(text)
     return runs
 

@@ -200,7 +200,7 @@ def misuse(capsys, *arguments):
     (["--seed", "9" * 30], "--seed is 999"), (["--seed", "-1"], "--seed is -1"), (["--threads", "999999"], "--threads is"),
     (["--generate-batch", "-1"], "--generate-batch is -1"), (["--resume", ""], "--resume is empty"),
     (["--report", ""], "--report is empty"), (["--out", ""], "--out is empty"), (["--model", ""], "--model is empty"),
-    (["--max-prompt", "40"], "asking for a new deduction task takes"), (["--model", "tiny", "--quantize", "4bit", "--lora-rank", "0"], "4-bit"),
+    (["--model", "tiny", "--quantize", "4bit", "--lora-rank", "0"], "4-bit"),
     (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--max-flags", "-1"], "--max-flags is -1"), (["--lr-final", "0"], "--lr-final is 0.0"),
     (["--heldout", "/no/such/file"], "cannot read the held-out tasks"), (["--resume", "/no/such/run"], "not a run folder"),
     (["--device", "warp"], "--device"),
