@@ -8,7 +8,7 @@ each run, waits for its end, and kills what it left behind. The job goes from th
 and the report straight back, through files in memory. The zygote never sees a program, an input or a result,
 so nothing of one job is in the process of another. The caller never evaluates, compiles or unpickles what a
 model wrote. It reads canonical literals, compares them itself, and refuses a report of any other form. The
-worst that a program can do by forging its report is to "return" a value of its choice.
+worst that a program can do by forging its report is to "return" a value, and a `call`, of its choice.
 
 What happens to each kind of attack, and which wall stops it:
 
@@ -32,9 +32,11 @@ What happens to each kind of attack, and which wall stops it:
   telling judging from       run and validate take the same path; run uses the first of validate's seeds
   validation
 
-Not covered: bugs of the kernel, side channels of the hardware, and programs whose nondeterminism shows rarely
-or agrees by chance under all three seeds. The start warns, once, of each promise that the system does not let
-us keep (no seccomp, no namespaces, not Linux). Not for several threads at once; not for Windows.
+Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
+memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
+seeds. The caller needs 512 KiB of stack. A process that it forks keeps the workers alive as long as it lives.
+The start warns, once, of each promise that the system does not let us keep (no seccomp, no namespaces, not
+Linux). Not for several threads at once; not for Windows.
 """
 
 import ast
@@ -68,7 +70,9 @@ _PRELOADED = """_pylong collections.abc html.entities html.parser json.decoder e
     encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
     encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13
     encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be
-    encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le""".split()
+    encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le encodings.cp1251
+    encodings.koi8_r encodings.iso8859_2 encodings.iso8859_15 encodings.shift_jis encodings.euc_jp
+    encodings.gbk encodings.big5""".split()
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -118,9 +122,9 @@ def parse_literal(text, limit=None):
         raise ValueError(f"not a text of at most {limit} characters")
     try:
         value = ast.literal_eval(text)
+        _write(value, 0, [100 * limit], False)       # no ellipsis, not too deep
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a literal: {_describe(error)}") from None
-    _write(value, 0, [100 * limit], False)           # ellipsis, nan, too deep
     return value
 
 
@@ -144,7 +148,7 @@ def same(a, b):
     """
     try:
         return _write(a, 0, [100 * MAX_TEXT], False) == _write(b, 0, [100 * MAX_TEXT], False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -166,7 +170,9 @@ def _write(value, depth, room, ordered):
     else:
         def write(item):
             return _write(item, depth + 1, room, ordered)
-        room[0] -= 2 * len(value)
+        room[0] -= (2 if kind in (list, tuple, set) else 4) * (len(value) or 1)
+        if room[0] < 0:
+            raise ValueError("longer than the limit")
         if kind in (list, tuple, set):
             parts = [*map(write, value)]
         else:
@@ -291,8 +297,8 @@ class Executor:
             for i, second in zip(again, self._run(_PROGRAM, [jobs[i] for i in again], seed)):
                 if second.status in ("timeout", "memory", "unsafe", "killed"):
                     results[i] = second
-                elif not second.ok or not same(parse_literal(results[i].output, self._max_text),
-                                               parse_literal(second.output, self._max_text)):
+                elif not second.ok or second.call != results[i].call or not same(
+                        *(parse_literal(each.output, self._max_text) for each in (results[i], second))):
                     results[i] = Execution("nondeterministic", "", "two runs of it differ", second.seconds)
         return results
 
@@ -349,7 +355,9 @@ class Executor:
                     elif result.ok and purpose == _CALL:
                         call = parse_literal(result.output, self._max_text)
                         good = type(call) is tuple and [*map(type, call)] == [tuple, dict]
-                        text = "*{}, **{}".format(*map(literal, call)) if good else "*0"      # not if forged
+                        text = "*0"                    # forged: an error
+                        if good:
+                            text = "*{}, **{}".format(*(literal(each, self._max_text) for each in call))
                         queue.appendleft((i, _PROGRAM, jobs[i][0], text, result.seconds))
                     else:
                         results[i] = result
@@ -366,17 +374,19 @@ class Executor:
         elif report:
             try:
                 status, error, call, output = report.decode().split("\0")
-                good = status in _STATUSES and len(call) <= 2 * self._max_text and (
-                    status != "ok" or _CANONICAL.fullmatch(output)
-                    and literal(parse_literal(output, self._max_text), self._max_text) == output)
-            except ValueError:
+                good = status in _STATUSES and (status != "expression" or not spent)
+                if status == "ok":
+                    good = (len(call) <= 2 * self._max_text and call.isprintable()
+                            and len(output) <= self._max_text and _CANONICAL.fullmatch(output)
+                            and literal(parse_literal(output, self._max_text), self._max_text) == output)
+            except (ValueError, RecursionError):
                 good = False
             if not good:
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
             status, error = "memory", "out of memory"
         elif code < 0:
-            error = f"its process died of {signal.Signals(-code).name}"
+            error = f"its process died of signal {-code}"
         if status == "ok":
             return Execution(status, output, "", seconds + spent, call)
         line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
@@ -394,7 +404,7 @@ class _Worker:
         self.job, self.file = make("job"), make("report")
         # A lean start: not the caller's environment, directory, descriptors, terminal or memory, and no
         # site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1]),             # and what some Pythons need to start
+        environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",  # some need this to start:
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         self.process = subprocess.Popen([sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
              json.dumps([*config, self.job, self.file])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -421,7 +431,7 @@ class _Worker:
         try:
             self.weak()
             self.process.stdin.write(_ORDER.pack(seconds, purpose, len(program), len(text), self.mark))
-        except BrokenPipeError:                       # it died: the end of its pipe will say so
+        except (BrokenPipeError, RuntimeError):       # it died: the end of its pipe will say so
             pass
 
     def report(self, size):
@@ -565,12 +575,12 @@ class _Zygote:
         """Waits for the end of a run, or for its limit. True if it is late.
 
         At its limit a run gets more time if it has not had it for want of a core: if it used less than
-        `seconds` of a core's time, but some of it, so that it does not sleep.
+        `seconds` of a core's time, but some of it, so that it does not sleep, and at most 25 times its limit.
         """
         poller = select.poll()
         for fd in (alive, 0):
             poller.register(fd, 0)                    # only their end is of interest
-        used, wait = 0.0, seconds
+        used, wait, end = 0.0, seconds, time.monotonic() + 25 * seconds
         while True:
             ready = dict(poller.poll(max(wait, 0) * 1000))
             if 0 in ready:                            # the caller is gone
@@ -583,7 +593,7 @@ class _Zygote:
                 used = time.clock_gettime((~pid << 3) | 2)                # of this process, on Linux
             except OSError:                           # it ends just now, or this is another system
                 return True
-            if used >= seconds or used - before < wait / 100:
+            if used >= seconds or used - before < wait / 100 or time.monotonic() > end:
                 return True
             wait = max(seconds - used, 0.01)
 
@@ -628,6 +638,10 @@ _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcn
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 
 
+# The first id and the step to the next, under each hash seed.
+_NUMBERINGS = ((140_000_000_000_000, 48), (141_000_000_000_001, -80), (142_000_000_000_005, 112))
+
+
 class _Run:
     """Made in the zygote, since that is cheaper than in each run; each run has its own copy."""
 
@@ -640,12 +654,13 @@ class _Run:
         warnings.simplefilter("ignore")
         # What is random is a function of the hash seed: addresses and free lists differ between the seeds,
         # also where the system does not randomize them.
+        self.seed = seed
         random.seed(seed)
         moved = 256 if seed == _SEEDS[2] else 1
         self.ballast = [(object(), bytes(size)) for size in range(1, 487, 16)
                         for _ in range(random.randrange(moved))]
-        mask = dict(zip(_SEEDS, (0, (1 << 47) - 1, 0)))[seed]
-        self.builtins = dict(vars(builtins), id=lambda thing, /: id(thing) ^ mask)
+        self.numbers, self.numbering = {}, _NUMBERINGS[_SEEDS.index(seed)]
+        self.builtins = dict(vars(builtins), id=self.number)
         self.guarded, self.armed, self.about = guarded, False, ""
         if guarded:
             self.builtins["__import__"] = self.load
@@ -654,6 +669,8 @@ class _Run:
     def live(self, job, file, purpose, program, text, mark):
         """The life of a run: reads its job (`program` and `text` are sizes), does it, reports, and ends."""
         self.file, self.mark = file, mark
+        random.seed(self.seed)                        # a fork seeds it anew
+        self.taken = [*map(float, range(128))]        # freed ones tell how many runs there were
         try:
             texts = [os.pread(job, program, 0), os.pread(job, text, program)]
             os.close(job)
@@ -669,6 +686,11 @@ class _Run:
         text = "\0".join([status, self.about + error.replace("\0", " ")[:1000], call, output])
         write(self.file, self.mark + text.encode("utf-8", "backslashreplace"))
         leave(0)
+
+    def number(self, thing, /):
+        """What programs get for id(): objects are numbered as they are asked for, upwards or downwards."""
+        first, step = self.numbering
+        return self.numbers.setdefault(id(thing), (first + step * len(self.numbers), thing))[0]
 
     def load(self, name, scope=None, local=None, fromlist=(), level=0):
         """The program's own import statement; modules that it loads use another."""
@@ -795,17 +817,21 @@ def _arguments(call):
 
 
 def _bound(f, args, kwargs):
-    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number of
-    them, or is no plain function, their names do not count: no program can make one call look like two."""
-    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
-    if type(f) is types.FunctionType and not f.__code__.co_flags & 12:
+    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
+    of them, or is no plain function, names do not count: no program can make one call look like two."""
+    places, defaults, plain = (), {}, type(f) is types.FunctionType
+    if plain:
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
         defaults = dict(zip(places[::-1], (f.__defaults__ or ())[::-1])) | (f.__kwdefaults__ or {})
-        values = defaults | dict(zip(places, args)) | kwargs
-    try:
-        return _write(values, 0, [2 * MAX_TEXT], False)
-    except ValueError:                                # a default that has no literal
-        return _write([*args, kwargs], 0, [2 * MAX_TEXT], False)
+        plain = not f.__code__.co_flags & 12          # *args or **kwargs
+    parts = []
+    for name, value in (defaults | dict(zip([*places, *range(len(args))], args)) | kwargs).items():
+        try:
+            text = _write(value, 0, [2 * MAX_TEXT], False)
+        except ValueError:                            # a default that has no literal
+            text = "?"
+        parts.append(f"{name}={text}" if plain else text)
+    return ", ".join(sorted(parts))[:2 * MAX_TEXT]
 
 
 def _work(config):
@@ -813,6 +839,7 @@ def _work(config):
     global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
     memory_mb, layers, allowed, MAX_TEXT, seed, job, file = json.loads(config)
     ALLOWED = frozenset(allowed)
+    del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run, zygote = _Run(seed, "guards" in layers), _Zygote(layers)

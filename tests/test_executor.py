@@ -1008,6 +1008,10 @@ CALLS = {                       # the first of each row is another call than the
     "def f(x): return x\nf.__wrapped__ = lambda *a, **k: 0": ["6", "5", "x=5"],
     "def f(x, y): return 0": ["1, 0.0", "1, -0.0", "y=-0.0, x=1"],
     "def f(x, k=object()): return x": ["6", "5", "*[5]"],
+    "def f(x, y=2, g=len): return x": ["6", "5", "x=5", "5, 2", "5, y=2", "y=2, x=5"],
+    "from functools import lru_cache\n@lru_cache\ndef f(b, a): return 0": ["1, 3", "1, 2", "b=1, a=2", "a=2, b=1"],
+    "def f(c=1, b=1, a=1, *args): return 0": ["2", "", "1", "1, 1", "1, b=1", "1, 1, 1"],
+    "def f(c, b, a=7, **kw): return 0": ["1, 3", "1, 2", "c=1, b=2", "1, 2, 7", "1, b=2, a=7"],
 }
 
 
@@ -1148,6 +1152,74 @@ def test_the_start_says_what_is_open_without_seccomp(layers):
     with pytest.warns(RuntimeWarning, match="time.*more memory than their limit.*files of this user") as told:
         Executor(workers=1, _layers=layers).close()
     assert len(told) == 1 and ("reach the network" in str(told[0].message)) == ("namespaces" not in layers)
+
+
+@pytest.mark.parametrize("report, most", [("b'ok\\0\\0\\0' + b'[' * 1_900_000", 60), ("b'ok\\0\\0\\0' + b'1, ' * 630_000", 60),
+                                          ("b'ok\\0\\0\\0' + b'[' * 99_000", 60), ("b'expression\\0\\0\\0'", 60),
+                                          ("b'ok\\0\\0\\x1b[31m\\0' + b'1'", 60)])
+def test_forged_reports_cost_the_caller_little(bare, report, most):
+    forge = WALK + """
+def f():
+    frame = modules['sys']._getframe()
+    while frame:
+        for value in list(frame.f_locals.values()):
+            if type(value).__name__ == '_Run':
+                os.write(value.file, value.mark + %s)
+                os._exit(0)
+        frame = frame.f_back
+"""
+    before, start = memory(), time.process_time()
+    run = one(bare, forge % report)
+    assert run.status in ("unsafe", "syntax") and time.process_time() - start < 0.5
+    assert memory() - before < most << 20
+
+
+def test_larger_texts_where_the_caller_allows_them():
+    with Executor(workers=1, max_text=300_000) as executor:
+        assert one(executor, "def f(x): return len(x)", "'a' * 150_000").output == "150000"
+        assert one(executor, "def f(x): return x * 2", "'a' * 100_000").output == repr("a" * 200_000)
+
+
+def test_a_run_that_dies_of_any_signal_is_killed():
+    with quiet(workers=1, _layers=()) as executor:
+        for number in (9, 11, 35, 63):
+            run = one(executor, program(f"libc.kill(libc.getpid(), {number})\nwhile True: pass", WALK))
+            assert (run.status, run.error) == ("killed", f"its process died of signal {number}")
+
+
+def test_values_that_share_their_parts_are_written_in_time(box):
+    shared = []
+    for _ in range(60):
+        shared = [shared, shared]
+    start = time.process_time()
+    with pytest.raises(ValueError):
+        literal(shared)
+    assert time.process_time() - start < 5
+    assert one(box, "def f():\n x = []\n for _ in range(60): x = [x, x]\n return x").status == "unrepresentable"
+    wide = "def f(x, t={i: i for i in range(17_000)}): return t[x]"
+    assert one(box, wide, "5").output == "5"
+
+
+@pytest.mark.parametrize("text", [
+    "import statistics\ndef f(): return statistics.NormalDist(0, 1).samples(1)[0]",
+    "import statistics\ndef f(): return getattr(statistics, 'random').random()",
+    "def f():\n a = [float('nan') for i in range(2)]\n return hash(a[0]) < hash(a[1])",
+])
+def test_a_run_cannot_tell_how_many_there_were_before(text):
+    with Executor(workers=1) as executor:
+        assert len({run.output for run in executor.run([(text, "")] * 60)}) == 1
+
+
+def test_inputs_are_the_same_in_every_run_of_a_valid_task(box):
+    for argument in ("hash(object())", "id([])", "[*{'a', 'b', 'c', 'd', 'e'}]", "hash('c')"):
+        assert box.validate([("def f(x): return 5", argument)])[0].status == "nondeterministic"
+
+
+def test_encodings_and_modules_that_are_missing(box):
+    for text in ("def f(): return 'a'.encode('cp1252'), 'a'.encode('l1'), 'a'.encode('utf-8-sig'), 'a'.encode('gbk')",
+                 "def f():\n try: 'a'.encode('no such')\n except LookupError: return 1",
+                 "import re\ndef f():\n try: re.nope\n except AttributeError: return 1"):
+        assert one(box, text).ok
 
 
 # -- another user --------------------------------------------------------------------------------
