@@ -390,8 +390,9 @@ def load_heldout(path=HELDOUT, limit=None, executor=None):
                 splits[split].append(task)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
+        where = f"line {number}: " if number else ""
         raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
-                         f"fields of a task): line {number}: {what}") from error
+                         f"fields of a task): {where}{what}") from error
     return dict(splits)
 
 
