@@ -629,8 +629,9 @@ class _Zygote:
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
-# A text of ASCII without any of this has nothing that the walk over its tree would find.
-_NEEDS_WALK = re.compile(r"import|__|frame|\bf_|[^\x00-\x7f]")
+# An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
+_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?!\s*(?:import (?:%s)|from (?:%s) import [A-Z]\w*)\s*$).*import"
+                         % ("|".join(_WALKS), *["|".join(ALLOWED)] * 2), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
     syslog. gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input
