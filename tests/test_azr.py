@@ -410,6 +410,17 @@ def test_gradient_checkpointing_changes_no_gradient(random_model):
         assert torch.allclose(grad, found[1][name], atol=1e-6), name
 
 
+def test_4bit_layers_with_biases_are_refused_on_a_cpu(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    folder = make_random_model(tmp_path)  # for its tokenizer
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=256)).save_pretrained(folder)
+    with pytest.raises(UsageError, match="--quantize none"):
+        load_policy(folder, quantize="4bit", lora_rank=8, device="cpu")
+    load_policy(folder, quantize="none", lora_rank=8, device="cpu")
+
+
 @pytest.mark.filterwarnings("ignore:.*gemv_4bit")  # of bitsandbytes' kernel for CPUs
 def test_4bit_base_with_lora_trains_and_generates_at_the_real_vocabulary(tmp_path):
     """Llama, because bitsandbytes on a CPU cannot train layers that have a bias."""
