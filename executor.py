@@ -237,7 +237,7 @@ class Executor:
     max_text   characters in a program, an input, or an output
 
     Use it as a context manager, or call close(). Not for several threads at once. Warns once, at the start,
-    if this system denies the sandbox a wall; raises OSError where there is no fork.
+    if this system denies the sandbox a wall.
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(),
