@@ -1127,21 +1127,24 @@ def test_a_run_cannot_change_its_worker():
             assert one(executor, look).output == before.output and descendants(os.getpid()) == pids
 
 
-def test_errors_are_one_printable_line(bare):
-    forge = WALK + """
+# A program that writes a report of its own: bytes, after the mark of its run.
+FORGE = WALK + """
 def f():
     frame = modules['sys']._getframe()
     while frame:
         for value in list(frame.f_locals.values()):
             if type(value).__name__ == '_Run':
-                value.mark and os.write(value.file, value.mark + %s)
+                os.write(value.file, value.mark + %s)
                 os._exit(0)
         frame = frame.f_back
 """
+
+
+def test_errors_are_one_printable_line(bare):
     for report in ["b'error\\0' + b'\\x1b[31m\\r\\n\\x07 red' * 90_000 + b'\\0\\0'",
                    "b'ok\\0' + b'\\x1b]0;x' * 1000 + b'\\0\\x001'", "b'error\\0\\0\\x001'",
                    "'error\\0\u202e\u2066abc\\0\\0'.encode()", "b'error\\0' + b'\\n' * 99999 + b'\\0\\0'"]:
-        run = one(bare, forge % report)
+        run = one(bare, FORGE % report)
         assert run.error.isprintable() and len(run.error) <= 300 and (run.error == "") == run.ok
         assert run.ok or run.output == ""
     loud = one(bare, "def f(): raise ValueError('\\x1b[31m\\n' * 1000)")
@@ -1159,18 +1162,8 @@ def test_the_start_says_what_is_open_without_seccomp(layers):
                                           ("b'ok\\0\\0\\0' + b'[' * 99_000", 60), ("b'expression\\0\\0\\0'", 60),
                                           ("b'ok\\0\\0\\x1b[31m\\0' + b'1'", 60)])
 def test_forged_reports_cost_the_caller_little(bare, report, most):
-    forge = WALK + """
-def f():
-    frame = modules['sys']._getframe()
-    while frame:
-        for value in list(frame.f_locals.values()):
-            if type(value).__name__ == '_Run':
-                os.write(value.file, value.mark + %s)
-                os._exit(0)
-        frame = frame.f_back
-"""
     before, start = memory(), time.process_time()
-    run = one(bare, forge % report)
+    run = one(bare, FORGE % report)
     assert run.status in ("unsafe", "syntax") and time.process_time() - start < 0.5
     assert memory() - before < most << 20
 
