@@ -62,7 +62,7 @@ def judge(tasks, answers, executor):
 
 
 def _verdict(answer, runs):
-    failed = [run for run, output in runs if not (run.ok and _equal(run.output, output))]
+    failed = [run for run, output in runs if not (run.ok and equal(run.output, output))]
     if answer is None:
         return Verdict.MALFORMED, ""
     if runs and not failed:
@@ -71,7 +71,8 @@ def _verdict(answer, runs):
     return Verdict.UNSAFE if any(run.status == "unsafe" for run in failed) else Verdict.WRONG, reason
 
 
-def _equal(output, expected):
+def equal(output, expected):
+    """Whether two texts are literals of the same value."""
     try:
         return same(parse_literal(output), parse_literal(expected))
     except ValueError:  # over the limit of a literal
