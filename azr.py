@@ -15,20 +15,17 @@ what was sampled.
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed;
-# the other is transformers warning of its own property
+# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from rewards import Verdict, composite_reward, equal, judge, learnability
+from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
@@ -150,8 +147,7 @@ def resolve_model(name):
     return name
 
 
-def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None,
-                gradient_checkpointing=None, rows=0):
+def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None, rows=0):
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
@@ -188,8 +184,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         trained = get_peft_model(model, LoraConfig(
             r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules="all-linear",
             task_type="CAUSAL_LM"))
-    if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
-        # active in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+    if on_gpu:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(trained, model, tokenizer, frozenset(ends), min(ends), bool(tokenizer.chat_template), rows)
 
@@ -336,8 +331,8 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
     """
     requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task)), task=task) for task in tasks]
     rollouts = _sample(policy, requests, cfg.max_response, copies, greedy)
-    answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
     with policy.timed("execute"):
+        answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
         verdicts = judge([rollout.task for rollout in rollouts], answers, executor)
     for rollout, (verdict, reason) in zip(rollouts, verdicts):
         if verdict is not Verdict.MALFORMED:
@@ -357,49 +352,6 @@ def _sample(policy, requests, max_tokens, copies=1, greedy=False):
         ended = ids[-1] in policy.end_ids or "</answer>" in rollout.response
         rollout.response_ids, rollout.verdict = ids, Verdict.MALFORMED if ended else Verdict.TRUNCATED
     return rollouts
-
-
-# --- held-out tasks ------------------------------------------------------------------------------------
-
-def load_heldout(path=HELDOUT, limit=None, executor=None):
-    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task.
-
-    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program
-    and compare with its outputs. Raises UsageError with the line's number.
-    """
-    splits, where = defaultdict(list), ""
-    try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            where = f"line {number}: "
-            split, task = _heldout_task(json.loads(line), executor)
-            if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
-                splits[split].append(task)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
-                         f"fields of a task): {where}{what}") from error
-    return dict(splits)
-
-
-def _heldout_task(row, executor):
-    """A row of a held-out file → (split, Task). Raises ValueError, KeyError or TypeError."""
-    if row["type"] not in KINDS:
-        raise ValueError(f"unknown type {row['type']!r}")
-    kind, lists = KINDS[row["type"]], ("inputs", "outputs")
-    needed = {"program", *(lists if "{pairs}" in kind.solve else ("input", "output"))}
-    fields = {name: row[name] for name in Task.__match_args__ if name in row or name in needed}
-    for name, value in {"split": row["split"], **fields}.items():
-        texts = value if name in lists else [value]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{name!r} is not text")
-    task = Task.from_dict(fields)
-    jobs, outputs = kind.runs(task), task.outputs or (task.output,)
-    if len(jobs) != len(outputs) or not kind.judge(task, ""):
-        raise ValueError("it has too few pairs of inputs and outputs")
-    for job, run, output in zip(jobs, executor.run(jobs) if executor else (), outputs):
-        if not run.ok or not equal(run.output, output):
-            raise ValueError(f"f({job[1]}) gives {run.output or run.error}, and the task says {output}")
-    return row["split"], task
 
 
 def heldout_accuracy(policy, executor, tasks, cfg):
@@ -444,8 +396,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
             policy.micro_tokens = budget = max(longest, budget // 2)
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
-    parameters = list(policy.trainable().values())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
     finite = bool(torch.isfinite(grad_norm))
     if finite:
         optimizer.step()
@@ -461,8 +412,8 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     loss_sum = entropy_sum = 0.0
     for batch in micro_batches(rollouts, budget):
         logps_N, entropies_N = response_logprobs(policy, batch)
-        advantages_N = torch.tensor([r.advantage for r in batch for _ in r.response_ids],
-                                    dtype=logps_N.dtype, device=logps_N.device)
+        advantages_N = torch.tensor([
+            rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)
         # One update a step: the policy that is trained is the one that sampled, so the old logprobs
         # are these very numbers. (The sampler's own come from other kernels and would differ.)
         losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
@@ -504,9 +455,10 @@ def response_logprobs(policy, rollouts, chunk=None):
     with gradients. Logits never exist for more than `chunk` tokens (None: as many as LOGITS allows),
     forward or backward: the output head runs on the hidden states chunk by chunk.
     """
-    ids_BT = pad_sequence([torch.tensor(r.prompt_ids + r.response_ids) for r in rollouts], True, policy.pad_id)
+    rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
     # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
-    hidden_BTD = policy.causal.base_model(input_ids=ids_BT.to(policy.device), use_cache=False).last_hidden_state
+    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
     hidden_ND = torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
                            for hidden_TD, r in zip(hidden_BTD, rollouts)])
     targets_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=policy.device)
