@@ -381,7 +381,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
     rollouts.
     """
     if not rollouts:  # --no-train-proposer, and no task to solve yet
-        return {"loss": None, "entropy": None, "grad_norm": None}
+        return dict.fromkeys(("loss", "entropy", "grad_norm"))
     policy.causal.train()
     budget = min(cfg.micro_tokens, policy.micro_tokens)
     while True:
@@ -396,15 +396,15 @@ def trr_update(policy, optimizer, rollouts, cfg):
             policy.micro_tokens = budget = max(longest, budget // 2)
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm)
-    finite = bool(torch.isfinite(grad_norm))
-    if finite:
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm))
+    if math.isfinite(norm):
         optimizer.step()
     else:  # fp16 can overflow; one step lost is better than all weights
         warnings.warn("the gradient is not finite: this update is skipped")
+        norm = None
     optimizer.zero_grad(set_to_none=True)
     policy.causal.eval()
-    return {"loss": loss, "entropy": entropy, "grad_norm": float(grad_norm) if finite else None}
+    return {"loss": loss, "entropy": entropy, "grad_norm": norm}
 
 
 def _accumulate_gradients(policy, rollouts, budget, cfg):
@@ -419,8 +419,8 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
         losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
         loss = (losses_N - cfg.entropy_coef * entropies_N).sum() / total
         loss.backward()
-        loss_sum += float(loss.detach())
-        entropy_sum += float(entropies_N.detach().sum())
+        loss_sum += loss.item()
+        entropy_sum += entropies_N.sum().item()
     return loss_sum, entropy_sum / total
 
 
