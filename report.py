@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 from matplotlib.figure import Figure
 
-from tasks import UsageError
+from tasks import KINDS, UsageError
 
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
@@ -83,13 +83,17 @@ def layout(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def measured_splits(row):
-    """The held-out splits measured in a row of metrics, as the prefixes of their keys.
-
-    >>> measured_splits({"step": 0, "heldout/mean": 0.2, "heldout/hard/mean": 0.1})
-    ['heldout', 'heldout/hard']
-    """
-    return [key.removesuffix("/mean") for key in row if re.fullmatch("heldout/.*mean", key)]
+def heldout_tables(metrics):
+    """Held-out accuracy at the first and at the last evaluation, as text: a table for each split."""
+    measured = [row for row in metrics if "heldout/mean" in row]
+    tables = []
+    for key in _keys(measured[-1:], "heldout/.*mean"):
+        split = key.removeprefix("heldout/").removesuffix("mean")  # "" or "<split>/"
+        columns = {f"step {row['step']}": {
+            kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
+            for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
+        tables.append(table(columns, f"held-out accuracy, {split}".strip(", /")))
+    return "\n\n".join(tables)
 
 
 PANELS = {  # title: the metrics that are drawn
@@ -174,7 +178,7 @@ def alarms(metrics):
     for name, (metric, low, high, *advice) in BANDS.items():
         values = _averages(rows, metric)
         if name in RELATIVE:
-            start = _mean(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
+            start = average(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
             low, high = low * start, high * start
         since = 0
         for end in range(WINDOW, len(rows) + 1):
@@ -190,10 +194,10 @@ def alarms(metrics):
 def _heldout_alarm(metrics):
     """[] or one alarm: held-out accuracy has fallen from its best. Training accuracy decides the advice."""
     def training(step):
-        return _mean(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
+        return average(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
                                "solve/.+/accuracy")) or 0
 
-    measured = [(row["heldout/mean"], _mean([row.get("heldout_stderr/mean")]) or 0, row["step"])
+    measured = [(row["heldout/mean"], average([row.get("heldout_stderr/mean")]) or 0, row["step"])
                 for row in metrics if _finite([row.get("heldout/mean")])]
     fallen = []  # steps of the newest evaluations, as long as these are below their floors
     for count, (score, error, step) in enumerate(measured, 1):
@@ -211,16 +215,17 @@ def _heldout_alarm(metrics):
 def _averages(rows, metric):
     """For each row the mean of the metrics that match, such as one of all task types; None without any."""
     keys = _keys(rows, metric)
-    return [_mean(map(row.get, keys)) for row in rows]
+    return [average(map(row.get, keys)) for row in rows]
 
 
 def _keys(rows, pattern):
     return [key for key in dict.fromkeys(key for row in rows for key in row) if re.fullmatch(pattern, key)]
 
 
-def _mean(values):
+def average(values):
+    """The mean of those that are finite numbers, or None if there are none: zero would be a lie."""
     values = _finite(values)
-    return statistics.fmean(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _finite(values):
@@ -372,12 +377,13 @@ def write_page(folder):
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder} is not a run folder: its config.json is missing or not a run's; "
                          "give a folder that train.py wrote, such as runs/<model>-<date>") from error
-    metrics = _read_rows(folder / "metrics.jsonl")
+    metrics = read_rows(folder / "metrics.jsonl")
     if not metrics:
         raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
                          f"continue it with python train.py --resume {folder}")
-    logs = {name: _read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
-    data |= {"config": config, "curves": _curves(metrics), "alarms": alarms(metrics),
+    logs = {name: read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
+    data |= {"config": config, "alarms": alarms(metrics),
+             "curves": {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")},
              "rates": _solve_rates(logs["tasks"]), "rules": Counter(flag["rule"] for flag in logs["flags"]),
              **{name: _thinned(rows) for name, rows in logs.items()}}
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
@@ -389,7 +395,7 @@ def write_page(folder):
     return fresh.replace(folder / "report.html")
 
 
-def _read_rows(path, texts=()):
+def read_rows(path, texts=()):
     """The rows of a file of JSON lines, [] if there is no file. Raises UsageError for a damaged line."""
     # split, not splitlines: the model's text may hold U+2028, which ends no line here
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -402,13 +408,8 @@ def _read_rows(path, texts=()):
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"line {number} of {path} is damaged: it is not a row that train.py wrote; "
-                             "remove that line") from error
+                             "put a copy back, or remove that line") from error
     return rows
-
-
-def _curves(metrics):
-    """{"step": [steps], metric: [values]}, with None where a step has no value."""
-    return {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")}
 
 
 def _solve_rates(tasks):

@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -20,7 +21,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -32,7 +32,8 @@ from tqdm import tqdm
 from azr import (HELDOUT, SHIPPED, draft, heldout_accuracy, load_heldout, load_policy, propose, solve,
                  trr_update)
 from executor import Executor
-from report import alarms, draw_curves, mean_score, measured_splits, screen, table, write_page
+from report import (alarms, average, draw_curves, heldout_tables, mean_score, read_rows, screen,
+                    write_page)
 from rewards import Verdict, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
@@ -143,10 +144,11 @@ def train(cfg, run):
         done = run.restore(cfg, *state)
         if done is None:  # a seed set from the identity triplet and the model itself
             done, seeds = 0, seed_buffers(policy, executor, buffer, cfg, asked)
-            tasks = [task for tasks in buffer.tasks.values() for task in tasks]
+            accepted = [(task, None) for tasks in buffer.tasks.values() for task in tasks]
             metrics = measure(policy, executor, heldout, cfg) | sizes(buffer)
-            run.record(0, metrics, tasks=tasks, flags=screen(0, seeds))
+            run.record(0, metrics, accepted, screen(0, seeds))
             run.save(0, *state)
+        stop = False
         bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, dynamic_ncols=True)
         for step in bar:
             started = time.perf_counter()
@@ -176,20 +178,18 @@ def train(cfg, run):
             last = step == cfg.steps
             if last or cfg.eval_every and step % cfg.eval_every == 0:
                 metrics |= measure(policy, executor, heldout, cfg)
+            accepted = [(r.task, r.solve_rate) for r in proposals if r.task]
             flags = screen(step, proposals + solutions + estimates)
-            run.record(step, metrics, proposals, solutions, flags=flags)
-            run.show(bar, metrics)
-            stop = asked or run.flagged()
+            run.record(step, metrics, accepted, flags, proposals + solutions)
+            run.show(bar)
+            stop = run.flagged() or asked and not last
             if stop or last or step % cfg.save_every == 0:
                 run.save(step, *state)
             if stop or "heldout/mean" in metrics:
-                run.write_page(bar)
-            if run.flagged() or stop and not last:
-                bar.close()
-                return run.stopped(step)
-        bar.close()
-    run.finish()
-    return 0
+                run.draw()
+            if stop:
+                break
+    return run.finish(stop)
 
 
 def set_advantages(rollouts, cfg, rng):
@@ -198,11 +198,8 @@ def set_advantages(rollouts, cfg, rng):
     --baseline task: solutions of one task, where a step holds several, are compared with each other alone,
     as in GRPO. A hard task solved once then counts for more than an easy one solved as always.
     """
-    groups = [(rollout.type, rollout.role) for rollout in rollouts]
-    if cfg.baseline == "task":
-        tries = Counter(rollout.task for rollout in rollouts if rollout.role == "solve")
-        groups = [(*group, rollout.task if group[1] == "solve" and tries[rollout.task] > 1 else None)
-                  for group, rollout in zip(groups, rollouts)]
+    tries = Counter(r.task for r in rollouts if r.role == "solve" and cfg.baseline == "task")
+    groups = [(r.type, r.role, r.task if r.role == "solve" and tries[r.task] > 1 else None) for r in rollouts]
     rewards = [rollout.reward for rollout in rollouts]
     if cfg.shuffle_rewards:  # a control: the same rewards, but no longer those of the responses
         for group in dict.fromkeys(groups):
@@ -224,9 +221,10 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
     groups = [triplets, *([kind] for kind in cfg.types if kind not in triplets)]
     bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True)
     for kinds in groups:
-        bucket, rounds = buffer.tasks[kinds[0]], 10 * cfg.seed_factor
-        while len(bucket) < target and rounds:
-            rounds -= 1
+        bucket = buffer.tasks[kinds[0]]
+        for _ in range(10 * cfg.seed_factor):
+            if len(bucket) >= target:
+                break
             fresh = draft(policy, executor, buffer, kinds, cfg)
             drafts += fresh
             for task in (rollout.task for rollout in fresh if rollout.task):
@@ -247,7 +245,7 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
 # --- what is measured -------------------------------------------------------------------------------
 
 def heldout_tasks(cfg, executor):
-    """{prefix of the metrics: [Task]}: `heldout`, then `heldout/<split>` for others. Raises UsageError."""
+    """{"": [Task]} of the first split to measure, and {"<split>/": [Task]} of others. Raises UsageError."""
     path = cfg.heldout or HELDOUT
     splits = load_heldout(path, cfg.heldout_limit, executor if cfg.heldout else None)
     default = "easy" if "easy" in splits else ",".join(splits)
@@ -256,31 +254,21 @@ def heldout_tasks(cfg, executor):
         if name not in splits:
             raise UsageError(f"there are no held-out tasks of the split {name!r} in {path}; "
                              f"it has {', '.join(splits) or 'none'}")
-    return {f"heldout/{name}" if i else "heldout": splits[name] for i, name in enumerate(names)}
+    return {f"{name}/" if i else "": splits[name] for i, name in enumerate(names)}
 
 
 def measure(policy, executor, heldout, cfg):
     """Greedy accuracy on the held-out tasks, with standard errors."""
     metrics = {}
-    for prefix, tasks in heldout.items():
+    for split, tasks in heldout.items():
         scores = heldout_accuracy(policy, executor, tasks, cfg)
         for name, (score, error, *_) in (scores | {"mean": mean_score(scores)}).items():
-            metrics |= {f"{prefix}/{name}": score, f"{with_error(prefix)}/{name}": error}
+            metrics |= {f"heldout/{split}{name}": score, f"heldout_stderr/{split}{name}": error}
     return metrics
-
-
-def with_error(prefix):
-    return prefix.replace("heldout", "heldout_stderr", 1)
 
 
 def sizes(buffer):
     return {f"buffer/{kind}": len(tasks) for kind, tasks in buffer.tasks.items()}
-
-
-def mean(values):
-    """The mean of all that is not None, or None (JSON null) of nothing: a zero would be a lie."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def describe(proposals, solutions, cfg):
@@ -289,19 +277,19 @@ def describe(proposals, solutions, cfg):
     for kind in cfg.types:
         new, solved = ([r for r in rollouts if r.type == kind] for rollouts in (proposals, solutions))
         metrics |= {
-            f"propose/{kind}/valid": mean(r.verdict in (Verdict.VALID, Verdict.REPEAT) for r in new),
-            f"propose/{kind}/reward": mean(r.reward for r in new),
-            f"propose/{kind}/learnable": mean(r.solve_rate not in (None, 0, 1) for r in new),
-            f"propose/{kind}/solve_rate": mean(r.solve_rate for r in new),
-            f"response_tokens/propose/{kind}": mean(len(r.response_ids) for r in new),
-            f"solve/{kind}/accuracy": mean(r.verdict is Verdict.CORRECT for r in solved),
-            f"solve/{kind}/reward": mean(r.reward for r in solved),
-            f"solve/{kind}/well_formed": mean(r.well_formed for r in solved),
-            f"response_tokens/solve/{kind}": mean(len(r.response_ids) for r in solved)}
+            f"propose/{kind}/valid": average(r.verdict in (Verdict.VALID, Verdict.REPEAT) for r in new),
+            f"propose/{kind}/reward": average(r.reward for r in new),
+            f"propose/{kind}/learnable": average(r.solve_rate not in (None, 0, 1) for r in new),
+            f"propose/{kind}/solve_rate": average(r.solve_rate for r in new),
+            f"response_tokens/propose/{kind}": average(len(r.response_ids) for r in new),
+            f"solve/{kind}/accuracy": average(r.verdict is Verdict.CORRECT for r in solved),
+            f"solve/{kind}/reward": average(r.reward for r in solved),
+            f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
+            f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     return metrics | {
-        "truncated": mean(r.truncated for r in proposals + solutions),
-        "diversity/unique_ast": mean(r.fresh for r in proposals),
-        **{f"diversity/{name}": mean(r.traits.get(name) for r in proposals)
+        "truncated": average(r.truncated for r in proposals + solutions),
+        "diversity/unique_ast": average(r.fresh for r in proposals),
+        **{f"diversity/{name}": average(r.traits.get(name) for r in proposals)
            for name in ("edit_distance", "complexity", "answers", "trivial")}}
 
 
@@ -327,10 +315,10 @@ class Run:
 
     LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl")
 
-    def __init__(self, folder, max_flags=None):
+    def __init__(self, folder, max_flags=math.inf):
         self.folder, self.max_flags = Path(folder), max_flags
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        self.metrics, self.lines, self.alarms, self.changes = [], Counter(), {}, {}
+        self.lines, self.alarms, self.changes = Counter(), [], {}
 
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
@@ -383,8 +371,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
                              "cannot read its config.json") from error
-        self.changes = {name: value for name, value in changes.items() if value != values[name]}
-        cfg = Config(**values | changes)
+        cfg, self.changes = Config(**values | changes), changes
         self.acquire()
         return cfg
 
@@ -394,50 +381,39 @@ class Run:
 
     def save(self, step, policy, optimizer, buffer, rng):
         """Write everything that the next step depends on, then the adapter for others to load."""
-        for name in self.LOGS:  # what the checkpoint counts must be on the disk before it
-            with open(self.folder / name, "a") as file:
-                os.fsync(file.fileno())
-        state = {"step": step, "lines": dict(self.lines), "optimizer": optimizer.state_dict(),
-                 "weights": {n: p.detach().cpu() for n, p in policy.trainable().items()},
-                 "buffer": buffer.state(), "python_rng": rng.getstate(), "torch_rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        self.checkpoint.parent.mkdir(exist_ok=True)
+        state = {"step": step, "lines": dict(self.lines), "weights": policy.trainable(),
+                 "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
+                 "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
         content = io.BytesIO()
         torch.save(state, content)
+        self.checkpoint.parent.mkdir(exist_ok=True)
         replace_file(self.checkpoint, content.getbuffer())
-        try:
-            self.save_pretrained(policy)
-        except SafetensorError as error:  # a full disk, in its words
-            raise OSError(str(error)) from error
 
-    def save_pretrained(self, policy):
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
-        if name == "adapter":  # "auto" would ask the hub whether the vocabulary has grown
-            policy.model.save_pretrained(fresh, save_embedding_layers=False)
-        else:
-            policy.model.save_pretrained(fresh)
-            policy.tokenizer.save_pretrained(fresh)
+        # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
+        policy.model.save_pretrained(fresh, save_embedding_layers=False)
+        policy.tokenizer.save_pretrained(fresh)
         final.mkdir(exist_ok=True)
         for path in fresh.iterdir():
-            os.replace(path, final / path.name)
+            path.replace(final / path.name)
         fresh.rmdir()
 
-    def restore(self, cfg, policy, optimizer, buffer, rng):
+    def restore(self, cfg, *state):
         """Take up the checkpoint and cut the logs back to its step. → the step, or None if there is none.
 
         Nothing is written before all has been read. Raises UsageError.
         """
-        step, logs = None, dict.fromkeys(self.LOGS, ())
+        step, logs = None, dict.fromkeys(self.LOGS, [])
         if self.checkpoint.exists():
-            step, counts = self.load(policy, optimizer, buffer, rng)
+            step, counts = self.load(*state)
             logs = {name: self.read_log(name, step, counts[name]) for name in self.LOGS}
-        if step is not None and cfg.steps < step:
-            raise UsageError(f"--steps is {cfg.steps}, but {self.folder} has done {step} steps already")
-        for name, kept in logs.items():
-            self.lines[name] = len(kept)
-            replace_file(self.folder / name, b"".join(kept))
-        self.metrics = [json.loads(line) for line in logs["metrics.jsonl"]]
+            if cfg.steps < step:
+                raise UsageError(f"--steps is {cfg.steps}, but {self.folder} has done {step} steps already")
+        for name, rows in logs.items():
+            self.lines[name] = len(rows)
+            replace_file(self.folder / name, as_lines(rows))
+        self.metrics = logs["metrics.jsonl"]
         if self.changes:
             self.write_config(cfg)
             print("kept from now on:", *(f"{flag(name)} {value}" for name, value in self.changes.items()))
@@ -446,25 +422,21 @@ class Run:
                   "memory, lower --micro-tokens, --generate-batch or --workers", file=sys.stderr)
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=0 if step is None else step + 1)
+        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
 
     def load(self, policy, optimizer, buffer, rng):
         """Everything of the checkpoint into its place. → its step, and the lines of the logs up to it"""
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            parameters = policy.trainable()
-            if parameters.keys() != state["weights"].keys():
+            if policy.trainable().keys() != state["weights"].keys():
                 raise KeyError("its weights are of another model")
-            with torch.no_grad():
-                for name, weight in state["weights"].items():
-                    parameters[name].copy_(weight)
+            policy.model.load_state_dict(state["weights"], strict=False)  # frozen ones are not in it
             optimizer.load_state_dict(state["optimizer"])
             buffer.restore(state["buffer"])
             rng.setstate(state["python_rng"])
             torch.set_rng_state(state["torch_rng"])
-            if state["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
             return state["step"], Counter(state["lines"])
         except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -472,83 +444,72 @@ class Run:
                              "put a copy back, or start a new run") from error
 
     def read_log(self, name, step, count):
-        """The lines of a log up to a step, as bytes. Raises UsageError for damaged or lost ones."""
-        path, kept = self.folder / name, []
-        # bytes, since model text may hold U+2028, where str.splitlines would cut
-        content = path.read_bytes() if path.exists() else b""
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:  # a kill may cut the last one
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise UsageError(f"line {number} of {path} is damaged; put a copy back, or cut it") from error
-        if len(kept) < count:
-            raise UsageError(f"{path} has lost {count - len(kept)} of its {count} lines up to step {step}; "
-                             "put a copy back, or start a new run")
-        return kept
+        """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
+        rows = [row for row in read_rows(self.folder / name) if row["step"] <= step]
+        if len(rows) < count:
+            raise UsageError(f"{self.folder / name} has lost {count - len(rows)} of its {count} lines up to "
+                             f"step {step}; put a copy back, or start a new run")
+        return rows
 
-    def record(self, step, metrics, proposals=(), solutions=(), tasks=(), flags=()):
-        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl, flags.jsonl and TensorBoard."""
-        metrics = {"step": step, **metrics, "flags": len(flags)}
-        self.metrics.append(metrics)
-        accepted = [(r.task, r.solve_rate) for r in proposals if r.verdict is Verdict.VALID]
-        samples = pick_samples(step, [*proposals, *solutions])
-        rows = {"flags.jsonl": flags, "samples.jsonl": samples, "metrics.jsonl": [metrics],
+    def record(self, step, metrics, accepted, flags, rollouts=()):
+        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl, flags.jsonl and TensorBoard.
+
+        accepted: [(Task, its solve rate or None)], new in the buffer. rollouts: what samples are drawn from.
+        """
+        metrics = {**metrics, "flags": len(flags)}
+        self.metrics.append({"step": step, **metrics})
+        rows = {"flags.jsonl": flags, "samples.jsonl": pick_samples(step, rollouts),
                 "tasks.jsonl": [{"step": step, "solve_rate": rate, **asdict(task)}
-                                for task, rate in accepted + [(task, None) for task in tasks]]}
+                                for task, rate in accepted],
+                "metrics.jsonl": self.metrics[-1:]}
         for name in self.LOGS:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name])
             self.lines[name] += len(rows[name])
+            with open(self.folder / name, "ab") as file:
+                file.write(as_lines(rows[name]))
+                file.flush()
+                os.fsync(file.fileno())  # what a checkpoint counts must be on the disk before it
         for name, value in metrics.items():
-            if name != "step" and value is not None:
+            if value is not None:
                 self.writer.add_scalar(name, value, step)
-        for sample in samples:
-            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample.items())
-            self.writer.add_text(f"{sample['role']}/{sample['type']}", text, step)
         self.writer.flush()
-        if "heldout/mean" in metrics and step:
-            draw_curves(self.metrics, self.folder / "curves.png")
 
-    def show(self, bar, metrics):
+    def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
-        before, self.alarms = self.alarms, {alarm["name"]: alarm for alarm in alarms(self.metrics)}
-        for name in self.alarms.keys() - before.keys():
-            bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
-                step=self.metrics[-1]["step"], **self.alarms[name]), file=sys.stderr)
-        solved = mean(value for key, value in metrics.items() if key.endswith("/accuracy"))
+        metrics, found = self.metrics[-1], alarms(self.metrics)
+        for alarm in found:
+            if alarm["name"] not in self.alarms:
+                bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
+                    step=metrics["step"], **alarm), file=sys.stderr)
+        self.alarms = [alarm["name"] for alarm in found]
+        solved = average(value for key, value in metrics.items() if key.endswith("/accuracy"))
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
                         | {"ALARM": name for name in self.alarms}, refresh=False)
 
     def flagged(self):
         """Whether there are more flags than --max-flags."""
-        return self.max_flags is not None and self.lines["flags.jsonl"] > self.max_flags
+        return self.lines["flags.jsonl"] > self.max_flags
 
-    def write_page(self, bar):
+    def draw(self):
+        """Write the picture and the page anew."""
+        draw_curves(self.metrics, self.folder / "curves.png")
         try:
             write_page(self.folder)
         except UsageError as error:  # a log that somebody edited is no reason to end the run
-            bar.write(f"warning: report.html is not written: {error}", file=sys.stderr)
+            tqdm.write(f"warning: report.html is not written: {error}", file=sys.stderr)
 
-    def stopped(self, step):
-        """Say how to go on after a stop by a person (exit code 0) or by --max-flags (3). → exit code"""
-        reason = f": {self.lines['flags.jsonl']} flags; read {self.folder}/flags.jsonl first" * self.flagged()
-        print(f"stopped after step {step}{reason}; go on with: python train.py --resume {self.folder}"
-              + " --max-flags N" * self.flagged())
-        return 3 * self.flagged()
-
-    def finish(self):
-        """Print held-out accuracy before and after, and where everything is."""
-        measured = [m for m in self.metrics if "heldout/mean" in m]
-        for prefix in measured_splits(measured[-1]):
-            columns = {f"step {m['step']}": {kind: (m[f"{prefix}/{kind}"], m[f"{with_error(prefix)}/{kind}"])
-                                             for kind in KINDS if f"{prefix}/{kind}" in m}
-                       for m in (measured[0], measured[-1])}
-            print("\n" + table(columns, prefix.replace("heldout", "held-out accuracy").replace("/", ", ")))
-        print(f"\nrun folder  {self.folder}\npicture     {self.folder}/curves.png\n"
-              f"page        {self.folder}/report.html")
-        if self.lines["flags.jsonl"]:
-            print(f"flags       {self.lines['flags.jsonl']}, in {self.folder}/flags.jsonl")
+    def finish(self, stopped):
+        """Print how to go on, or held-out accuracy before and after. → exit code; 3 after too many flags"""
+        count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
+        if stopped:
+            reason = f": {count} flags; read {flags} first" * self.flagged()
+            print(f"stopped after step {self.metrics[-1]['step']}{reason}; go on with: "
+                  f"python train.py --resume {self.folder}" + " --max-flags N" * self.flagged())
+            return 3 * self.flagged()
+        print(f"\n{heldout_tables(self.metrics)}\n\nrun folder  {self.folder}\n"
+              f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html")
+        if count:
+            print(f"flags       {count}, in {flags}")
+        return 0
 
 
 def pick_samples(step, rollouts):
@@ -556,6 +517,10 @@ def pick_samples(step, rollouts):
     names = "role type prompt response verdict reason reward advantage solve_rate truncated".split()
     chosen = {(r.role, r.type): r for r in random.Random(step).sample(rollouts, len(rollouts))}
     return [{"step": step, **{name: getattr(r, name) for name in names}} for r in chosen.values()]
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def replace_file(path, content):
@@ -583,17 +548,18 @@ def interruptible():
         asked.append(number)
         print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for handled in previous:
+            signal.signal(*handled)
 
 
 # --- the command line -------------------------------------------------------------------------------
 
 def parse(arguments):
+    """The command line → {name: value} of what was given."""
     parser = argparse.ArgumentParser(
         prog="train.py", formatter_class=argparse.RawTextHelpFormatter,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
@@ -602,7 +568,8 @@ def parse(arguments):
     add("--resume", metavar="RUN", help=f"go on with this run; beside it only {', '.join(map(flag, KEPT))}\n"
         "and --max-flags may be given")
     add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
-    add("--max-flags", type=int, help="stop, with a checkpoint, after so many flags; default: never")
+    add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
+        "(holds for this process; give it again with --resume)")
     add("--paper", action="store_true", default=None, help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         convert = (*get_args(knob.type), knob.type)[0]
@@ -611,49 +578,50 @@ def parse(arguments):
             "choices": knob.metadata["choices"]}
         presets = "\n(tiny {}, else {}, paper {})".format(*knob.metadata["presets"])
         add(flag(knob.name), help=knob.metadata["text"] + presets, **how)
-    return parser.parse_args(arguments)
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
 
-def configure(options):
-    """Command line → (Config, Run). Raises UsageError for values that cannot work."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
+def configure(given):
+    """What was given → (Config, Run). Raises UsageError for values that cannot work."""
     for name, value in given.items():
         if value in ("", ("",)):
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
-    if given.get("max_flags", 0) < 0:
-        raise UsageError(f"--max-flags is {options.max_flags}; it must be at least 0")
+        if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
+            raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
+    max_flags = given.get("max_flags", math.inf)
+    if max_flags < 0:
+        raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
     for name in {"model", "heldout"} & changes.keys():  # paths hold from any folder
         if changes[name] not in SHIPPED and Path(changes[name]).exists():
             changes[name] = str(Path(changes[name]).resolve())
-    if options.resume:
-        for name in given.keys() - {*KEPT, "resume", "max_flags"}:
-            raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
-        run = Run(options.resume, options.max_flags)
+    if "resume" in given:
+        run = Run(given["resume"], max_flags)
         return run.config(changes), run
-    cfg = preset(PAPER if options.paper else TINY if options.model in (None, *SHIPPED) else CARD, **changes)
-    run = Run(options.out or f"runs/{Path(cfg.model).name}-{datetime.now():%Y%m%d-%H%M%S}", options.max_flags)
+    column = PAPER if "paper" in given else TINY if given.get("model", "tiny") in SHIPPED else CARD
+    cfg = preset(column, **changes)
+    run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
     run.create(cfg)
     return cfg, run
 
 
 def main(arguments=None):
-    options, run = parse(arguments), None
+    given, run = parse(arguments), None
     try:
-        if options.report:
-            print(write_page(options.report))
+        if given.get("report"):
+            print(write_page(given["report"]))
             return 0
-        cfg, run = configure(options)
+        cfg, run = configure(given)
         return train(cfg, run)
     except UsageError as error:
-        if run and not options.resume:
+        if run and "resume" not in given:
             run.abandon()
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped at once; {run.resume_hint() if run else 'nothing was written'}", file=sys.stderr)
         return 130
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # what is on disk is whole
+    except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"train.py: {error or 'out of memory'}; {run.resume_hint() if run else ''}", file=sys.stderr)
         return 1
     finally:
