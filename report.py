@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 from matplotlib.figure import Figure
 
-from tasks import KINDS, UsageError
+from tasks import UsageError
 
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
@@ -83,19 +83,6 @@ def layout(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def heldout_tables(metrics):
-    """Held-out accuracy at the first and at the last evaluation, as text: a table for each split."""
-    measured = [row for row in metrics if "heldout/mean" in row]
-    tables = []
-    for key in _keys(measured[-1:], "heldout/.*mean"):
-        split = key.removeprefix("heldout/").removesuffix("mean")  # "" or "<split>/"
-        columns = {f"step {row['step']}": {
-            kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
-            for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
-        tables.append(table(columns, f"held-out accuracy, {split}".strip(", /")))
-    return "\n\n".join(tables)
-
-
 PANELS = {  # title: the metrics that are drawn
     "held-out accuracy (greedy)": r"heldout/(\w+|.+/mean)",
     "solver accuracy in training": "solve/.+/accuracy",
@@ -106,16 +93,14 @@ PANELS = {  # title: the metrics that are drawn
 
 
 def draw_curves(metrics, path):
-    """Draw curves.png from rows of metrics.jsonl: six panels over steps; bands are one standard error."""
+    """Draw curves.png from rows of metrics.jsonl: six panels over steps; bars are one standard error."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, metric) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in _keys(metrics, metric):
             group, _, name = key.partition("/")
             points = [(row["step"], row[key], row.get(f"{group}_stderr/{name}", 0))
                       for row in metrics if row.get(key) is not None]
-            steps, values, errors = numpy.reshape(points, (-1, 3)).T
-            axis.plot(steps, values, ".-", markersize=3, label=key)
-            axis.fill_between(steps, values - errors, values + errors, alpha=0.15)
+            axis.errorbar(*numpy.reshape(points, (-1, 3)).T, fmt=".-", markersize=3, elinewidth=1, label=key)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, framealpha=0.6)  # it may cover a curve
@@ -346,10 +331,9 @@ def screen(step, rollouts):
                 if (hit := pattern.search(text))}
         if rollout.verdict == "unsafe":
             hits["refused"] = rollout.reason, max(text.find("</think>"), 0)
-        for rule, (match, start) in hits.items():
-            flags.append({
-                "step": step, "role": rollout.role, "type": rollout.type, "rule": rule, "match": match,
-                "context": text[max(start - CONTEXT, 0):start + len(match) + CONTEXT]})
+        flags += [{"step": step, "role": rollout.role, "type": rollout.type, "rule": rule, "match": match,
+                   "context": text[max(start - CONTEXT, 0):start + len(match) + CONTEXT]}
+                  for rule, (match, start) in hits.items()]
     return flags
 
 
@@ -388,10 +372,9 @@ def write_page(folder):
              **{name: _thinned(rows) for name, rows in logs.items()}}
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
     # that is not ASCII, such as lone surrogates and U+2028.
-    text = json.dumps(data).translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "&<>"})
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("{{DATA}}")
+    text = re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", json.dumps(data))
     fresh = folder / "report.html.new"
-    fresh.write_text(before + text + after, encoding="utf-8")
+    fresh.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), encoding="utf-8")
     return fresh.replace(folder / "report.html")
 
 
@@ -417,14 +400,14 @@ def _solve_rates(tasks):
 
     → {"step": [first step of each bin], "shares": {rate: [one for each bin]}}
     """
-    tried = [task for task in tasks if _finite([task.get("solve_rate")])]
-    width = 1 + max((task["step"] for task in tried), default=0) // MAX_BINS
+    tried = [(task["step"], task["solve_rate"]) for task in tasks if _finite([task.get("solve_rate")])]
+    width = 1 + max((step for step, _ in tried), default=0) // MAX_BINS
     bins = {}
-    for task in tried:
-        bins.setdefault(task["step"] - (task["step"] - 1) % width, []).append(task["solve_rate"])
+    for step, rate in tried:
+        bins.setdefault(step - (step - 1) % width, []).append(rate)
     return {"step": list(bins), "shares": {
         f"{rate:.3g}": [rates.count(rate) / len(rates) for rates in bins.values()]
-        for rate in sorted({task["solve_rate"] for task in tried})}}
+        for rate in sorted({rate for _, rate in tried})}}
 
 
 def _thinned(rows):

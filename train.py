@@ -8,10 +8,10 @@ import argparse
 import fcntl
 import io
 import json
-import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,19 +32,18 @@ from tqdm import tqdm
 from azr import (HELDOUT, SHIPPED, draft, heldout_accuracy, load_heldout, load_policy, propose, solve,
                  trr_update)
 from executor import Executor
-from report import (alarms, average, draw_curves, heldout_tables, mean_score, read_rows, screen,
-                    write_page)
+from report import alarms, average, draw_curves, mean_score, read_rows, screen, table, write_page
 from rewards import Verdict, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
 
 # --- every number that shapes a run ----------------------------------------------------------------
 
-def setting(text, tiny, card=None, paper=None, low=0, high=10 ** 6, choices=None):
-    """A field of Config. Its presets: the tiny model on a CPU, a 3B model on one 24 GB card, the paper."""
-    presets = [tiny if value is None else value for value in (tiny, card, paper)]
-    return field(default=tiny, metadata={"text": text, "presets": presets, "range": (low, high),
-                                         "choices": choices})
+def setting(text, *presets, low=0, high=10 ** 6, choices=None):
+    """A field of Config. Presets: the tiny model on a CPU, a 3B model on a 24 GB card, the paper; or one."""
+    presets = presets if len(presets) == 3 else presets * 3
+    return field(default=presets[0], metadata={"text": text, "presets": presets, "range": (low, high),
+                                               "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,9 @@ def train(cfg, run):
             with policy.timed("update"):
                 update = trr_update(policy, optimizer, rollouts, cfg)
 
+            policy.clock["total"] = time.perf_counter() - started
             metrics = {**describe(proposals, solutions, cfg), **update, "lr": lr, **sizes(buffer),
-                       **cost(policy, time.perf_counter() - started)}
+                       **cost(policy)}
             last = step == cfg.steps
             if last or cfg.eval_every and step % cfg.eval_every == 0:
                 metrics |= measure(policy, executor, heldout, cfg)
@@ -267,6 +267,18 @@ def measure(policy, executor, heldout, cfg):
     return metrics
 
 
+def heldout_tables(metrics):
+    """What `measure` found first and last, as text: a table for each split."""
+    measured = [row for row in metrics if "heldout/mean" in row]
+    tables = []
+    for split in re.findall("^heldout/(|.+/)mean$", "\n".join(measured[-1]), re.MULTILINE):
+        columns = {f"step {row['step']}": {
+            kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
+            for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
+        tables.append(table(columns, f"held-out accuracy, {split}".strip(", /")))
+    return "\n\n".join(tables)
+
+
 def sizes(buffer):
     return {f"buffer/{kind}": len(tasks) for kind, tasks in buffer.tasks.items()}
 
@@ -293,14 +305,15 @@ def describe(proposals, solutions, cfg):
            for name in ("edit_distance", "complexity", "answers", "trivial")}}
 
 
-def cost(policy, seconds):
+def cost(policy):
     """Seconds by phase, sampled tokens a second, and the most memory held so far."""
     memory = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     clock = policy.clock
-    return {**{f"seconds/{phase}": round(clock[phase], 3) for phase in ("generate", "execute", "update")},
-            "seconds/total": round(seconds, 3), "memory_gb": round(memory / 2 ** 30, 3),
-            "tokens_per_second": round(clock["tokens"] / clock["generate"], 1)}
+    return {**{f"seconds/{phase}": round(clock[phase], 3)
+               for phase in ("generate", "execute", "update", "total")},
+            "tokens_per_second": round(clock["tokens"] / clock["generate"], 1),
+            "memory_gb": round(memory / 2 ** 30, 3)}
 
 
 # --- the run folder ---------------------------------------------------------------------------------
@@ -315,10 +328,10 @@ class Run:
 
     LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl")
 
-    def __init__(self, folder, max_flags=math.inf):
+    def __init__(self, folder, max_flags=sys.maxsize):
         self.folder, self.max_flags = Path(folder), max_flags
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        self.lines, self.alarms, self.changes = Counter(), [], {}
+        self.lines, self.alarms, self.changes = Counter(), set(), {}
 
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
@@ -357,8 +370,8 @@ class Run:
 
     def write_config(self, cfg):
         versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-        values = asdict(cfg) | {"versions": versions}
-        replace_file(self.folder / "config.json", (json.dumps(values, indent=1) + "\n").encode())
+        values = json.dumps(asdict(cfg) | {"versions": versions}, indent=1) + "\n"
+        replace_file(self.folder / "config.json", values.encode())
 
     def config(self, changes):
         """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
@@ -380,7 +393,8 @@ class Run:
         return f"{hint} with: python train.py --resume {self.folder}"
 
     def save(self, step, policy, optimizer, buffer, rng):
-        """Write everything that the next step depends on, then the adapter for others to load."""
+        """Write the adapter for others to load, then everything that the next step depends on."""
+        self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
         state = {"step": step, "lines": dict(self.lines), "weights": policy.trainable(),
                  "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
                  "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
@@ -389,11 +403,14 @@ class Run:
         self.checkpoint.parent.mkdir(exist_ok=True)
         replace_file(self.checkpoint, content.getbuffer())
 
+    def export(self, policy):
+        """The policy as a PEFT folder, or as a whole model if all weights are trained."""
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
         # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
         policy.model.save_pretrained(fresh, save_embedding_layers=False)
-        policy.tokenizer.save_pretrained(fresh)
+        if name == "model":
+            policy.tokenizer.save_pretrained(fresh)
         final.mkdir(exist_ok=True)
         for path in fresh.iterdir():
             path.replace(final / path.name)
@@ -418,7 +435,7 @@ class Run:
             self.write_config(cfg)
             print("kept from now on:", *(f"{flag(name)} {value}" for name, value in self.changes.items()))
         if self.killed:
-            print(f"the last process of this run was killed after step {step}; if the system was out of "
+            print(f"the last process of this run was killed after step {step or 0}; if the system was out of "
                   "memory, lower --micro-tokens, --generate-batch or --workers", file=sys.stderr)
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
@@ -464,10 +481,7 @@ class Run:
                 "metrics.jsonl": self.metrics[-1:]}
         for name in self.LOGS:
             self.lines[name] += len(rows[name])
-            with open(self.folder / name, "ab") as file:
-                file.write(as_lines(rows[name]))
-                file.flush()
-                os.fsync(file.fileno())  # what a checkpoint counts must be on the disk before it
+            write_through(self.folder / name, "ab", as_lines(rows[name]))
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
@@ -475,15 +489,14 @@ class Run:
 
     def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
-        metrics, found = self.metrics[-1], alarms(self.metrics)
-        for alarm in found:
-            if alarm["name"] not in self.alarms:
-                bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
-                    step=metrics["step"], **alarm), file=sys.stderr)
-        self.alarms = [alarm["name"] for alarm in found]
+        metrics, found = self.metrics[-1], {alarm["name"]: alarm for alarm in alarms(self.metrics)}
+        for name in found.keys() - self.alarms:
+            bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
+                step=metrics["step"], **found[name]), file=sys.stderr)
+        self.alarms = found.keys()
         solved = average(value for key, value in metrics.items() if key.endswith("/accuracy"))
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
-                        | {"ALARM": name for name in self.alarms}, refresh=False)
+                        | {"ALARM": name for name in found}, refresh=False)
 
     def flagged(self):
         """Whether there are more flags than --max-flags."""
@@ -523,15 +536,20 @@ def as_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
+def write_through(path, mode, content):
+    """Write to a file and wait for the disk, so that a power cut takes nothing that came before."""
+    with open(path, mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def replace_file(path, content):
     """Write a file so that at any moment either the old or the new content is there, whole."""
     fresh = path.with_name(path.name + ".new")
     try:
-        with open(fresh, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        write_through(fresh, "wb", content)
+        fresh.replace(path)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
@@ -561,7 +579,7 @@ def interruptible():
 def parse(arguments):
     """The command line → {name: value} of what was given."""
     parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
     add = parser.add_argument
     add("--out", help="run folder; default: runs/<model>-<date>")
@@ -588,13 +606,13 @@ def configure(given):
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
         if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
             raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
-    max_flags = given.get("max_flags", math.inf)
+    max_flags = given.get("max_flags", sys.maxsize)
     if max_flags < 0:
         raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
     for name in {"model", "heldout"} & changes.keys():  # paths hold from any folder
         if changes[name] not in SHIPPED and Path(changes[name]).exists():
-            changes[name] = str(Path(changes[name]).resolve())
+            changes[name] = os.path.abspath(changes[name])
     if "resume" in given:
         run = Run(given["resume"], max_flags)
         return run.config(changes), run
