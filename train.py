@@ -108,7 +108,7 @@ class Config:
         if self.samples < 2 and self.train_proposer:
             raise UsageError(f"--samples is {self.samples}, but learnability needs at least 2 tries a task: "
                              "one try is solved always or never (use --no-train-proposer to go without)")
-        if not set(self.types) <= set(KINDS) or len(set(self.types)) != len(self.types):
+        if not set(self.types) <= KINDS.keys() or len(set(self.types)) < len(self.types):
             raise UsageError(f"--types is {','.join(self.types)}; give some of {','.join(KINDS)}, each once")
 
 
@@ -167,8 +167,7 @@ def train(cfg, run):
             rollouts = proposals * cfg.train_proposer + solutions + estimates * cfg.train_on_estimates
             set_advantages(rollouts, cfg, rng)
             lr = cfg.lr * (1 - (1 - cfg.lr_final) * (step - 1) / max(1, cfg.steps - 1))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             with policy.timed("update"):
                 update = trr_update(policy, optimizer, rollouts, cfg)
 
@@ -307,8 +306,7 @@ def describe(proposals, solutions, cfg):
 
 def cost(policy):
     """Seconds by phase, sampled tokens a second, and the most memory held so far."""
-    memory = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     clock = policy.clock
     return {**{f"seconds/{phase}": round(clock[phase], 3)
                for phase in ("generate", "execute", "update", "total")},
@@ -326,7 +324,7 @@ class Run:
     logs back to that step, and the steps are done again exactly as they were (on a CPU).
     """
 
-    LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl")
+    LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
 
     def __init__(self, folder, max_flags=sys.maxsize):
         self.folder, self.max_flags = Path(folder), max_flags
@@ -381,7 +379,7 @@ class Run:
             values["types"] = tuple(values["types"])
             if values.keys() != asdict(Config()).keys():
                 raise KeyError
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
                              "cannot read its config.json") from error
         cfg, self.changes = Config(**values | changes), changes
@@ -479,9 +477,9 @@ class Run:
                 "tasks.jsonl": [{"step": step, "solve_rate": rate, **asdict(task)}
                                 for task, rate in accepted],
                 "metrics.jsonl": self.metrics[-1:]}
-        for name in self.LOGS:
-            self.lines[name] += len(rows[name])
-            write_through(self.folder / name, "ab", as_lines(rows[name]))
+        for name, new in rows.items():
+            self.lines[name] += len(new)
+            write_through(self.folder / name, "ab", as_lines(new))
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)

@@ -241,6 +241,13 @@ def test_a_damaged_checkpoint_is_named_and_kept(capsys, tmp_path, whole_run, dam
     assert (run / "metrics.jsonl").read_bytes() == (whole_run.folder / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"3", b"[1]", b"{}", b'{"versions": {}, "types": 3}', b"[" * 100_000])
+def test_a_damaged_config_is_one_line(capsys, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert "is not a run folder" in misuse(capsys, "--resume", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 # --- the parts of a step
 
 def rollouts_with(rewards):
