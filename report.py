@@ -208,7 +208,11 @@ def _keys(rows, pattern):
 
 
 def average(values):
-    """The mean of those that are finite numbers, or None if there are none: zero would be a lie."""
+    """The mean of those that are finite numbers, or None if there are none: zero would be a lie.
+
+    >>> average([0.5, None, 1.0]), average([None])
+    (0.75, None)
+    """
     values = _finite(values)
     return sum(values) / len(values) if values else None
 
