@@ -23,6 +23,16 @@ TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
 # --- figures and tables ----------------------------------------------------------------------------
 
+def average(values):
+    """The mean of those that are finite numbers, or None if there are none: zero would be a lie.
+
+    >>> average([0.5, None, 1.0]), average([None])
+    (0.75, None)
+    """
+    values = _finite(values)
+    return sum(values) / len(values) if values else None
+
+
 def mean_error(values):
     """(mean, standard error) of independent values; for hits and misses this is the binomial error.
 
@@ -205,16 +215,6 @@ def _averages(rows, metric):
 
 def _keys(rows, pattern):
     return [key for key in dict.fromkeys(key for row in rows for key in row) if re.fullmatch(pattern, key)]
-
-
-def average(values):
-    """The mean of those that are finite numbers, or None if there are none: zero would be a lie.
-
-    >>> average([0.5, None, 1.0]), average([None])
-    (0.75, None)
-    """
-    values = _finite(values)
-    return sum(values) / len(values) if values else None
 
 
 def _finite(values):

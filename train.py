@@ -331,6 +331,39 @@ class Run:
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         self.lines, self.alarms, self.changes = Counter(), set(), {}
 
+    def create(self, cfg):
+        """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if os.listdir(self.folder):
+                raise UsageError(f"{self.folder} is not empty; give another --out, or, if it holds a run, "
+                                 f"go on with it by --resume {self.folder}")
+            self.acquire()
+            self.write_config(cfg)
+        except OSError as error:
+            self.abandon()
+            raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+
+    def config(self, changes):
+        """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
+        try:
+            values = json.loads((self.folder / "config.json").read_text())
+            del values["versions"]
+            values["types"] = tuple(values["types"])
+            if values.keys() != asdict(Config()).keys():
+                raise KeyError
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
+                             "cannot read its config.json") from error
+        cfg, self.changes = Config(**values | changes), changes
+        self.acquire()
+        return cfg
+
+    def write_config(self, cfg):
+        versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+        values = json.dumps(asdict(cfg) | {"versions": versions}, indent=1) + "\n"
+        replace_file(self.folder / "config.json", values.encode())
+
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
 
@@ -348,71 +381,10 @@ class Run:
         self.lock.truncate(0)
         self.lock.close()
 
-    def create(self, cfg):
-        """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if os.listdir(self.folder):
-                raise UsageError(f"{self.folder} is not empty; give another --out, or, if it holds a run, "
-                                 f"go on with it by --resume {self.folder}")
-            self.acquire()
-            self.write_config(cfg)
-        except OSError as error:
-            self.abandon()
-            raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
-
     def abandon(self):
         """Remove what a run that could not start has made."""
         if self.folder.is_dir() and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
-
-    def write_config(self, cfg):
-        versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-        values = json.dumps(asdict(cfg) | {"versions": versions}, indent=1) + "\n"
-        replace_file(self.folder / "config.json", values.encode())
-
-    def config(self, changes):
-        """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
-        try:
-            values = json.loads((self.folder / "config.json").read_text())
-            del values["versions"]
-            values["types"] = tuple(values["types"])
-            if values.keys() != asdict(Config()).keys():
-                raise KeyError
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
-                             "cannot read its config.json") from error
-        cfg, self.changes = Config(**values | changes), changes
-        self.acquire()
-        return cfg
-
-    def resume_hint(self):
-        hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
-        return f"{hint} with: python train.py --resume {self.folder}"
-
-    def save(self, step, policy, optimizer, buffer, rng):
-        """Write the adapter for others to load, then everything that the next step depends on."""
-        self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
-        state = {"step": step, "lines": dict(self.lines), "weights": policy.trainable(),
-                 "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
-                 "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        content = io.BytesIO()
-        torch.save(state, content)
-        self.checkpoint.parent.mkdir(exist_ok=True)
-        replace_file(self.checkpoint, content.getbuffer())
-
-    def export(self, policy):
-        """The policy as a PEFT folder, or as a whole model if all weights are trained."""
-        name = "model" if policy.model is policy.causal else "adapter"
-        fresh, final = self.folder / f"{name}.new", self.folder / name
-        # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
-        policy.model.save_pretrained(fresh, save_embedding_layers=False)
-        if name == "model":
-            policy.tokenizer.save_pretrained(fresh)
-        final.mkdir(exist_ok=True)
-        for path in fresh.iterdir():
-            path.replace(final / path.name)
-        fresh.rmdir()
 
     def restore(self, cfg, *state):
         """Take up the checkpoint and cut the logs back to its step. → the step, or None if there is none.
@@ -496,10 +468,6 @@ class Run:
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
                         | {"ALARM": name for name in found}, refresh=False)
 
-    def flagged(self):
-        """Whether there are more flags than --max-flags."""
-        return self.lines["flags.jsonl"] > self.max_flags
-
     def draw(self):
         """Write the picture and the page anew."""
         draw_curves(self.metrics, self.folder / "curves.png")
@@ -507,6 +475,38 @@ class Run:
             write_page(self.folder)
         except UsageError as error:  # a log that somebody edited is no reason to end the run
             tqdm.write(f"warning: report.html is not written: {error}", file=sys.stderr)
+
+    def flagged(self):
+        """Whether there are more flags than --max-flags."""
+        return self.lines["flags.jsonl"] > self.max_flags
+
+    def save(self, step, policy, optimizer, buffer, rng):
+        """Write the adapter for others to load, then everything that the next step depends on."""
+        self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
+        state = {"step": step, "lines": dict(self.lines), "weights": policy.trainable(),
+                 "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
+                 "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        content = io.BytesIO()
+        torch.save(state, content)
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        replace_file(self.checkpoint, content.getbuffer())
+
+    def export(self, policy):
+        """The policy as a PEFT folder, or as a whole model if all weights are trained."""
+        name = "model" if policy.model is policy.causal else "adapter"
+        fresh, final = self.folder / f"{name}.new", self.folder / name
+        # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
+        policy.model.save_pretrained(fresh, save_embedding_layers=False)
+        if name == "model":
+            policy.tokenizer.save_pretrained(fresh)
+        final.mkdir(exist_ok=True)
+        for path in fresh.iterdir():
+            path.replace(final / path.name)
+        fresh.rmdir()
+
+    def resume_hint(self):
+        hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
+        return f"{hint} with: python train.py --resume {self.folder}"
 
     def finish(self, stopped):
         """Print how to go on, or held-out accuracy before and after. → exit code; 3 after too many flags"""
