@@ -329,7 +329,7 @@ class Run:
     def __init__(self, folder, max_flags=sys.maxsize):
         self.folder, self.max_flags = Path(folder), max_flags
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        self.lines, self.alarms, self.changes = Counter(), set(), {}
+        self.lines, self.alarms, self.changes = {}, set(), {}
 
     def create(self, cfg):
         """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
@@ -424,7 +424,7 @@ class Run:
             rng.setstate(state["python_rng"])
             torch.set_rng_state(state["torch_rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-            return state["step"], Counter(state["lines"])
+            return state["step"], state["lines"]
         except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UsageError(f"the checkpoint {self.checkpoint} is damaged ({reason}); "
@@ -483,7 +483,7 @@ class Run:
     def save(self, step, policy, optimizer, buffer, rng):
         """Write the adapter for others to load, then everything that the next step depends on."""
         self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
-        state = {"step": step, "lines": dict(self.lines), "weights": policy.trainable(),
+        state = {"step": step, "lines": self.lines, "weights": policy.trainable(),
                  "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
                  "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
         content = io.BytesIO()
