@@ -21,16 +21,14 @@ What happens to each kind of attack, and which wall stops it:
   bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
   files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
   network, shared memory,    seccomp; network and ipc namespaces
-  signals, limits, ptrace    seccomp; user and pid namespaces
-  of other processes
+  signals, ptrace, prlimit   on other processes: seccomp; user and pid namespaces
   clock, pid, entropy        seccomp, and the data by which the vDSO tells the time are hidden
   hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds, in
   of objects, randomness     processes with other addresses
   forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards make
                              refusals readable; they are Python, and no wall
   answers that are code      evaluated in a process that holds nothing but the answer
-  telling judging from       run and validate take the same path; run uses the first of validate's seeds
-  validation
+  telling run from validate  they take the same path; run uses the first of validate's seeds
 
 Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
 memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
@@ -141,7 +139,7 @@ def same(a, b):
 
 
 def _key(value, limit=100 * MAX_TEXT):
-    """A text of a literal value that is equal for equal values; None of any other value."""
+    """A text that is the same for values that are the same; None for a value that has no literal."""
     try:
         return _write(value, 0, [limit], False)
     except (ValueError, RecursionError):
@@ -161,7 +159,7 @@ def _write(value, depth, room, ordered):
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
-        raise ValueError(f"nan, or a value of type {_name(kind)}, has no literal")
+        raise ValueError(f"this value of type {_name(kind)} has no literal")
     elif depth >= MAX_DEPTH:
         raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
     else:
@@ -199,14 +197,14 @@ def _describe(error):
 
 # -- The caller's side ------------------------------------------------------------------------------
 
-# Hash seeds. `run` uses the first, so that what was validated is what is judged. They are chosen so that
-# (from Python 3.11 on) no letter or digit has a hash of the same parity under all three, and of the sets of
-# two letters 5% keep their order under all three, where chance alone would give 25%.
+# Hash seeds; `run` uses the first. From Python 3.11 on no letter or digit has a hash of the same parity under
+# all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _LAYERS = ("namespaces", "seccomp", "guards")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-_LITERAL, _INPUT, _PROGRAM, _VALUES = range(4)        # what a run is for
-# The program that evaluates an input.
+# What a run is for: a literal; an input, which is then a program of its own; a program with an input that may
+# have to be evaluated first; a program with what came of that.
+_LITERAL, _INPUT, _PROGRAM, _VALUES = range(4)
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _ORDER = struct.Struct("=II")          # milliseconds, bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
@@ -214,7 +212,7 @@ _STATUSES = "ok syntax error memory unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
          "module = util.module_from_spec(spec); spec.loader.exec_module(module); module._work(sys.argv[2])")
-# A text of literals alone, near enough to the canonical form: no names, calls, operators or comments.
+# Literals alone, near enough to the canonical form: no names, no calls, no comments.
 _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:,?[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
@@ -258,21 +256,18 @@ class Executor:
 
     def close(self):
         """Ends the workers and all that they run. May be called again; nothing else may."""
-        idle, self._idle = self._idle, {}
-        for workers in idle.values():
-            for worker in workers:
+        while self._idle:
+            for worker in self._idle.popitem()[1]:
                 worker.kill()
 
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
 
-        program  the text of a Python program that defines f
-        input    what stands between the parentheses of the call: positional and keyword arguments.
-                 Expressions are evaluated once, to literal values, in a process of their own that knows the
-                 builtins and not the program. Only values reach the program, which cannot see their text.
-
-        Both may come from anywhere; the status says what they do wrong. Raises TypeError if they are not str,
-        RuntimeError if the Executor is closed."""
+        An input is what stands between the parentheses of a call: positional and keyword arguments. All but
+        literals is evaluated once, in a process of its own that knows the builtins and not the program. Only
+        values reach the program, which cannot see their text. Both texts may come from anywhere; the status
+        says what is wrong with them. Raises TypeError if they are not str, RuntimeError if the Executor is
+        closed."""
         return self._run(_PROGRAM, jobs, _SEEDS[0])
 
     def validate(self, jobs):
@@ -386,9 +381,9 @@ class _Worker:
         self.job, self.file, self.mark = make("job"), make("report"), os.urandom(16).hex()
         self.line, line = socket.socketpair()
         files, self.promises = (line.fileno(), self.job, self.file), b""
-        # A lean start: not the caller's environment, directory, descriptors, terminal or memory, and no
-        # site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",  # some need this to start:
+        # A lean start: nothing of the caller's environment (but what some interpreters need to start),
+        # directory, descriptors, terminal or memory, and no site-packages.
+        environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
             self.process = subprocess.Popen(
@@ -404,9 +399,9 @@ class _Worker:
             return b""
 
     def ready(self):
-        """Waits for its start. Whether it lives."""
+        """Waits for its start. What it then told; b"" if it died."""
         self.promises = self.promises or self.receive()
-        return self.promises != b""
+        return self.promises
 
     def start(self, purpose, program, text, seconds):
         """Has a run forked for a job."""
@@ -433,7 +428,6 @@ class _Worker:
 
 # -- The zygote: puts up the walls, forks the runs, watches the clock, and kills --------------------
 
-_NOBODY = 65534
 _CLOCKS = {"time", "datetime"}                        # modules whose users may have the clock
 _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
 # System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write its
@@ -487,27 +481,26 @@ class _Zygote:
                 # The vDSO, the kernel's code in this process, tells the time without a system call from data
                 # in vvar. Without it (zeros; private, fixed, anonymous) it makes the call; runs may not.
                 hidden.append(self.call("mmap", start, end - start, 1, 0x32, -1, 0))
-        for step, value in ((os.setgroups, []), (os.setgid, _NOBODY), (os.setuid, _NOBODY)):
-            self.attempt(step, value)                 # if it is root
-        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace), _PDEATHSIG (ends with its parent), _TSC (x86's clock)
+        for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
+            self.attempt(step, value)                 # root becomes nobody
+        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
         for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
             self.call("prctl", *arguments)
         if "seccomp" in self.layers and sys.platform == "linux":
             self.seccomp = self.filter()
-            self.seccomp = self.seccomp if self.survives() else None
-        for what, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 20 * MAX_TEXT),
-                            (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
+            if not self.survives():
+                self.seccomp = None
+        for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
+                            (resource.RLIMIT_AS, memory)):
             self.attempt(resource.setrlimit, what, (value, value))
         gc.collect()
-        gc.freeze()
-        self.call("malloc_trim", 0)     # each page in use makes each fork slower
-        promises = [(self.alone or self.seccomp,
-                     "reach the network, signal processes of this user, leave some behind"),
-                    (self.seccomp,
-                     "use more memory than their limit, read and change files of this user"),
-                    (self.seccomp and (not hide or hidden and all(hidden)),
-                     "tell the time, and return other values later")]
-        os.write(self.line, json.dumps([what for kept, what in promises if not kept]).encode())
+        gc.freeze()                                   # collections in runs leave these pages alone
+        promises = {"reach the network, signal processes of this user, leave some behind":
+                    self.alone or self.seccomp,
+                    "use more memory than their limit, read and change files of this user": self.seccomp,
+                    "tell the time, and return other values later":
+                    self.seccomp and (not hide or hidden and all(hidden))}
+        os.write(self.line, json.dumps([what for what, kept in promises.items() if not kept]).encode())
 
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. → -1 if the system refuses"""
@@ -607,7 +600,7 @@ def _mapped():
 
 # -- The run: what happens in the forked process ----------------------------------------------------
 
-# Attributes by which programs walk out of their namespace, and functions that hand out modules.
+# Names by which programs walk out of their namespace.
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
@@ -625,7 +618,7 @@ _NUMBERINGS = ((140_000_000_000_000, 48), (141_000_000_000_001, -80), (142_000_0
 
 
 class _Run:
-    """Made in the zygote, since that is cheaper than in each run; each run has its own copy."""
+    """Made in the zygote, where it is cheaper; each run has its own copy."""
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
@@ -649,7 +642,7 @@ class _Run:
 
     def live(self, mark, job, file, size):
         """The life of a run: reads its job, does it, reports, and ends."""
-        self.file, self.mark = file, mark.encode() + b"\0"
+        self.file, self.mark = file, mark
         try:
             purpose, *texts = marshal.loads(os.pread(job, size, 0))       # which the caller wrote
             os.close(job)
@@ -677,8 +670,8 @@ class _Run:
 
     def report(self, status, error="", output="", call=""):
         """Tells the caller how the run ended, and ends it."""
-        text = "\0".join([status, self.about + error.replace("\0", " "), call, output])
-        os.write(self.file, self.mark + text.encode("utf-8", "backslashreplace"))
+        text = "\0".join([self.mark, status, self.about + error.replace("\0", " "), call, output])
+        os.write(self.file, text.encode("utf-8", "backslashreplace"))
         os._exit(0)
 
     def number(self, thing, /):
@@ -705,7 +698,9 @@ class _Run:
             if not isinstance(getattr(body, "func", None), ast.Name):  # f, at the start, is all of it
                 raise SyntaxError("not the arguments of one call")
             self.report("expression")
-        args, kwargs = eval(text if purpose == _VALUES else f"[{text}], {{}}", {"__builtins__": {"set": set}})
+        code = compile(text if purpose == _VALUES else f"[{text}], {{}}", "<input>", "eval")
+        self.failure = "error"                        # of {[]}
+        args, kwargs = eval(code, {"__builtins__": {"set": set}})
         self.failure = "unrepresentable"
         literal((args, kwargs), MAX_TEXT)
         self.failure, self.about = "syntax", "input: " if purpose == _INPUT else ""
@@ -737,7 +732,7 @@ def _unsafe(tree):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             modules = ["." if node.level else node.module]
-            modules += [alias.name for alias in node.names if alias.name in sys.stdlib_module_names]
+            modules += sys.stdlib_module_names.intersection(alias.name for alias in node.names)
         for name in modules:
             if name.partition(".")[0] not in ALLOWED:
                 return f"imports {name}"

@@ -1134,7 +1134,7 @@ def f():
     while frame:
         for value in list(frame.f_locals.values()):
             if type(value).__name__ == '_Run':
-                os.write(value.file, value.mark + %s)
+                os.write(value.file, (value.mark + '\\0').encode() + %s)
                 os._exit(0)
         frame = frame.f_back
 """
