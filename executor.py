@@ -343,7 +343,8 @@ class Executor:
 
     def _result(self, worker, spent, code, late, nanoseconds):
         """The Execution that a run's report and its end amount to; believes nothing that it can check."""
-        report, seconds = os.pread(worker.file, 20 * self._max_text, 0), spent + nanoseconds / 1e9
+        report = os.pread(worker.file, os.lseek(worker.file, 0, os.SEEK_END), 0)
+        seconds = spent + nanoseconds / 1e9
         status, error = "killed", f"its process ended without a result (exit status {code})"
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
@@ -407,7 +408,7 @@ class _Worker:
         """Has a run forked for a job."""
         data = marshal.dumps((purpose, program, text))
         os.pwrite(self.job, data, 0)                  # the run reads no more than this
-        os.ftruncate(self.file, 0)
+        os.ftruncate(self.file, 0)                    # no run reads what another wrote
         os.lseek(self.file, 0, os.SEEK_SET)
         try:
             self.ready()
@@ -462,9 +463,8 @@ class _Zygote:
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
         kernel kills all that is left in them. Who it was waits for that end."""
-        new, user = 0x68000000, 0x10000000            # CLONE_NEWIPC, _NEWPID, _NEWNET; CLONE_NEWUSER
-        if "namespaces" in self.layers:
-            self.alone = self.call("unshare", new) or self.call("unshare", new | user)
+        if "namespaces" in self.layers:               # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
+            self.alone = self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000)
         if os.fork():
             os.close(self.line)
             os.wait()

@@ -1056,6 +1056,13 @@ def test_who_evaluates_an_answer_holds_neither_program_nor_other_jobs(bare):
     assert used.status in ("ok", "error") and "hidden program" not in used.output + used.error
 
 
+def test_a_run_finds_nothing_of_others_in_its_files(bare):
+    look = program("found = b''\nfor fd in range(64):\n    try: found += os.pread(fd, 9999, 0)\n"
+                   "    except OSError: pass\nreturn found", WALK)
+    runs = bare.run([("def f(x): return 'hidden' * 9", str(i)) for i in range(8)] + [(look, "")] * 4)
+    assert [run.output for run in runs[-4:]] == ["b''"] * 4
+
+
 CLOCKS = [                      # what a program could tell the time, the process or the run by
     "getattr(modules['time'], 'time')()", "modules['time'].monotonic_ns() // 10 ** 9", "modules['time'].gmtime()[0]",
     "libc.time(0) // 100", "os.urandom(1)", "os.times()[4]", "modules['time'].clock_gettime_ns(5)",
