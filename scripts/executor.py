@@ -31,7 +31,11 @@ BARE = """
 import gc, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import executor
-kept = executor._Run(executor._SEEDS[0], False)
+for name in [*executor.ALLOWED, *executor._PRELOADED]:
+    try:
+        __import__(name)
+    except ImportError:
+        pass
 gc.collect(); gc.freeze()
 done, start = 0, time.perf_counter()
 while time.perf_counter() - start < float(sys.argv[2]):
