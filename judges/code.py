@@ -223,8 +223,7 @@ def recorded_calls(name, asserts):
 def known_tests(problems, executor):
     """{key: ProgramProblem} → {key: [base, plus]}, each part {arguments: [right values]}
 
-    Asserts become the calls that they make. The values of a benchmark's solutions are right; if its own
-    fails, none is.
+    Asserts become the calls that they make, and what a benchmark's solutions return is right.
     """
     tests = {key: problem.tests() for key, problem in problems.items()}
     asserted = {key: problem for key, problem in problems.items() if problem.asserts}
@@ -234,14 +233,15 @@ def known_tests(problems, executor):
     for key, calls in zip(asserted, recorded):
         # where the asserts fail, a text that does not run either
         tests[key][0] = {written(call): [] for call in calls[0]} if calls else {"no call": []}
-    jobs = [(key, part, problem.job(solution, part)) for key, problem in problems.items()
+    runs = [(part, problem.job(solution, part)) for key, problem in problems.items()
             for part in tests[key] for solution in problem.solutions]
-    for (key, part, _), values in zip(jobs, run_programs(executor, [job for *_, job in jobs])):
-        if values is None:
-            tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
-                       "counts as wrong", file=sys.stderr)
+    for (part, _), values in zip(runs, run_programs(executor, [job for _, job in runs])):
         for expected, value in zip(part.values(), values or ()):
             expected.append(value)
+    for key, parts in tests.items():
+        if not all(expected for part in parts for expected in part.values()):
+            tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
+                       "counts as wrong", file=sys.stderr)
     return tests
 
 
