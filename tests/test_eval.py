@@ -295,6 +295,18 @@ def heldout(tmp_path):
     return tmp_path / "heldout.jsonl"
 
 
+@pytest.mark.parametrize("change,message", [
+    ({"output": None, "type": "deduction"}, "there is no 'output'"),
+    ({"inputs": None, "outputs": None, "type": "induction"}, "there is no '"),
+    ({"inputs": [], "outputs": [], "type": "induction"}, "it has too few pairs"),
+    ({"output": "3", "type": "deduction"}, "f(1) gives 2, and the task says 3")])
+def test_a_held_out_file_that_is_not_right_is_refused(change, message, heldout, tmp_path, capsys):
+    row = json.loads(heldout.read_text().splitlines()[0]) | change
+    with open(heldout, "a") as file:
+        file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+    refused(["--heldout", heldout, "--out", tmp_path / "out"], f"line 10: {message}", capsys, tmp_path)
+
+
 def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, capsys):
     run_folder = tmp_path / "run"
     policy.model.save_pretrained(run_folder / "adapter")
