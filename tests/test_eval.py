@@ -299,7 +299,7 @@ def heldout(tmp_path):
     ({"output": None, "type": "deduction"}, "there is no 'output'"),
     ({"inputs": None, "outputs": None, "type": "induction"}, "there is no '"),
     ({"inputs": [], "outputs": [], "type": "induction"}, "it has too few pairs"),
-    ({"output": "3", "type": "deduction"}, "f(1) gives 2, and the task says 3")])
+    ({"output": "3", "inputs": None, "outputs": None, "type": "deduction"}, "f(1) gives 2, and the task says 3")])
 def test_a_held_out_file_that_is_not_right_is_refused(change, message, heldout, tmp_path, capsys):
     row = json.loads(heldout.read_text().splitlines()[0]) | change
     with open(heldout, "a") as file:
