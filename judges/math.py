@@ -1,8 +1,8 @@
 """Mathematics: a final answer in LaTeX, and whether it says the same as the benchmark's.
 
 Both are brought into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
-by their items, chains like x = 1/3 ≈ 0.33 by their sides, numbers with their units, and what is left, one
-formula, by math-verify. All this happens in a process that can be killed.
+by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and what is left,
+one formula, by math-verify. All this happens in a process that can be killed.
 """
 
 import json
@@ -174,11 +174,13 @@ UNITS = table(r"""
 \bgram\b→g
 ~→
 """)
+# The units that count without \text; others are taken for variables
 PLAIN_UNIT = "(?:percent|degree|dollar|cent|[ck]?m|mm|inch|foot|mile|minute|hour|second|day|year|unit|k?g)"
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
 
 
 def rewrite(text, patterns):
+    """The text in the spelling of a table."""
     text = text.strip().rstrip(".").replace(" ", "~")
     for pattern, plain in patterns:
         text = re.sub(pattern, plain, text)
