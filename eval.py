@@ -34,8 +34,9 @@ ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens":
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int}
 FILES = "settings.json answers.jsonl results.json results.md".split()
-RANGES = {"samples": (1, 10 ** 4), "limit": (1, 10 ** 9), "workers": (1, 512), "max_response": (1, 10 ** 6),
-          "temperature": (0, 100), "generate_batch": (0, 10 ** 6), "seed": (0, 2 ** 63 - 1)}
+RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
+          "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
+          "seed": (0, sys.maxsize)}
 DETAILS = ("n unanswered samples pass@k base_tests well_formed truncated response_tokens response_characters "
            "tokens seconds").split()
 SETTINGS = ("judge model run adapter template samples temperature seed max_response heldout split quantize "
@@ -87,7 +88,7 @@ def score(problems, rows, verdicts):
 
 def tables(results, markdown=False):
     """{column: {benchmark: score}} as two tables: accuracies side by side, and all other figures."""
-    columns = {column: {name: (s["accuracy"], s["stderr"]) for name, s in scores.items()}
+    columns = {column: {name: score["pass@k"][1] for name, score in scores.items()}
                for column, scores in results.items()}
     if len(results) == 2:
         before, after = results.values()
@@ -144,8 +145,11 @@ def sample(policy, name, problems, options, column):
         torch.manual_seed(zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode()))
         started = time.perf_counter()
         prompts = [encode(policy, problem.question, options.template) for problem in chunk]
-        responses = generate(policy, prompts, options.max_response, options.samples,
-                             greedy=not options.temperature, temperature=options.temperature or 1.0)
+        try:
+            responses = generate(policy, prompts, options.max_response, options.samples,
+                                 greedy=not options.temperature, temperature=options.temperature or 1.0)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
         seconds = round((time.perf_counter() - started) / len(responses), 4)
         for place, ids in enumerate(responses):
             text = policy.text(ids)
@@ -157,7 +161,7 @@ def sample(policy, name, problems, options, column):
 def generate_answers(columns, problems, options, folder):
     """{(column, benchmark): rows}: those that the folder holds, and new ones, which it gets as they come."""
     rows, policy, loaded = folder.answers(options.samples), None, None
-    for column, (*source, switched_on) in columns.items():
+    for column, source in columns.items():
         done = {(name, row["id"]) for name in problems for row in rows[column, name]}
         todo = {name: [problem for problem in tasks if (name, problem.key) not in done]
                 for name, tasks in problems.items()}
@@ -169,7 +173,7 @@ def generate_answers(columns, problems, options, folder):
             encode(policy, "", options.template)  # a template that the model lacks is refused now
             folder.start()
         from azr import base_weights
-        with (contextlib.nullcontext() if switched_on else base_weights(policy),
+        with (base_weights(policy) if column == "base" else contextlib.nullcontext(),
               open(folder.path / "answers.jsonl", "a", buffering=1) as file):
             for name, tasks in todo.items():
                 for row in sample(policy, name, tasks, options, column):
@@ -265,10 +269,10 @@ class Folder:
             lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line was cut off
             for row in checked(map(json.loads, lines), path, ANSWER):
                 groups[row["column"], row["benchmark"], row["id"]].append(row)
-            whole = [row for rows in groups.values() for row in rows if len(rows) == samples]
-            for row in whole:
-                kept[row["column"], row["benchmark"]].append(row)
-            self.replace(path.name, "".join(json.dumps(row) + "\n" for row in whole))
+            for (column, name, _), rows in groups.items():
+                if len(rows) == samples:
+                    kept[column, name] += rows
+            self.replace(path.name, "".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
         return kept
 
     def replace(self, name, text):
@@ -355,12 +359,12 @@ def fill_in(options):
 
 
 def columns_of(options):
-    """{column: (model to load, adapter or None, whether the adapter is switched on)}"""
+    """{column: (model to load, adapter or None)}; in the column base the adapter is switched off."""
     model, adapter = options.model, options.adapter
     if not (options.run or adapter):
-        return {"model": (model, None, True)}
-    return {"base": (model, adapter, False),
-            "trained": (model if adapter else str(Path(options.run) / "model"), adapter, True)}
+        return {"model": (model, None)}
+    return {"base": (model, adapter),
+            "trained": (model if adapter else str(Path(options.run) / "model"), adapter)}
 
 
 # --- the command line -------------------------------------------------------------------------------

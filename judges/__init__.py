@@ -12,8 +12,7 @@ import itertools
 import json
 import re
 import zlib
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +31,9 @@ GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
            "rough": partial(read_math, rough=True), "heldout": read_heldout}
-# The group heldout is ours; the paper's are io (in-distribution), code and math. Names: others of a benchmark
-# and its files, best first. Files: where the repository does not say which are the split.
+# The group heldout is ours; the paper's are io (in-distribution), code and math. Column names: what else a
+# benchmark and its files are called, best first. Column files: where the repository does not say which are
+# the split. A dash is nothing.
 TABLE = """
     name group format repository revision split configuration names files
     CRUXEval-I io inputs cruxeval-org/cruxeval e536997e8381421cb107d285b4ae542aa12c6c31 test - cruxeval -
@@ -59,44 +59,10 @@ READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, Attribu
 KEYS = ("task_id", "unique_id", "id", "idx", "question_id")  # columns of a task's own name
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A line of TABLE; of our own held-out tasks, only what they are called."""
-
-    name: str
-    group: str
-    format: str = "heldout"
-    repository: str = ""
-    revision: str = ""
-    split: str = ""
-    configuration: str | None = None
-    names: str = ""
-    files: str = ""
-
-    def aliases(self):
-        """What it and its files may be called, best first, squashed."""
-        own = squash(self.name)
-        return [own, own.removesuffix("plus"), *filter(None, self.names.split(","))]
-
-    def rows(self):
-        """Its rows from the Hugging Face hub."""
-        if self.files:
-            from huggingface_hub import hf_hub_download
-            paths = (hf_hub_download(self.repository, file, repo_type="dataset", revision=self.revision)
-                     for file in self.files.split(","))
-            return itertools.chain.from_iterable(read_rows(Path(path)) for path in paths)
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-        try:
-            return load_dataset(self.repository, self.configuration or None, split=self.split,
-                                revision=self.revision)
-        except DatasetsError as error:
-            raise ValueError(error) from error
-
-
-BENCHMARKS = {f"heldout-{kind}": Benchmark(f"heldout-{kind}", "heldout") for kind in TASK_TYPES} | {
-    words[0]: Benchmark(*(word.strip("-") if word == "-" else word for word in words))
-    for words in map(str.split, TABLE.strip().split("\n")[1:])}
+HEAD, *LINES = [line.split() for line in TABLE.strip().split("\n")]
+Benchmark = namedtuple("Benchmark", HEAD, defaults=["heldout"] + [""] * 6)
+BENCHMARKS = {name: Benchmark(name, "heldout") for name in (f"heldout-{kind}" for kind in TASK_TYPES)} | {
+    name: Benchmark(name, *("" if word == "-" else word for word in words)) for name, *words in LINES}
 
 
 def squash(text):
@@ -105,12 +71,18 @@ def squash(text):
     return re.sub(r"20(?=2\d)", "", text).replace("livecodebench", "lcb")
 
 
+def aliases(benchmark):
+    """What it and its files may be called, best first, squashed."""
+    own = squash(benchmark.name)
+    return [own, own.removesuffix("plus"), *filter(None, benchmark.names.split(","))]
+
+
 def named(text):
     """'code,AIME 2024' → the benchmarks' names, in the order of the table. Raises UsageError."""
     names = set()
     for part in map(squash, text.split(",")):
         groups = {"all": GROUPS[1:], "indistribution": ["io"]}.get(part, [part])
-        found = [name for name, b in BENCHMARKS.items() if b.group in groups or part in b.aliases()]
+        found = [name for name, b in BENCHMARKS.items() if b.group in groups or part in aliases(b)]
         if not found:
             raise UsageError(f"no benchmark {part!r}; there are {', '.join(BENCHMARKS)}, and the "
                              "groups heldout, io (in-distribution), code, math and all")
@@ -134,7 +106,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
         try:
             if data and name not in files:
                 raise ValueError("no file there has its name")
-            rows = itertools.chain.from_iterable(map(read_rows, files[name])) if data else benchmark.rows()
+            rows = itertools.chain.from_iterable(map(read_rows, files[name])) if data else hub_rows(benchmark)
             found = []
             for place, row in enumerate(itertools.islice(rows, limit)):
                 key = str(next((row[column] for column in KEYS if column in row), place))
@@ -146,7 +118,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
             reason = (f"a task lacks {error}" if isinstance(error, KeyError) else str(error)).split("\n")[0]
             missing[name] = (
                 f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repository} --revision "
-                f"{benchmark.revision} --local-dir DIR/{benchmark.aliases()[-1]}\n  and give --data DIR "
+                f"{benchmark.revision} --local-dir DIR/{aliases(benchmark)[-1]}\n  and give --data DIR "
                 "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
     return problems, missing
 
@@ -155,16 +127,31 @@ def local_files(data):
     """{benchmark: its files}: whose a file is, the last name of a benchmark in its path says."""
     if not Path(data).is_dir():
         raise UsageError(f"--data {data}: no such folder")
-    names = {alias for benchmark in BENCHMARKS.values() for alias in benchmark.aliases()}
+    names = sorted({alias for benchmark in BENCHMARKS.values() for alias in aliases(benchmark)}, key=len)
     files = defaultdict(list)
     for path in sorted(Path(data).rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-            key = squash(str(Path(data).resolve().name / path.relative_to(data)).split(".jsonl")[0])
-            places = [(key.rfind(alias) + len(alias), len(alias), alias) for alias in names if alias in key]
-            files[max(places, default=(0, 0, None))[2]].append(path)
-    found = ((name, next((files[a] for a in benchmark.aliases() if a in files), None))
-             for name, benchmark in BENCHMARKS.items())
-    return {name: paths for name, paths in found if paths}
+            place = str(Path(data).resolve().name / path.relative_to(data)).split(".jsonl")[0]
+            for name in re.findall("|".join(names[::-1]), squash(place))[-1:]:
+                files[name].append(path)
+    return {name: files[alias] for name, benchmark in BENCHMARKS.items()
+            for alias in aliases(benchmark)[::-1] if alias in files}  # the best is the last to be set
+
+
+def hub_rows(benchmark):
+    """The rows of a benchmark from the Hugging Face hub."""
+    if benchmark.files:
+        from huggingface_hub import hf_hub_download
+        paths = (hf_hub_download(benchmark.repository, file, repo_type="dataset", revision=benchmark.revision)
+                 for file in benchmark.files.split(","))
+        return itertools.chain.from_iterable(read_rows(Path(path)) for path in paths)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    try:
+        return load_dataset(benchmark.repository, benchmark.configuration or None, split=benchmark.split,
+                            revision=benchmark.revision)
+    except DatasetsError as error:
+        raise ValueError(error) from error
 
 
 def read_rows(path):

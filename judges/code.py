@@ -11,7 +11,6 @@ import pickletools
 import re
 import sys
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -24,6 +23,7 @@ from tasks import fenced_blocks
 from .text import answer_text
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
+written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = "bisect collections functools heapq itertools math typing".split()
@@ -42,10 +42,9 @@ class ProgramProblem:
     entry: str        # an expression that is called with the arguments of a test; "": standard input
     prelude: str      # code before the answer
     solutions: tuple  # programs that are right: the benchmark's own, and other readings of the task
-    asserts: str      # base tests as code that calls `name`; "" if cases() has them
-    cases: object     # () → {"base" and "plus": ([arguments], [[expected]], or None: as solutions say)}
-    view: object = None  # (value, arguments) → what of a value has to be equal; None: see close
-    atol: float = 0   # absolute tolerance
+    asserts: str      # base tests as code that calls `name`; "" if tests() has them
+    tests: object     # () → [base, plus], each {arguments: [right values, beside those of the solutions]}
+    same: object      # (value, right value, arguments) → whether two unequal values agree
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
@@ -54,12 +53,16 @@ class ProgramProblem:
         blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
         if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
             blocks = [text]
-        definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
         if not blocks:
             return None
+        definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
         code = next((block for block in blocks[::-1] if re.search(definition, block, re.M)), blocks[-1])
         future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
+
+    def job(self, program, tests):
+        """What run_programs needs to run a program on these tests."""
+        return program, self.entry, list(tests), LONG if self.solutions else EVERYTHING
 
     @staticmethod
     def judge(problems, answers, executor):
@@ -67,20 +70,18 @@ class ProgramProblem:
 
         First by the base tests; those that pass, by the others. base is None where there are no base tests.
         """
-        cases = known_cases({problem.key: problem for problem in problems}, executor)
+        known = known_tests({problem.key: problem for problem in problems}, executor)
+        tests = [known[problem.key] for problem in problems]
         passed, base = [answer is not None for answer in answers], []
-        for part in ("base", "plus"):
+        for part in range(2):
             left = [i for i, good in enumerate(passed) if good]
-            outputs = run_programs(executor, [
-                (answers[i], problems[i].entry, cases[problems[i].key][part][0],
-                 LONG if problems[i].solutions else EVERYTHING) for i in left])
+            outputs = run_programs(executor, [problems[i].job(answers[i], tests[i][part]) for i in left])
             for i, values in zip(left, outputs):
-                arguments, expected = cases[problems[i].key][part]
-                passed[i] = None not in (values, expected) and all(
-                    map(partial(right, problems[i]), values, expected, arguments))
+                passed[i] = values is not None and all(
+                    map(partial(right, problems[i].same), values, tests[i][part].values(), tests[i][part]))
             base = base or list(passed)
-        return [{"correct": good, "base": simple if cases[problem.key]["base"][0] else None}
-                for problem, good, simple in zip(problems, passed, base)]
+        return [{"correct": good, "base": simple if base_tests else None}
+                for good, simple, (base_tests, _) in zip(passed, base, tests)]
 
 
 # --- the published formats ----------------------------------------------------------------------------
@@ -94,26 +95,25 @@ def read_function(key, row):
             else "\n".join([f"Write a Python function `{name}`. {FENCE}\n",
                             prompt.strip(' \n"'), *hints[:1]]))
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
-    inputs = re.search(r"^ *inputs = (.*)$", test, re.M)
-    written = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M) if inputs else ()
-    asserts = "\n".join([*(row.get("test_imports") or ()), *hints]) if hints else ""
-    if "base_input" not in row and not inputs:  # the original HumanEval
+    asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]) if hints else "", []
+    if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # of the hub
+        tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
+    elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
+    atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
     return ProgramProblem(key, task, name, name, prompt if opening else "",
                           (own, *OTHER_READINGS.get(name, ())), asserts,
-                          partial(function_cases, row, inputs), VIEWS.get(name),
-                          row["atol"] if "atol" in row else max(map(float, written), default=0))
+                          partial(function_tests, row, inputs), SAME.get(name, partial(close, atol=atol)))
 
 
-def function_cases(row, inputs):
-    shape = SHAPES.get(row["task_id"], "x").split() if "base_input" in row else "x"
-    plus = row.get("plus_input") or ()
+def function_tests(row, inputs):
+    """[base, plus] of a row; inputs: the match of those that are written in its test."""
+    parts = [row.get("base_input") or (), row.get("plus_input") or ()]
     if inputs:
-        plus = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
-    words = [*shape, *shape[-1:] * 99]
-    return {part: ([literal([CONVERT[word](value) for word, value in zip(words, case)], EVERYTHING)
-                    for case in cases], None)
-            for part, cases in (("base", row.get("base_input") or ()), ("plus", plus))}
+        parts[1] = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
+    *first, last = SHAPES.get(row["task_id"], "x").split()
+    return [{written([CONVERT[word](value) for word, value in zip([*first, *[last] * len(case)], case)]): []
+             for case in part} for part in parts]
 
 
 def read_contest(key, row):
@@ -124,19 +124,19 @@ def read_contest(key, row):
     return ProgramProblem(
         key, f"{row['question_content'].strip()}\n\n{task}", name,
         name and f"Solution().{name} if 'Solution' in globals() else {name}", PRELUDE, (), "",
-        partial(contest_cases, name, row["public_test_cases"], row["private_test_cases"]),
-        lists if name else printed)
+        partial(contest_tests, name, row["public_test_cases"], row["private_test_cases"]),
+        same_in_json if name else same_lines)
 
 
-def contest_cases(name, public, private):
-    cases = {}
-    for part, text in (("base", public), ("plus", unpack(private))):
-        tests = json.loads(text)
-        given = [list(map(json.loads, test["input"].split("\n"))) if name else test["input"]
-                 for test in tests]
-        cases[part] = ([literal(value, EVERYTHING) for value in given],
-                       [[json.loads(test["output"]) if name else test["output"]] for test in tests])
-    return cases
+def contest_tests(name, public, private):
+    parts = [{}, {}]
+    for part, text in zip(parts, (public, unpack(private))):
+        for test in json.loads(text):
+            given, result = test["input"], test["output"]
+            if name:
+                given, result = [json.loads(line) for line in given.split("\n")], json.loads(result)
+            part.setdefault(written(given), []).append(result)
+    return parts
 
 
 def unpack(text):
@@ -151,7 +151,7 @@ def unpack(text):
 # --- in the sandbox -------------------------------------------------------------------------------------
 
 CALL = '''
-import binascii, copy
+import binascii
 
 def plain(value):
     """A value as literals; what has none becomes a mark that equals only its like."""
@@ -175,28 +175,16 @@ def shown(value, limit):
         return value
     return ("\\0long", len(text), binascii.crc32(text.encode("utf-8", "replace")))
 
-def record(own, name, asserts):
-    """The arguments with which the asserts call the benchmark's own solution, which must pass them."""
-    calls = []
-
-    def note(*arguments):
-        calls.append(copy.deepcopy(list(arguments)))
-        return own[name](*arguments)
-
-    exec(asserts, own | {name: note})  # a copy: the solution's own calls of itself are no tests
-    return calls
-
 def f(source, entry, limit, cases):
     scope = {"__name__": "program"}
     exec(source, scope)
-    if entry == "assert":  # no name of a function
-        return [record(scope, *case) for case in cases]
     return [shown(eval(entry, scope)(*case), limit) for case in cases]
 '''
 READ = '''
 import io, sys, threading
 
 def f(source, entry, limit, cases):
+    """What a program prints that reads the text of the one case."""
     (text,) = cases
 
     def ask(prompt=""):
@@ -216,78 +204,84 @@ def f(source, entry, limit, cases):
     sys.stdout.flush()
     return [sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")]
 '''
+RECORD = '''
+
+def recorded_calls(name, asserts):
+    """The arguments with which the asserts call the function above, which must pass them."""
+    from copy import deepcopy
+    own, calls = globals()[name], []
+
+    def note(*arguments):
+        calls.append(deepcopy(list(arguments)))
+        return own(*arguments)
+
+    exec(asserts, globals() | {name: note})  # a copy: the function's own calls of itself are no tests
+    return calls
+'''
 
 
-def known_cases(problems, executor):
-    """{key: ProgramProblem} → {key: {part: ([arguments], [[expected]])}}
+def known_tests(problems, executor):
+    """{key: ProgramProblem} → {key: [base, plus]}, each part {arguments: [right values]}
 
-    Where a benchmark gives no expected values they are those of its solutions; None if its own fails.
+    Asserts become the calls that they make, and what a benchmark's solutions return is right.
     """
-    cases = {key: problem.cases() for key, problem in problems.items()}
-    asserted = [(key, problem) for key, problem in problems.items() if problem.asserts]
+    tests = {key: problem.tests() for key, problem in problems.items()}
+    asserted = {key: problem for key, problem in problems.items() if problem.asserts}
     recorded = run_programs(executor, [
-        (problem.solutions[0], "assert", [literal([problem.name, problem.asserts], EVERYTHING)], EVERYTHING)
-        for _, problem in asserted])
-    for (key, _), calls in zip(asserted, recorded):
+        (problem.solutions[0] + RECORD, "recorded_calls", [written([problem.name, problem.asserts])],
+         EVERYTHING) for problem in asserted.values()])
+    for key, calls in zip(asserted, recorded):
         # where the asserts fail, a text that does not run either
-        cases[key]["base"] = [literal(call, EVERYTHING) for call in calls[0]] if calls else ["no call"], None
-    jobs = [(key, part, solution) for key, parts in cases.items() for part in parts if parts[part][1] is None
-            for solution in problems[key].solutions]
-    outputs = defaultdict(list)
-    for (key, part, _), values in zip(jobs, run_programs(executor, [
-            (solution, problems[key].entry, cases[key][part][0], LONG) for key, part, solution in jobs])):
-        outputs[key, part].append(values)
-    for (key, part), (own, *others) in outputs.items():
-        cases[key][part] = cases[key][part][0], own and list(zip(own, *filter(None, others)))
-        if own is None:
+        tests[key][0] = {written(call): [] for call in calls[0]} if calls else {"no call": []}
+    runs = [(part, problem.job(solution, part)) for key, problem in problems.items()
+            for part in tests[key] for solution in problem.solutions]
+    for (part, _), values in zip(runs, run_programs(executor, [job for _, job in runs])):
+        for expected, value in zip(part.values(), values or ()):
+            expected.append(value)
+    for key, parts in tests.items():
+        if not all(expected for part in parts for expected in part.values()):
             tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
                        "counts as wrong", file=sys.stderr)
-    return cases
+    return tests
 
 
 def run_programs(executor, jobs):
     """[(source, entry, [arguments], limit)] → [[value] or None]: None if one of its calls gives no value.
 
-    Of values longer than limit only a checksum comes back. A hundred calls share a process; those that
-    take too much time or room together are run one by one. No job is run further once a call has failed.
+    Of values longer than limit only a checksum comes back. A hundred calls share a process; once some take
+    too much time or room together, calls are run one by one. No job is run further once a call has failed.
     """
-    results = [[None] * len(arguments) for _, _, arguments, _ in jobs]
-    waiting = [[range(len(arguments))[start:start + size] for start in range(0, len(arguments), size)]
-               for _, entry, arguments, _ in jobs for size in [100 if entry else 1]]
-    while any(waiting):
-        now = [(i, piece) for i, pieces in enumerate(waiting) for piece in pieces[:4]]
-        waiting = [pieces[4:] for pieces in waiting]
-        runs = executor.run([(CALL if entry else READ, f"{literal(source, EVERYTHING)}, {entry!r}, {limit}, "
-                                    f"[{', '.join(arguments[piece.start:piece.stop])}]")
-                             for i, piece in now for source, entry, arguments, limit in [jobs[i]]])
-        for (i, piece), run in zip(now, runs):
-            values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            if results[i] is None:
+    results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
+    while pieces := [(i, start) for i, (_, _, arguments, _) in enumerate(jobs) if results[i] is not None
+                     for start in range(len(results[i]), len(arguments), sizes[i])[:4]]:
+        runs = executor.run([(CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, "
+                                                        f"[{', '.join(arguments[start:start + sizes[i]])}]")
+                             for i, start in pieces for source, entry, arguments, limit in [jobs[i]]])
+        for (i, start), run in zip(pieces, runs):
+            if results[i] is None or len(results[i]) != start:  # a piece before this one has failed
                 continue
-            if isinstance(values, list) and len(values) == len(piece):
-                results[i][piece.start:piece.stop] = values
-            elif run.status in ("timeout", "memory", "killed", "unrepresentable") and len(piece) > 1:
-                waiting[i][:0] = [piece[place:place + 1] for place in range(len(piece))]
+            values = parse_literal(run.output, EVERYTHING) if run.ok else None
+            count = len(jobs[i][2][start:start + sizes[i]])
+            if isinstance(values, list) and len(values) == count:
+                results[i] += values
+            elif count > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+                sizes[i] = 1
             else:
-                results[i], waiting[i] = None, []
+                results[i] = None
     return results
 
 
 # --- whether a value is right ---------------------------------------------------------------------------
 
-def right(problem, output, expected, arguments):
-    """Whether an output is one of the expected values, as the problem compares them."""
-    view, same = problem.view, partial(close, atol=problem.atol)
-    if view:
-        def same(a, b):
-            return view(a, arguments) == view(b, arguments)
+def right(same, output, expected, arguments):
+    """Whether an output is one of the expected values."""
     try:
-        return any(output == value or same(output, value) for value in expected)
-    except (TypeError, ValueError, ArithmeticError):  # a value of another kind than was asked for
+        return any(output == value or same(output, value, arguments) for value in expected)
+    except (TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
         return False
 
 
-def close(output, expected, atol):
+def close(output, expected, arguments, atol=0):
     """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
     atol = atol or (1e-6 if flat and all(type(value) is float for value in flat) else 0)
@@ -300,28 +294,38 @@ def near(a, b, atol):
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
-def lists(value, arguments):
-    return [lists(item, "") for item in value] if isinstance(value, (list, tuple)) else value
+def same_in_json(output, expected, arguments):
+    return json.loads(json.dumps(output)) == expected
 
 
-def printed(text, arguments):
+def same_lines(output, expected, arguments):
     """Lines without the spaces around, numbers by their values."""
-    return [tuple(map(Decimal, line.split())) if re.fullmatch(r"[-+.\deE ]*\d[-+.\deE ]*", line.strip())
-            else line.strip() for line in text.strip().split("\n")]
+    def read(line):
+        is_numbers = re.fullmatch(r"[-+.\deE ]*\d[-+.\deE ]*", line)
+        return tuple(map(Decimal, line.split())) if is_numbers else line
+    ours, theirs = ([read(line.strip()) for line in text.strip().split("\n")] for text in (output, expected))
+    return ours == theirs
 
 
-def is_root(value, arguments):
+def is_root(output, expected, arguments):
     (coefficients,) = parse_literal(arguments)
-    return abs(sum(c * value ** power for power, c in enumerate(coefficients))) <= 1e-4
+    return abs(sum(c * output ** power for power, c in enumerate(coefficients))) <= 1e-4
+
+
+def same_set(output, expected, arguments):
+    return set(output) == set(expected)
+
+
+def both_found(output, expected, arguments):
+    """Of a search: a match counts as True, nothing as False."""
+    return (output is None or output is False) == (expected is None or expected is False)
 
 
 # Tasks that EvalPlus does not compare by value, by their functions' names.
-VIEWS = {"find_zero": is_root,
-         **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                         "intersection_array find_dissimilar Diff".split(),
-                         lambda value, arguments: set(value)),
-         **dict.fromkeys("check_str text_match_three text_starta_endb".split(),
-                         lambda found, arguments: found is not None and found is not False)}
+SAME = {"find_zero": is_root,
+        **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
+                        "intersection_array find_dissimilar Diff".split(), same_set),
+        **dict.fromkeys("check_str text_match_three text_starta_endb".split(), both_found)}
 # Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take
 # both readings of 'divisors', with and without the number itself.
 OTHER_READINGS = {

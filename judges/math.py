@@ -1,8 +1,8 @@
 """Mathematics: a final answer in LaTeX, and whether it says the same as the benchmark's.
 
 Both are brought into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
-by their items, chains like x = 1/3 ≈ 0.33 by their sides, numbers with their units, and what is left, one
-formula, by math-verify. All this happens in a process that can be killed.
+by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and what is left,
+one formula, by math-verify. All this happens in a process that can be killed.
 """
 
 import json
@@ -104,8 +104,12 @@ def serve():
 
 # --- one spelling ------------------------------------------------------------------------------------------
 
-# Pattern → what it becomes, in this order; ~ stands for a space.
-REWRITES = [line.split("→") for line in r"""
+def table(lines):
+    """Pattern → what it becomes, in this order; ~ stands for a space."""
+    return [line.split("→") for line in lines.strip("\n").split("\n")]
+
+
+REWRITES = table(r"""
 \\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
 ,\\!~*|\{,\}|\\!→
 \\q+uad(?![a-zA-Z])→,
@@ -125,6 +129,7 @@ _~*\{?~*\\text\{~*(\w+)~*\}~*\}?→_{\1}
 (?<=\\frac)~*(\d)~*(\d)→{\1}{\2}
 (?<=\\frac)~*(\w|\\[a-zA-Z]+)~*\{→{\1}{
 (?<=\\frac)~*(\{[^{}]*\})~*(\w)→\1{\2}
+\\frac\{~*d~*(\\?[a-zA-Z]+)~*\}\{~*d~*(\w)~*\}→\1_{d\2}
 (?<=\\sqrt)~*(\w)→{\1}
 \\geqslant|\\geq(?![a-z])|≥→\\ge
 \\leqslant|\\leq(?![a-z])|≤→\\le
@@ -143,19 +148,41 @@ np\.(?=[a-z])→
 (?<!\\)(\{\d{1,3}),(\d{3}\})→\1\2
 \+\\infty→\\infty
 ^[a-zA-Z]~*\\in(?![a-z])~*→
-""".strip("\n").split("\n")]
-UNITS = {alias: names.split()[0] for names in (  # other units must agree by the letter
-    "percent", "degree deg", "dollar usd", "cent", "cm centimeter", "m meter", "km kilometer",
-    "mm millimeter", "inch inches in", "foot feet ft", "mile mi", "minute min", "hour h hr", "second s sec",
-    "day", "year yr", "unit", "km/hour kmh kph", "mile/hour mph", "kg kilogram", "g gram")
-    for alias in names.split()}
-# What an answer is the value of: x, f(x), X_{d}; or nothing
-NAME = r"|(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"
+""")
+UNITS = table(r"""
+\\text|\\cdot|[{}.]→~
+~per~→/
+\b(?:square|sq)~+([a-z]+)→\1^2
+\bcubic~+([a-z]+)→\1^3
+(?<=[a-z])s\b→
+\bdeg\b→degree
+\busd\b→dollar
+\bcentimeter\b→cm
+\bmeter\b→m
+\bkilometer\b→km
+\bmillimeter\b→mm
+\b(?:inche|in)\b→inch
+\b(?:feet|ft)\b→foot
+\bmi\b→mile
+\bmin\b→minute
+\b(?:h|hr)\b→hour
+\b(?:s|sec)\b→second
+\byr\b→year
+\b(?:kmh|kph)\b→km/hour
+\bmph\b→mile/hour
+\bkilogram\b→kg
+\bgram\b→g
+~→
+""")
+# The units that count without \text; others are taken for variables
+PLAIN_UNIT = "(?:percent|degree|dollar|cent|[ck]?m|mm|inch|foot|mile|minute|hour|second|day|year|unit|k?g)"
+NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
 
 
-def normal(text):
+def rewrite(text, patterns):
+    """The text in the spelling of a table."""
     text = text.strip().rstrip(".").replace(" ", "~")
-    for pattern, plain in REWRITES:
+    for pattern, plain in patterns:
         text = re.sub(pattern, plain, text)
     return re.sub("~+", " ", text).strip(" ,").rstrip(". ,")
 
@@ -166,21 +193,16 @@ def squeeze(text):
     return re.sub(r"\{(\w|\\[a-zA-Z]+)\}", r"\1", text)
 
 
-def letters(text):
-    """Whether there are variables in it."""
-    return re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", re.sub(r"\\text\{[^{}]*\}", "", text))
-
-
 # --- do they say the same? ---------------------------------------------------------------------------------
 
 def same_math(gold, answer, rough=False):
     """Whether two answers in LaTeX say the same. rough: decimals may differ by rounding."""
-    return same(normal(gold), normal(answer), rough)
+    return same(rewrite(gold, REWRITES), rewrite(answer, REWRITES), rough)
 
 
 def same(gold, answer, rough):
-    if not gold or not answer or squeeze(gold) == squeeze(answer):
-        return gold != "" and answer != ""
+    if squeeze(gold) == squeeze(answer):
+        return gold != ""
     if re.fullmatch(r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*", gold):  # a word
         meant, said = (re.sub(r"\\text|[{}()\s.,'\"]", "", text).lower() for text in (gold, answer))
         return meant == said
@@ -194,8 +216,8 @@ def same(gold, answer, rough):
         return False
     if re.search("[=≈]", gold + answer):
         return same_sides(gold, answer, rough)
-    words = "\\text" in gold + answer  # which math-verify skips
-    return same_amount(gold, answer, rough) or not words and same_formula(gold, answer, rough)
+    is_formula = "\\text" not in gold + answer  # which math-verify skips
+    return same_amount(gold, answer, rough) or is_formula and same_formula(gold, answer, rough)
 
 
 def same_items(kind, gold, other, answer, rough):
@@ -215,48 +237,49 @@ def same_items(kind, gold, other, answer, rough):
 
 def same_sides(gold, answer, rough):
     """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
-    (name, *ours), (other, *theirs) = (re.split("[=≈]", text) for text in (gold, answer))
-    named, called = (bool(rest and re.fullmatch(NAME, squeeze(first)))
-                     for first, rest in ((name, ours), (other, theirs)))
-    if ours and theirs and name and other:
-        if named and called and squeeze(name) != squeeze(other):
-            return [*map(squeeze, [name, *ours])] == [*map(squeeze, [*theirs, other])]
-        if not (named and called):  # two equations
+    (name, *ours), (other, *theirs) = map(sides, (gold, answer))
+    is_chain, is_other_chain = name or len(ours) > 1, other or len(theirs) > 1
+    if is_chain and is_other_chain:
+        if not (name and other):  # two equations
             return same_formula(gold, answer, rough)
-    if ours and not named:
+        if name != other:
+            return [name, *map(squeeze, ours)] == [*map(squeeze, theirs), other]
+    if is_chain and not name:
         return False
-    meant = ours[-1] if ours else name
-    if not called and not (theirs and letters(other) and not letters(meant)):
-        theirs = [other, *theirs]
-    right = [same(meant, side.strip(), rough) for side in theirs]
+    meant = ours[-1]
+    if is_other_chain and not other and value(meant) is not None and value(theirs[0]) is None:
+        theirs = theirs[1:]  # what the answer is the value of
+    right = [same(meant, side, rough) for side in theirs]
     return any(right) and all(good or rounds(meant, side) or rounds(side, meant)
                               for good, side in zip(right, theirs))
 
 
+def sides(text):
+    """'x = 10/3 ≈ 3.33' → ['x', '10/3', '3.33']; the first is '' if there is no name."""
+    pieces = [piece.strip() for piece in re.split("[=≈]", text)]
+    name = squeeze(pieces[0])
+    return [name, *pieces[1:]] if pieces[1:] and re.fullmatch(NAME, name) else ["", *pieces]
+
+
 def same_amount(gold, answer, rough):
     """With a unit on one side, or the same one on both; 15% is 15 or 0.15."""
-    (gold, unit), (answer, other) = split_unit(gold, 2), split_unit(answer, 1)
-    if unit == other or not unit or not other:
-        percent = "percent" in (unit, other) and unit != other
-        hundredth = (f"({gold})/100", answer) if unit else (gold, f"({answer})/100")
-        return bool(unit or other) and (same(gold, answer, rough) or percent and same(*hundredth, rough))
-    return False
+    amounts = [split_unit(gold, 2), split_unit(answer, 1)]
+    (amount, unit), (said, other) = amounts
+    if not (unit or other) or unit and other and unit != other:
+        return False
+    hundredths = [f"({text})/100" if unit else text for text, unit in amounts]
+    return same(amount, said, rough) or {unit, other} == {"percent", ""} and same(*hundredths, rough)
 
 
 def split_unit(text, shortest):
     """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters of one without \\text; 37 m may be a product"""
     words, power = r"\\text\{[^{}]*\}", r"\^\{?-?\d\}?"
-    unit = rf"{words}(?:{words}|{power}|[-/\s]|\\cdot)*|\s[a-zA-Z/]+(?:{power})?"
-    found = re.search(rf"(?<=[\d}})])\s*({unit})$", text)
-    if not found:
+    found = re.search(rf"(?<=[\d}})])\s*({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
+                      rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
+    unit = rewrite(found[1].lower(), UNITS) if found else ""
+    if not unit or "\\text" not in found[1] and not re.match(rf"{PLAIN_UNIT}\b", unit):
         return text, ""
-    name = re.sub(r"\\text|\\cdot|[{}.]", " ", found[1]).lower().replace(" per ", "/")
-    name = re.sub(r"\b(?:square|sq)\s+([a-z]+)", r"\1^2", re.sub(r"\bcubic\s+([a-z]+)", r"\1^3", name))
-    words = re.findall(r"[a-z]+|\S", name)
-    names = [UNITS.get(word) or UNITS.get(word.removesuffix("s")) for word in words]
-    if found[1][0] != "\\" and (len(words[0]) < shortest or not names[0]):
-        return text, ""
-    return text[:found.start()], "".join(name or word.removesuffix("s") for name, word in zip(names, words))
+    return text[:found.start()], unit
 
 
 def number(text):
@@ -265,10 +288,10 @@ def number(text):
     return Decimal(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", plain) else None
 
 
-def rounds(text, rounded, digits=1):
-    """Whether a formula's value, rounded like a decimal that has so many digits, is that decimal."""
+def rounds(text, rounded):
+    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal."""
     decimal, exact = number(rounded), value(text)
-    if decimal is None or exact is None or len(decimal.as_tuple().digits) < digits:
+    if decimal is None or exact is None:
         return False
     return abs(exact - complex(decimal)) <= 0.500001 * 10.0 ** decimal.as_tuple().exponent
 
@@ -288,8 +311,6 @@ def formula(text):
     from math_verify.parser import NormalizationConfig
     reading = LatexExtractionConfig(  # its default drops what could be a unit, such as c or m
         normalization_config=NormalizationConfig(malformed_operators=True))
-    # to sympy dx/dt is 0, as x is no function of t
-    text = re.sub(r"\\frac\{\s*d\s*(\\?[a-zA-Z]+)\s*\}\{\s*d\s*(\w)\s*\}", r"\1_{d\2}", text)
     found = parse(f"$\\boxed{{{text}}}$", [reading], parsing_timeout=None)
     for symbol in getattr(found[0], "free_symbols", ()) if found else ():
         if symbol.name == "i":  # two kinds of it, neither the imaginary unit, depending on what stands around

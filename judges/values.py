@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from rewards import is_correct
-from tasks import Task, fenced_blocks, parse_answer, solve_prompt
+from tasks import KINDS, Task, fenced_blocks, parse_answer, solve_prompt
 
 from .text import answer_text
 
@@ -28,8 +28,7 @@ class ValueProblem:
         if self.strict:
             return answer
         if answer is None:
-            tag = "output" if self.task.type == "deduction" else "input"
-            blocks = (fenced_blocks(text, tag) or fenced_blocks(text, r"\w*")
+            blocks = (fenced_blocks(text, KINDS[self.task.type].tag) or fenced_blocks(text, r"\w*")
                       or re.findall(r"\[ANSWER\](.*?)\[/ANSWER\]", text, re.S))
             answer = blocks[-1].strip() if blocks else text.strip("` ") if text and "\n" not in text else None
         call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer or "", re.S)

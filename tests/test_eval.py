@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, make_random_model
 
 import eval as e
@@ -241,15 +242,35 @@ def test_damaged_model_files(what, damage, policy, random_model, tmp_path, capsy
             f"cannot load the {what}", capsys, tmp_path)
 
 
+def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, tmp_path, capsys, monkeypatch):
+    import sampling
+    arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", str(data), "--max-response", "8",
+                 "--device", "cpu", "--out", str(tmp_path / "out")]
+    generate, calls = sampling.generate, []
+
+    def full_at_the_second_call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sampling, "generate", full_at_the_second_call)
+    assert e.main(arguments) == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
+    assert len(message) == 1 and "--generate-batch" in message[0] and "answers so far are kept" in message[0]
+    kept = (tmp_path / "out" / "answers.jsonl").read_text()
+    assert kept.count("\n") == 128
+    assert e.main([*arguments, "--generate-batch", "8"]) == 0
+    assert (tmp_path / "out" / "answers.jsonl").read_text().startswith(kept)
+
+
 def test_a_killed_evaluation_goes_on(random_model, data, tmp_path, capsys):
     arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", data, "--out", tmp_path / "out",
                  "--max-response", "40", "--samples", "2", "--temperature", "0.9", "--device", "cpu"]
     killed = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     answers = tmp_path / "out" / "answers.jsonl"
-    for _ in range(600):
-        if answers.exists() and answers.stat().st_size:
-            break
+    while killed.poll() is None and not (answers.exists() and answers.stat().st_size):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -272,6 +293,18 @@ def heldout(tmp_path):
             "inputs": ["1", "2", "3"], "outputs": ["2", "3", "4"], "message": "adds"}
     write(tmp_path / "heldout.jsonl", [task | {"type": kind} for kind in TASK_TYPES for _ in range(3)])
     return tmp_path / "heldout.jsonl"
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"output": None, "type": "deduction"}, "there is no 'output'"),
+    ({"inputs": None, "outputs": None, "type": "induction"}, "there is no '"),
+    ({"inputs": [], "outputs": [], "type": "induction"}, "it has too few pairs"),
+    ({"output": "3", "inputs": None, "outputs": None, "type": "deduction"}, "f(1) gives 2, and the task says 3")])
+def test_a_held_out_file_that_is_not_right_is_refused(change, message, heldout, tmp_path, capsys):
+    row = json.loads(heldout.read_text().splitlines()[0]) | change
+    with open(heldout, "a") as file:
+        file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+    refused(["--heldout", heldout, "--out", tmp_path / "out"], f"line 10: {message}", capsys, tmp_path)
 
 
 def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zlib
+from functools import partial
 
 import pytest
 
@@ -268,8 +269,17 @@ def test_tasks_with_more_than_one_answer(name, arguments, output, expected, agre
     (False, True, 100.0, False), ((1.0,), [1.0000001], 0, False),
     ([[1.0], [2.00001]], [[1.0], [2.0]], 1e-4, True)])
 def test_tolerance(output, expected, atol, agree):
-    problem = code.ProgramProblem("", "", "f", "f", "", (), "", None, atol=atol)
-    assert code.right(problem, output, [expected], "") == agree
+    assert code.right(partial(code.close, atol=atol), output, [expected], "") == agree
+
+
+def test_a_benchmark_whose_own_solution_fails_is_named(tmp_path, executor, capsys):
+    rows = [RELEASE[0] | {"canonical_solution": "    return x / (x - 3)\n"},  # not for every base input
+            ORIGINAL[0] | {"canonical_solution": "    return s\n"}]           # does not pass its asserts
+    for file, row in zip(("release/humaneval.jsonl", "original/humaneval.jsonl"), rows):
+        write(tmp_path / file, [row])
+        problems = load("HumanEval+", (tmp_path / file).parent)
+        assert correct(problems, [fence(row["prompt"] + row["canonical_solution"])], executor) == [False]
+        assert f"{row['task_id']}: the benchmark's own solution does not run" in capsys.readouterr().err
 
 
 def test_contests_with_functions(tmp_path, executor):
@@ -295,10 +305,12 @@ def test_contests_with_standard_input(tmp_path):
             "import threading\ndef main():\n    n = input()\n    print(sum(map(float, input().split())))\n"
             "t = threading.Thread(target=main)\nt.start()\nt.join()"]
     bad = ["print(3)", "print(sum(map(float, input().split())))", "import os\nos.system('echo 3')",
-           "raise SystemExit"]
+           "raise SystemExit",
+           "import sys\nclass Output:\n    buffer = property(lambda self: self)\n    flush = getvalue = lambda self: self\n"
+           "    decode = lambda self, *how: 7\nsys.stdout = Output()"]  # prints a number where text is compared
     with judges.sandbox(2) as executor:
         assert correct([problem] * 5, map(fence, good), executor) == [True] * 5
-        assert not any(correct([problem] * 4, map(fence, bad), executor))
+        assert not any(correct([problem] * 5, map(fence, bad), executor))
 
 
 def test_benchmarks_may_use_more_modules():
