@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from executor import parse_literal, same
+from parallel import on_this_machine, share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
@@ -150,7 +151,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        card = f"cuda:{on_this_machine()[0]}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device or card)
     except RuntimeError as error:
         raise UsageError(f"--device {device} is no device of torch; give cuda, cuda:1 or cpu") from error
     on_gpu = device.type == "cuda"
@@ -285,6 +287,11 @@ def draft(policy, executor, buffer, types, cfg):
     others `.reason` says why not. Used by `propose` and, before the first step, for seeding.
     """
     asked = [(kind, *_question(policy, buffer, kind, cfg)) for kind in types for _ in range(cfg.batch)]
+    return spread(asked, [len(ids) for _, ids, _, _ in asked], lambda asked: _drafts(policy, executor, asked, cfg))
+
+
+def _drafts(policy, executor, asked, cfg):
+    """[what _question gave, behind its type] → [Rollout], validated"""
     rollouts = _sample(policy, "propose", [(kind, ids) for kind, ids, _, _ in asked], cfg.max_response)
     drafts = []
     for rollout, (kind, _, references, program) in zip(rollouts, asked):
@@ -344,8 +351,16 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
     In the order of `tasks`, the copies of a task next to each other.
     """
-    requests = [(task.type, policy.encode(solve_prompt(task))) for task in tasks]
-    rollouts = _sample(policy, "solve", requests, cfg.max_response, copies, greedy)
+    prompts = [policy.encode(solve_prompt(task)) for task in tasks]
+    return spread([*zip(tasks, prompts)], [*map(len, prompts)],
+                  lambda asked: _solutions(policy, executor, asked, cfg, copies, greedy))
+
+
+def _solutions(policy, executor, asked, cfg, copies, greedy):
+    """[(Task, prompt ids)] → [Rollout], judged"""
+    tasks = [task for task, _ in asked]
+    rollouts = _sample(policy, "solve", [(task.type, ids) for task, ids in asked], cfg.max_response, copies,
+                       greedy)
     owners = [task for task in tasks for _ in range(copies)]
     answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
     with policy.timed("execute"):
@@ -459,6 +474,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
     parameters = list(policy.trainable().values())
+    loss, entropy = sum_gradients(parameters, [loss, entropy])
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     finite = bool(torch.isfinite(grad_norm))
     if finite:
@@ -473,7 +489,8 @@ def trr_update(policy, optimizer, rollouts, cfg):
 def _accumulate_gradients(policy, rollouts, budget, cfg):
     total = sum(len(rollout.response_ids) for rollout in rollouts)
     loss_sum = entropy_sum = 0.0
-    for batch in micro_batches(rollouts, budget):
+    mine = [rollouts[i] for i in share([len(r.prompt_ids) + len(r.response_ids) for r in rollouts])]
+    for batch in micro_batches(mine, budget):
         logps_N, entropies_N = response_logprobs(policy, batch)
         advantages_N = torch.tensor([r.advantage for r in batch for _ in r.response_ids],
                                     dtype=logps_N.dtype, device=logps_N.device)

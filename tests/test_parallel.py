@@ -1,0 +1,158 @@
+"""Several ranks do what one process does: dealt out, added up, and ended together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT
+
+import parallel
+
+SETUP = """\
+    import json, random, sys, torch
+    from dataclasses import asdict
+    from pathlib import Path
+    from types import SimpleNamespace
+    import azr, parallel, train
+    from executor import Executor
+    from parallel import rank
+    from tasks import TaskBuffer
+    model, out = sys.argv[1:]
+
+    said = {}
+"""
+
+
+def start(count, code, *arguments, **options):
+    """`count` processes with the surroundings that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = textwrap.dedent(SETUP) + "with parallel.joined():\n" + textwrap.indent(textwrap.dedent(code), "    ")
+    return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                                  "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}, **options)
+            for rank in range(count)]
+
+
+CHECKS = """
+    texts = ["aaa", "b", "cc", "dddd"]
+    said["all"] = parallel.spread(texts, [*map(len, texts)], lambda mine: [t.upper() + c for t in mine for c in "xy"])
+    said["one"] = parallel.spread(["a"], [1], lambda mine: [*mine])
+    said["none"] = parallel.spread([], [], lambda mine: [])
+    said["gathered"], said["of the first"] = parallel.gather(rank()), parallel.of_first(rank())
+
+    # weights that are the same, and weights that are not
+    weight = torch.ones(3)
+    parallel.check_same([weight])
+    weight[1] += 1e-6 * (rank() == 1)
+    try:
+        parallel.check_same([weight])
+    except parallel.RankError as error:
+        said["alarm"] = str(error)
+
+    # updates
+    torch.manual_seed(1)
+    policy = azr.load_policy(model, lora_rank=4, device="cpu")
+    for name, weight in policy.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    draw = torch.Generator().manual_seed(2)
+    rollouts = [azr.Rollout("solve", "deduction", torch.randint(256, (p,), generator=draw).tolist(),
+                            torch.randint(256, (r,), generator=draw).tolist(), "", advantage=0.3 * i - 0.7)
+                for i, (p, r) in enumerate(torch.randint(3, 40, (7, 2), generator=draw).tolist())]
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
+    cfg = SimpleNamespace(micro_tokens=100, clip=0.2, entropy_coef=0.01, max_grad_norm=1e9)
+    for count in (7, 1):  # of one rollout, other ranks have nothing to do
+        kept = []
+        hook = optimizer.register_step_pre_hook(
+            lambda *_: kept.extend(p.grad.flatten().tolist() for p in policy.trainable().values()))
+        said[f"metrics {count}"] = azr.trr_update(policy, optimizer, rollouts[:count], cfg)
+        said[f"gradient {count}"] = sum(kept, [])
+        parallel.check_same(policy.trainable().values())
+        hook.remove()
+
+    # a greedy step
+    plain = azr.generate
+    azr.generate = lambda policy, prompts, limit, copies=1, greedy=False: plain(policy, prompts, limit, copies, True)
+    cfg = train.Config(batch=3, samples=2)
+    torch.manual_seed(0)
+    policy = azr.load_policy("tiny/longer", lora_rank=4, device="cpu")
+    buffer = TaskBuffer(100, random.Random(0))
+    for task in azr.load_heldout()["easy"][::40]:
+        buffer.add(task)
+    with Executor(1, 5.0) as executor:
+        proposals, tasks, estimates = azr.propose(policy, executor, buffer, cfg)
+        solutions = azr.solve(policy, executor, [t for k in cfg.types for t in buffer.fill(k, tasks, 3)], cfg)
+    said["rollouts"] = [asdict(r) for r in proposals + estimates + solutions]
+    said["buffer"] = buffer.state()
+    Path(out, f"{rank()}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(random_model, tmp_path_factory):
+    """{ranks: [what each rank said]} of all CHECKS in one process, in two, and in three."""
+    found = {}
+    for count in (1, 2, 3):
+        folder = tmp_path_factory.mktemp("ranks")
+        for process in start(count, CHECKS, random_model, folder):
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+        found[count] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_work_is_dealt_evenly_by_size(monkeypatch, ranks):
+    sizes = [900, 30, 40, 500, 10, 450, 20, 60, 880, 470, 35]
+    monkeypatch.setattr(parallel, "ranks", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        shares.append(parallel.share(sizes))
+    assert sorted(place for mine in shares for place in mine) == list(range(len(sizes)))
+    loads = [sum(sizes[place] for place in mine) for mine in shares]
+    assert max(loads) <= sum(sizes) / ranks + max(sizes)
+    monkeypatch.setattr(parallel, "rank", lambda: ranks - 1)
+    assert parallel.share([1]) == ([0] if ranks == 1 else [])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_results_come_back_in_order_on_every_rank(said, count):
+    for found in said[count]:
+        assert found["all"] == ["AAAx", "AAAy", "Bx", "By", "CCx", "CCy", "DDDDx", "DDDDy"]
+        assert found["one"] == ["a"] and found["none"] == []
+        assert found["gathered"] == list(range(count)) and found["of the first"] == 0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("rollouts", [7, 1])
+def test_the_summed_gradient_is_that_of_one_process(said, count, rollouts):
+    [alone] = said[1]
+    assert max(map(abs, alone[f"gradient {rollouts}"])) > 0.01
+    for found in said[count]:
+        assert found[f"gradient {rollouts}"] == pytest.approx(alone[f"gradient {rollouts}"], abs=1e-6)
+        assert found[f"metrics {rollouts}"] == pytest.approx(alone[f"metrics {rollouts}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_greedy_step_has_the_rollouts_of_one_process(said, count):
+    [alone] = said[1]
+    assert any(rollout["verdict"] == "correct" for rollout in alone["rollouts"])
+    for found in said[count]:
+        assert found["rollouts"] == alone["rollouts"] and found["buffer"] == alone["buffer"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_that_differ_are_noticed(said, count):
+    assert "alarm" not in said[1][0]
+    for found in said[count]:
+        assert found["alarm"] == "the weights of rank 1 are not those of rank 0"
