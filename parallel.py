@@ -56,26 +56,27 @@ def on_this_machine():
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def share(sizes):
-    """The places of the items that are this rank's: dealt by size, back and forth. → [index]"""
-    order = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+def share(rollouts):
+    """Those that are this rank's: dealt by tokens, longest first, back and forth over the ranks."""
     turns = [*range(ranks()), *reversed(range(ranks()))]
-    return [place for turn, place in enumerate(order) if turns[turn % len(turns)] == rank()]
+    order = sorted(rollouts, key=lambda rollout: -rollout.tokens)
+    return [rollout for turn, rollout in enumerate(order) if turns[turn % len(turns)] == rank()]
 
 
-def spread(items, sizes, work):
-    """work(items), each rank on its share. → all results in the items' order, the same on every rank
+def spread(requests, work):
+    """work(requests), each rank on its share. → all results in the requests' order, the same on every rank
 
-    work gives the same number of results for each item, next to each other.
+    work gives the same number of results for each request, next to each other.
     """
     if ranks() == 1:
-        return work(items)
-    mine = share(sizes)
-    results = work([items[place] for place in mine])
+        return work(requests)
+    places = {id(request): place for place, request in enumerate(requests)}
+    mine = share(requests)
+    results = work(mine)
     each = len(results) // max(1, len(mine))
-    own = {place: results[turn * each:(turn + 1) * each] for turn, place in enumerate(mine)}
+    own = {places[id(request)]: results[turn * each:(turn + 1) * each] for turn, request in enumerate(mine)}
     found = {place: part for parts in gather(own) for place, part in parts.items()}
-    return [result for place in range(len(items)) for result in found[place]]
+    return [result for place in range(len(requests)) for result in found[place]]
 
 
 def sum_gradients(parameters, figures):

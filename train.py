@@ -29,11 +29,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from azr import (HELDOUT, SHIPPED, draft, heldout_accuracy, load_heldout, load_policy, propose, solve,
-                 trr_update)
+from azr import HELDOUT, SHIPPED, draft, heldout_accuracy, load_policy, propose, solve, trr_update
 from executor import Executor
 from report import alarms, draw_curves, mean_score, measured_splits, screen, table, write_page
-from rewards import Verdict, task_relative_advantages
+from rewards import Verdict, load_heldout, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
 

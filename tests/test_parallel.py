@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ def start(count, code, *arguments, **options):
 
 
 CHECKS = """
-    texts = ["aaa", "b", "cc", "dddd"]
-    said["all"] = parallel.spread(texts, [*map(len, texts)], lambda mine: [t.upper() + c for t in mine for c in "xy"])
-    said["one"] = parallel.spread(["a"], [1], lambda mine: [*mine])
-    said["none"] = parallel.spread([], [], lambda mine: [])
+    asked = [SimpleNamespace(tokens=len(text), text=text) for text in ("aaa", "b", "cc", "dddd")]
+    double = lambda mine: [one.text.upper() + c for one in mine for c in "xy"]
+    said["all"], said["one"] = parallel.spread(asked, double), parallel.spread(asked[:1], double)
+    said["none"] = parallel.spread([], double)
     said["gathered"], said["of the first"] = parallel.gather(rank()), parallel.of_first(rank())
 
     # weights that are the same, and weights that are not
@@ -112,24 +113,23 @@ def said(random_model, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_work_is_dealt_evenly_by_size(monkeypatch, ranks):
-    sizes = [900, 30, 40, 500, 10, 450, 20, 60, 880, 470, 35]
+    rollouts = [SimpleNamespace(tokens=tokens) for tokens in (900, 30, 40, 500, 10, 450, 20, 60, 880, 470, 35)]
     monkeypatch.setattr(parallel, "ranks", lambda: ranks)
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(parallel, "rank", lambda: rank)
-        shares.append(parallel.share(sizes))
-    assert sorted(place for mine in shares for place in mine) == list(range(len(sizes)))
-    loads = [sum(sizes[place] for place in mine) for mine in shares]
-    assert max(loads) <= sum(sizes) / ranks + max(sizes)
+        shares.append([rollout.tokens for rollout in parallel.share(rollouts)])
+    assert sorted(sum(shares, [])) == sorted(rollout.tokens for rollout in rollouts)
+    assert max(map(sum, shares)) <= sum(sum(shares, [])) / ranks + 900
     monkeypatch.setattr(parallel, "rank", lambda: ranks - 1)
-    assert parallel.share([1]) == ([0] if ranks == 1 else [])
+    assert parallel.share(rollouts[:1]) == (rollouts[:1] if ranks == 1 else [])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_results_come_back_in_order_on_every_rank(said, count):
     for found in said[count]:
         assert found["all"] == ["AAAx", "AAAy", "Bx", "By", "CCx", "CCy", "DDDDx", "DDDDy"]
-        assert found["one"] == ["a"] and found["none"] == []
+        assert found["one"] == ["AAAx", "AAAy"] and found["none"] == []
         assert found["gathered"] == list(range(count)) and found["of the first"] == 0
 
 
