@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from parallel import on_this_machine, share, spread, sum_gradients
+from parallel import card, share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
@@ -157,9 +157,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     adapter: a PEFT folder to start from instead of fresh LoRA weights.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
-    card = f"cuda:{on_this_machine()[0]}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=device or card).device
+        device = torch.empty(0, device=device or card()).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
                          "cpu, or leave it out") from error

@@ -1,14 +1,10 @@
 """Several processes, one policy: torchrun --nproc-per-node 4 train.py
 
 Each process, a *rank*, holds the whole policy on its own card, the same buffers, and the same random numbers
-for everything that is chosen. So all ranks come to the same step, and only three things differ:
-
-    spread          each rank samples and judges its share of the prompts; all get all rollouts
-    sum_gradients   each rank computes its share of the gradient; all take the same step
-    is_first        rank 0 alone writes
-
-One process alone passes through here without effect. Everything travels by gloo, on cards too, so that what
-is tested on a CPU is what runs: an adapter's gradients are megabytes a step, and a rollout is kilobytes.
+for all that is chosen, so that all come to the same step. Three things differ between them: what each samples
+and judges (`spread`), its part of the gradient (`sum_gradients`), and that rank 0 alone writes (`is_first`).
+For one process alone every function here is idle. All travels by gloo, on cards too, so that what is tested
+on a CPU is what runs: an adapter's gradients are megabytes a step, and a rollout is kilobytes.
 """
 
 import contextlib
@@ -29,14 +25,13 @@ class RankError(OSError):
 @contextlib.contextmanager
 def joined():
     """A context in which the processes that torchrun has started are the ranks of one run."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if ranks() > 1:
+            dist.destroy_process_group()
 
 
 def rank():
@@ -51,9 +46,20 @@ def is_first():
     return rank() == 0
 
 
-def on_this_machine():
-    """(this rank's number among the ranks of its machine, how many they are)"""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def card():
+    """The device of this rank."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def workers():
+    """Sandbox workers of this rank, which shares the cores with others; None, for all cores, if alone."""
+    return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks() > 1 else None
+
+
+def seed_sampling(rng):
+    """From here on each rank draws its own random numbers. One process alone draws on as it did."""
+    if ranks() > 1:
+        torch.manual_seed(rng.getrandbits(60) + rank())
 
 
 def share(rollouts):
@@ -70,11 +76,11 @@ def spread(requests, work):
     """
     if ranks() == 1:
         return work(requests)
-    places = {id(request): place for place, request in enumerate(requests)}
     mine = share(requests)
     results = work(mine)
     each = len(results) // max(1, len(mine))
-    own = {places[id(request)]: results[turn * each:(turn + 1) * each] for turn, request in enumerate(mine)}
+    place = {id(request): place for place, request in enumerate(requests)}
+    own = {place[id(request)]: results[turn * each:(turn + 1) * each] for turn, request in enumerate(mine)}
     found = {place: part for parts in gather(own) for place, part in parts.items()}
     return [result for place in range(len(requests)) for result in found[place]]
 
@@ -84,48 +90,43 @@ def sum_gradients(parameters, figures):
     if ranks() == 1:
         return figures
     parameters = list(parameters)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([grad.flatten().cpu() for grad in grads] + [torch.tensor(figures, dtype=grads[0].dtype)])
-    _together(lambda: dist.all_reduce(flat))
-    *sums, figures = flat.split([grad.numel() for grad in grads] + [len(figures)])
-    for parameter, total in zip(parameters, sums):
-        parameter.grad = total.view_as(parameter).to(parameter.device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] + [torch.tensor(figures)]
+    sums = torch.cat([part.flatten().float().cpu() for part in parts])
+    _together(dist.all_reduce, sums)
+    *grads, figures = sums.split([part.numel() for part in parts])
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = grad.view_as(parameter).to(parameter)
     return figures.tolist()
 
 
 def gather(value):
-    """What each rank has, in their order. → [value], the same on every rank"""
-    if ranks() == 1:
-        return [value]
-    values = [None] * ranks()
-    _together(lambda: dist.all_gather_object(values, value))
+    """What each rank has, in their order, on every rank."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        _together(dist.all_gather_object, values, value)
     return values
 
 
 def of_first(value):
-    """What rank 0 has, for every rank."""
-    box = [value]
-    if ranks() > 1:
-        _together(lambda: dist.broadcast_object_list(box))
-    return box[0]
+    """What rank 0 has, on every rank."""
+    return gather(value)[0]
 
 
 def check_same(tensors):
     """Raises RankError if the ranks' tensors are not equal to the bit, as those of one policy must be."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in tensors if ranks() > 1 else ():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digests = gather(digest.digest())
-    strangers = [place for place in range(ranks()) if digests[place] != digests[0]]
-    if strangers:
-        raise RankError(f"the weights of rank {', '.join(map(str, strangers))} are not those of rank 0")
+    if strangers := [rank for rank in range(ranks()) if digests[rank] != digests[0]]:
+        raise RankError(f"the weights of ranks {strangers} are not those of rank 0")
 
 
-def _together(collective):
+def _together(collective, *values):
     """Do what all ranks do at once. Raises RankError, which on rank 0 names those that did not come."""
     try:
         dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)
-        collective()
-    except RuntimeError as error:  # the only class that gloo raises
-        who = "; ".join(str(error).splitlines()[:1]) if is_first() else "rank 0 is gone, or says which"
-        raise RankError(f"rank {rank()} has lost another: {who}") from error
+        collective(*values)
+    except RuntimeError as error:  # the one class that gloo raises
+        reason = str(error).splitlines()[0] if is_first() else "rank 0 is gone, or says which"
+        raise RankError(f"another rank is lost: {reason}") from error

@@ -9,7 +9,6 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT
 
 import parallel
@@ -156,4 +155,4 @@ def test_a_greedy_step_has_the_rollouts_of_one_process(said, count):
 def test_weights_that_differ_are_noticed(said, count):
     assert "alarm" not in said[1][0]
     for found in said[count]:
-        assert found["alarm"] == "the weights of rank 1 are not those of rank 0"
+        assert found["alarm"] == "the weights of ranks [1] are not those of rank 0"
