@@ -442,6 +442,9 @@ class Run:
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
+        for sample in rows["samples.jsonl"]:
+            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample.items())
+            self.writer.add_text(f"{sample['role']}/{sample['type']}", text, step)
         self.writer.flush()
 
     def show(self, bar):

@@ -106,13 +106,14 @@ def test_tasks_and_samples_are_whole(whole_run):
     assert all(s["prompt"].endswith("<think>") and s["response"] and s["verdict"] for s in samples)
 
 
-def test_tensorboard_shows_the_metrics(whole_run):
+def test_tensorboard_shows_curves_and_texts(whole_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(whole_run.folder / "tensorboard"))
     events.Reload()
     steps = [e.step for e in events.Scalars("heldout/mean")]
     assert steps == [0, 2, 4, 6]
     assert set(events.Tags()["scalars"]) == {key for row in log(whole_run.folder) for key in row} - {"step"}
+    assert any("solve/deduction" in tag for tag in events.Tags()["tensors"])
 
 
 def test_adapter_loads_with_plain_peft_and_is_the_trained_policy(whole_run):
