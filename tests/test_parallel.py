@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 import parallel
@@ -16,6 +20,7 @@ import parallel
 SETUP = """\
     import json, random, sys, torch
     from dataclasses import asdict
+    from datetime import timedelta
     from pathlib import Path
     from types import SimpleNamespace
     import azr, parallel, train
@@ -34,7 +39,7 @@ def start(count, code, *arguments, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = textwrap.dedent(SETUP) + "with parallel.joined():\n" + textwrap.indent(textwrap.dedent(code), "    ")
+    code = textwrap.dedent(SETUP) + textwrap.dedent(code)
     return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
@@ -104,7 +109,8 @@ def said(random_model, tmp_path_factory):
     found = {}
     for count in (1, 2, 3):
         folder = tmp_path_factory.mktemp("ranks")
-        for process in start(count, CHECKS, random_model, folder):
+        code = "with parallel.joined():\n" + CHECKS
+        for process in start(count, code, random_model, folder):
             _, err = process.communicate(timeout=240)
             assert process.returncode == 0, err
         found[count] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
@@ -156,3 +162,91 @@ def test_weights_that_differ_are_noticed(said, count):
     assert "alarm" not in said[1][0]
     for found in said[count]:
         assert found["alarm"] == "the weights of ranks [1] are not those of rank 0"
+
+
+# --- whole runs
+
+SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
+         "--eval-every", "0", "--workers", "1"]
+TRAIN = """
+    parallel.PATIENCE = timedelta(seconds=float(model))
+    sys.exit(train.main(json.loads(out)))
+"""
+
+
+def train(*arguments, patience=60, count=2):
+    return start(count, TRAIN, patience, json.dumps([*map(str, arguments)]))
+
+
+def outcome(processes):
+    """[(exit code, last line of stderr)] of each rank."""
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    return [(process.returncode, error.rstrip().splitlines()[-1]) for process, error in zip(processes, errors)]
+
+
+def rows(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items()
+             if not key.startswith(("seconds/", "tokens_per_second", "memory_gb"))} for line in lines]
+
+
+def wait_for_step(processes, run, step):
+    deadline = time.monotonic() + 180
+    while len(rows(run)) <= step:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), outcome(processes)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Five uninterrupted steps of two ranks under torchrun."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *SMALL,
+                           "--steps", "5", "--out", run], cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out accuracy") == 1  # of rank 0 alone
+    return run
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp_path):
+    ranks = train(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    wait_for_step(ranks, tmp_path / "run", 3)
+    ranks[1].kill()
+    [(code, line), _] = outcome(ranks)
+    assert code == 1 and line.startswith("train.py, rank 0: another rank is lost: ")
+    assert line.endswith(f"go on with: python train.py --resume {tmp_path / 'run'}")
+    assert all(code == 0 for code, _ in outcome(train("--resume", tmp_path / "run")))
+    assert rows(tmp_path / "run") == rows(whole_run)
+
+
+def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    [process] = train("--resume", tmp_path / "run", "--steps", 6, count=1)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert "this run had 2 ranks and now has 1: what it samples will differ" in error
+    assert rows(tmp_path / "run")[:6] == rows(whole_run) and len(rows(tmp_path / "run")) == 7
+
+
+def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
+    ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run", patience=20)
+    wait_for_step(ranks, tmp_path / "run", 2)
+    ranks[1].send_signal(signal.SIGSTOP)
+    _, error = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    assert ranks[0].returncode == 1 and "Ranks 1 failed" in error.rstrip().splitlines()[-1]
+    assert (tmp_path / "run" / "checkpoint" / "state.pt").exists()
+
+
+def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
+    ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run")
+    wait_for_step(ranks, tmp_path / "run", 1)
+    [(code, line), (other, _)] = outcome(train("--resume", tmp_path / "run"))
+    assert code == 2 and other == 1 and "another process trains in" in line
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    assert [code for code, _ in outcome(ranks)] == [0, 0]
+    done = len(rows(tmp_path / "run")) - 1
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == done < 50
