@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from parallel import card, share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
@@ -157,7 +158,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
     try:
-        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(0, device=device or card()).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
                          "cpu, or leave it out") from error
@@ -278,6 +279,11 @@ def draft(policy, executor, buffer, types, cfg):
     others `.reason` says why not. Used by `propose` and, before the first step, for seeding.
     """
     requests = [_request(policy, buffer, kind, cfg) for kind in types for _ in range(cfg.batch)]
+    return spread(requests, lambda mine: _drafts(policy, executor, mine, cfg))
+
+
+def _drafts(policy, executor, requests, cfg):
+    """The requests' responses, validated. → [Rollout]"""
     rollouts = _sample(policy, requests, cfg.max_response)
     drafts = [parse_proposal(r.type, r.response, r.program, cfg.inputs) for r in rollouts]
     jobs = [KINDS[task.type].runs(task) if task else [] for task in drafts]
@@ -330,6 +336,11 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
     In the order of `tasks`, the copies of a task next to each other.
     """
     requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task)), task=task) for task in tasks]
+    return spread(requests, lambda mine: _answers(policy, executor, mine, cfg, copies, greedy))
+
+
+def _answers(policy, executor, requests, cfg, copies, greedy):
+    """The requests' responses, `copies` each, judged. → [Rollout]"""
     rollouts = _sample(policy, requests, cfg.max_response, copies, greedy)
     with policy.timed("execute"):
         answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
@@ -396,6 +407,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
             policy.micro_tokens = budget = max(longest, budget // 2)
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
+    loss, entropy = sum_gradients(policy.trainable().values(), [loss, entropy])
     norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm))
     if math.isfinite(norm):
         optimizer.step()
@@ -410,7 +422,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
 def _accumulate_gradients(policy, rollouts, budget, cfg):
     total = sum(len(rollout.response_ids) for rollout in rollouts)
     loss_sum = entropy_sum = 0.0
-    for batch in micro_batches(rollouts, budget):
+    for batch in micro_batches(share(rollouts), budget):
         logps_N, entropies_N = response_logprobs(policy, batch)
         advantages_N = torch.tensor([
             rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)

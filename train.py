@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import parallel
 from azr import HELDOUT, SHIPPED, draft, heldout_accuracy, load_policy, propose, solve, trr_update
 from executor import Executor
 from report import alarms, average, draw_curves, mean_score, read_rows, screen, table, write_page
@@ -137,20 +138,23 @@ def train(cfg, run):
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
 
-    with Executor(cfg.workers, cfg.timeout) as executor, interruptible() as asked:
+    with Executor(cfg.workers or parallel.workers(), cfg.timeout) as executor, interruptible() as asked:
         heldout = heldout_tasks(cfg, executor)
         done = run.restore(cfg, *state)
         if done is None:  # a seed set from the identity triplet and the model itself
+            parallel.seed_sampling(rng)
             done, seeds = 0, seed_buffers(policy, executor, buffer, cfg, asked)
             accepted = [(task, None) for tasks in buffer.tasks.values() for task in tasks]
             metrics = measure(policy, executor, heldout, cfg) | sizes(buffer)
             run.record(0, metrics, accepted, screen(0, seeds))
-            run.save(0, *state)
+            run.save(0, policy, snapshot(*state))
         stop = False
-        bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, dynamic_ncols=True)
+        bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, dynamic_ncols=True,
+                   disable=not parallel.is_first())
         for step in bar:
             started = time.perf_counter()
             policy.clock.clear()
+            parallel.seed_sampling(rng)
 
             # PROPOSE: the model invents B tasks of each type; valid ones join the buffer and are tried
             bar.set_description("propose")
@@ -180,9 +184,9 @@ def train(cfg, run):
             flags = screen(step, proposals + solutions + estimates)
             run.record(step, metrics, accepted, flags, proposals + solutions)
             run.show(bar)
-            stop = run.flagged() or asked and not last
+            stop = any(parallel.gather(bool(run.flagged() or asked and not last)))
             if stop or last or step % cfg.save_every == 0:
-                run.save(step, *state)
+                run.save(step, policy, snapshot(*state))
             if stop or "heldout/mean" in metrics:
                 run.draw()
             if stop:
@@ -217,7 +221,8 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
     drafts, target = [], cfg.batch * cfg.seed_factor
     triplets = [kind for kind in KINDS if KINDS[kind].is_triplet]
     groups = [triplets, *([kind] for kind in cfg.types if kind not in triplets)]
-    bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True)
+    bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True,
+               disable=not parallel.is_first())
     for kinds in groups:
         bucket = buffer.tasks[kinds[0]]
         for _ in range(10 * cfg.seed_factor):
@@ -230,9 +235,9 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
                     for kind in kinds:
                         buffer.add(replace(task, type=kind))
                     bar.update()
-            if asked:
+            if any(parallel.gather(bool(asked))):
                 raise KeyboardInterrupt
-        if len(bucket) < target:
+        if len(bucket) < target and parallel.is_first():
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
     bar.close()
@@ -306,10 +311,10 @@ def describe(proposals, solutions, cfg):
 def cost(policy):
     """Seconds by phase, sampled tokens a second, and the most memory held so far."""
     memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    clock = policy.clock
+    clock, tokens = policy.clock, sum(parallel.gather(policy.clock["tokens"]))
     return {**{f"seconds/{phase}": round(clock[phase], 3)
                for phase in ("generate", "execute", "update", "total")},
-            "tokens_per_second": round(clock["tokens"] / clock["generate"], 1),
+            "tokens_per_second": round(tokens / clock["generate"], 1),
             "memory_gb": round(memory / 2 ** 30, 3)}
 
 
@@ -391,8 +396,9 @@ class Run:
         Nothing is written before all has been read. Raises UsageError.
         """
         step, logs = None, dict.fromkeys(self.LOGS, [])
-        if self.checkpoint.exists():
-            step, counts = self.load(*state)
+        content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
+        if content:
+            step, counts = load(content, *state)
             logs = {name: self.read_log(name, step, counts[name]) for name in self.LOGS}
             if cfg.steps < step:
                 raise UsageError(f"--steps is {cfg.steps}, but {self.folder} has done {step} steps already")
@@ -410,24 +416,6 @@ class Run:
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
-
-    def load(self, policy, optimizer, buffer, rng):
-        """Everything of the checkpoint into its place. → its step, and the lines of the logs up to it"""
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            if policy.trainable().keys() != state["weights"].keys():
-                raise KeyError("its weights are of another model")
-            policy.model.load_state_dict(state["weights"], strict=False)  # frozen ones are not in it
-            optimizer.load_state_dict(state["optimizer"])
-            buffer.restore(state["buffer"])
-            rng.setstate(state["python_rng"])
-            torch.set_rng_state(state["torch_rng"])
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-            return state["step"], state["lines"]
-        except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UsageError(f"the checkpoint {self.checkpoint} is damaged ({reason}); "
-                             "put a copy back, or start a new run") from error
 
     def read_log(self, name, step, count):
         """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
@@ -482,16 +470,11 @@ class Run:
         """Whether there are more flags than --max-flags."""
         return self.lines["flags.jsonl"] > self.max_flags
 
-    def save(self, step, policy, optimizer, buffer, rng):
-        """Write the adapter for others to load, then everything that the next step depends on."""
+    def save(self, step, policy, state):
+        """Write the adapter for others to load, then `state`: everything that the next step depends on."""
         self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
-        state = {"step": step, "lines": self.lines, "weights": policy.trainable(),
-                 "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
-                 "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        content = io.BytesIO()
-        torch.save(state, content)
         self.checkpoint.parent.mkdir(exist_ok=True)
-        replace_file(self.checkpoint, content.getbuffer())
+        replace_file(self.checkpoint, to_bytes({"step": step, "lines": self.lines, **state}))
 
     def export(self, policy):
         """The policy as a PEFT folder, or as a whole model if all weights are trained."""
@@ -523,6 +506,53 @@ class Run:
         if count:
             print(f"flags       {count}, in {flags}")
         return 0
+
+
+def snapshot(policy, optimizer, buffer, rng):
+    """Everything that the next step depends on. All ranks take it together, and must be alike."""
+    parallel.check_same(policy.trainable().values())
+    return {"weights": policy.trainable(), "optimizer": optimizer.state_dict(), "buffer": buffer.state(),
+            "python_rng": rng.getstate(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(), "ranks": parallel.ranks()}
+
+
+def load(content, policy, optimizer, buffer, rng):
+    """Put a checkpoint into its place. → its step, and the lines of the logs up to it. Raises UsageError."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if policy.trainable().keys() != state["weights"].keys():
+            raise KeyError("its weights are of another model")
+        policy.model.load_state_dict(state["weights"], strict=False)  # frozen ones are not in it
+        optimizer.load_state_dict(state["optimizer"])
+        buffer.restore(state["buffer"])
+        rng.setstate(state["python_rng"])
+        torch.set_rng_state(state["torch_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if state["ranks"] != parallel.ranks() and parallel.is_first():
+            print(f"this run had {state['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
+                  "differ from an uninterrupted run", file=sys.stderr)
+        return state["step"], state["lines"]
+    except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"the checkpoint is damaged ({reason}); put a copy back into checkpoint, or start a "
+                         "new run") from error
+
+
+class Follower:
+    """The run folder for the ranks behind the first, which write nothing."""
+
+    def restore(self, cfg, *state):
+        content = parallel.of_first(None)
+        return load(content, *state)[0] if content else None
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def to_bytes(state):
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getbuffer()
 
 
 def pick_samples(step, rollouts):
@@ -561,9 +591,9 @@ def interruptible():
     asked = []
 
     def handle(number, frame):
-        if asked:
+        if asked and time.monotonic() > asked[0] + 1:  # torchrun passes on what a terminal has sent already
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
         print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
 
     previous = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -625,26 +655,30 @@ def configure(given):
 
 def main(arguments=None):
     given, run = parse(arguments), None
-    try:
-        if given.get("report"):
-            print(write_page(given["report"]))
-            return 0
-        cfg, run = configure(given)
-        return train(cfg, run)
-    except UsageError as error:
-        if run and "resume" not in given:
-            run.abandon()
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped at once; {run.resume_hint() if run else 'nothing was written'}", file=sys.stderr)
-        return 130
-    except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
-        print(f"train.py: {error or 'out of memory'}; {run.resume_hint() if run else ''}", file=sys.stderr)
-        return 1
-    finally:
-        if run:
-            run.close()
+    with parallel.joined():
+        name = "train.py" if parallel.ranks() == 1 else f"train.py, rank {parallel.rank()}"
+        try:
+            if given.get("report"):
+                print(write_page(given["report"]))
+                return 0
+            cfg, run = configure(given) if parallel.is_first() else (None, Follower())
+            return train(parallel.of_first(cfg), run)
+        except UsageError as error:
+            if run and "resume" not in given:
+                run.abandon()
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            if parallel.is_first():
+                hint = run.resume_hint() if run else "nothing was written"
+                print(f"\nstopped at once; {hint}", file=sys.stderr)
+            return 130
+        except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
+            print(f"{name}: {error or 'out of memory'}; {run and run.resume_hint() or ''}", file=sys.stderr)
+            return 1
+        finally:
+            if run:
+                run.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,252 @@
+"""Several ranks do what one process does: dealt out, added up, and ended together."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import parallel
+
+SETUP = """\
+    import json, random, sys, torch
+    from dataclasses import asdict
+    from datetime import timedelta
+    from pathlib import Path
+    from types import SimpleNamespace
+    import azr, parallel, train
+    from executor import Executor
+    from parallel import rank
+    from rewards import load_heldout
+    from tasks import TaskBuffer
+    model, out = sys.argv[1:]
+
+    said = {}
+"""
+
+
+def start(count, code, *arguments, **options):
+    """`count` processes with the surroundings that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = textwrap.dedent(SETUP) + textwrap.dedent(code)
+    return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                                  "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}, **options)
+            for rank in range(count)]
+
+
+CHECKS = """
+    asked = [SimpleNamespace(tokens=len(text), text=text) for text in ("aaa", "b", "cc", "dddd")]
+    double = lambda mine: [one.text.upper() + c for one in mine for c in "xy"]
+    said["all"], said["one"] = parallel.spread(asked, double), parallel.spread(asked[:1], double)
+    said["none"] = parallel.spread([], double)
+    said["gathered"], said["of the first"] = parallel.gather(rank()), parallel.of_first(rank())
+
+    # weights that are the same, and weights that are not
+    weight = torch.ones(3)
+    parallel.check_same([weight])
+    weight[1] += 1e-6 * (rank() == 1)
+    try:
+        parallel.check_same([weight])
+    except parallel.RankError as error:
+        said["alarm"] = str(error)
+
+    # updates
+    torch.manual_seed(1)
+    policy = azr.load_policy(model, lora_rank=4, device="cpu")
+    for name, weight in policy.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    draw = torch.Generator().manual_seed(2)
+    rollouts = [azr.Rollout("solve", "deduction", torch.randint(256, (p,), generator=draw).tolist(),
+                            torch.randint(256, (r,), generator=draw).tolist(), "", advantage=0.3 * i - 0.7)
+                for i, (p, r) in enumerate(torch.randint(3, 40, (7, 2), generator=draw).tolist())]
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
+    cfg = SimpleNamespace(micro_tokens=100, clip=0.2, entropy_coef=0.01, max_grad_norm=1e9)
+    for count in (7, 1):  # of one rollout, other ranks have nothing to do
+        kept = []
+        hook = optimizer.register_step_pre_hook(
+            lambda *_: kept.extend(p.grad.flatten().tolist() for p in policy.trainable().values()))
+        said[f"metrics {count}"] = azr.trr_update(policy, optimizer, rollouts[:count], cfg)
+        said[f"gradient {count}"] = sum(kept, [])
+        parallel.check_same(policy.trainable().values())
+        hook.remove()
+
+    # a greedy step
+    plain = azr.generate
+    azr.generate = lambda policy, prompts, limit, copies=1, greedy=False: plain(policy, prompts, limit, copies, True)
+    cfg = train.Config(batch=3, samples=2)
+    torch.manual_seed(0)
+    policy = azr.load_policy("tiny/longer", lora_rank=4, device="cpu")
+    buffer = TaskBuffer(100, random.Random(0))
+    for task in load_heldout(azr.HELDOUT)["easy"][::40]:
+        buffer.add(task)
+    with Executor(1, 5.0) as executor:
+        proposals, tasks, estimates = azr.propose(policy, executor, buffer, cfg)
+        solutions = azr.solve(policy, executor, [t for k in cfg.types for t in buffer.fill(k, tasks, 3)], cfg)
+    said["rollouts"] = [asdict(r) for r in proposals + estimates + solutions]
+    said["buffer"] = buffer.state()
+    Path(out, f"{rank()}.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(random_model, tmp_path_factory):
+    """{ranks: [what each rank said]} of all CHECKS in one process, in two, and in three."""
+    found = {}
+    for count in (1, 2, 3):
+        folder = tmp_path_factory.mktemp("ranks")
+        code = "with parallel.joined():\n" + CHECKS
+        for process in start(count, code, random_model, folder):
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+        found[count] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_work_is_dealt_evenly_by_size(monkeypatch, ranks):
+    rollouts = [SimpleNamespace(tokens=tokens) for tokens in (900, 30, 40, 500, 10, 450, 20, 60, 880, 470, 35)]
+    monkeypatch.setattr(parallel, "ranks", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        shares.append([rollout.tokens for rollout in parallel.share(rollouts)])
+    assert sorted(sum(shares, [])) == sorted(rollout.tokens for rollout in rollouts)
+    assert max(map(sum, shares)) <= sum(sum(shares, [])) / ranks + 900
+    monkeypatch.setattr(parallel, "rank", lambda: ranks - 1)
+    assert parallel.share(rollouts[:1]) == (rollouts[:1] if ranks == 1 else [])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_results_come_back_in_order_on_every_rank(said, count):
+    for found in said[count]:
+        assert found["all"] == ["AAAx", "AAAy", "Bx", "By", "CCx", "CCy", "DDDDx", "DDDDy"]
+        assert found["one"] == ["AAAx", "AAAy"] and found["none"] == []
+        assert found["gathered"] == list(range(count)) and found["of the first"] == 0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("rollouts", [7, 1])
+def test_the_summed_gradient_is_that_of_one_process(said, count, rollouts):
+    [alone] = said[1]
+    assert max(map(abs, alone[f"gradient {rollouts}"])) > 0.01
+    for found in said[count]:
+        assert found[f"gradient {rollouts}"] == pytest.approx(alone[f"gradient {rollouts}"], abs=1e-6)
+        assert found[f"metrics {rollouts}"] == pytest.approx(alone[f"metrics {rollouts}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_greedy_step_has_the_rollouts_of_one_process(said, count):
+    [alone] = said[1]
+    assert any(rollout["verdict"] == "correct" for rollout in alone["rollouts"])
+    for found in said[count]:
+        assert found["rollouts"] == alone["rollouts"] and found["buffer"] == alone["buffer"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_that_differ_are_noticed(said, count):
+    assert "alarm" not in said[1][0]
+    for found in said[count]:
+        assert found["alarm"] == "the weights of ranks [1] are not those of rank 0"
+
+
+# --- whole runs
+
+SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
+         "--eval-every", "0", "--workers", "1"]
+TRAIN = """
+    parallel.PATIENCE = timedelta(seconds=float(model))
+    sys.exit(train.main(json.loads(out)))
+"""
+
+
+def train(*arguments, patience=60, count=2):
+    return start(count, TRAIN, patience, json.dumps([*map(str, arguments)]))
+
+
+def outcome(processes):
+    """[(exit code, last line of stderr)] of each rank."""
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    return [(process.returncode, error.rstrip().splitlines()[-1]) for process, error in zip(processes, errors)]
+
+
+def rows(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items()
+             if not key.startswith(("seconds/", "tokens_per_second", "memory_gb"))} for line in lines]
+
+
+def wait_for_step(processes, run, step):
+    deadline = time.monotonic() + 180
+    while len(rows(run)) <= step:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), outcome(processes)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Five uninterrupted steps of two ranks under torchrun."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *SMALL,
+                           "--steps", "5", "--out", run], cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out accuracy") == 1  # of rank 0 alone
+    return run
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp_path):
+    ranks = train(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    wait_for_step(ranks, tmp_path / "run", 3)
+    ranks[1].kill()
+    [(code, line), _] = outcome(ranks)
+    assert code == 1 and line.startswith("train.py, rank 0: another rank is lost: ")
+    assert line.endswith(f"go on with: python train.py --resume {tmp_path / 'run'}")
+    assert all(code == 0 for code, _ in outcome(train("--resume", tmp_path / "run")))
+    assert rows(tmp_path / "run") == rows(whole_run)
+
+
+def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    [process] = train("--resume", tmp_path / "run", "--steps", 6, count=1)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert "this run had 2 ranks and now has 1: what it samples will differ" in error
+    assert rows(tmp_path / "run")[:6] == rows(whole_run) and len(rows(tmp_path / "run")) == 7
+
+
+def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
+    ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run", patience=20)
+    wait_for_step(ranks, tmp_path / "run", 2)
+    ranks[1].send_signal(signal.SIGSTOP)
+    _, error = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    assert ranks[0].returncode == 1 and "Ranks 1 failed" in error.rstrip().splitlines()[-1]
+    assert (tmp_path / "run" / "checkpoint" / "state.pt").exists()
+
+
+def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
+    ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run")
+    wait_for_step(ranks, tmp_path / "run", 1)
+    [(code, line), (other, _)] = outcome(train("--resume", tmp_path / "run"))
+    assert code == 2 and other == 1 and "another process trains in" in line
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    assert [code for code, _ in outcome(ranks)] == [0, 0]
+    done = len(rows(tmp_path / "run")) - 1
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == done < 50
