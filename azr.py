@@ -199,21 +199,21 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
             task_type="CAUSAL_LM"))
     if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends), bool(tokenizer.chat_template), rows,
-                    half=half)
+    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
+                    chat=bool(tokenizer.chat_template), rows=rows, half=half)
     if trained and not on_gpu and name not in SHIPPED:
         plan_update(policy)
     return policy
 
 
 def plan_update(policy):
-    """Limit micro-batches to half of the free memory. On a CPU nothing raises when it is out: the system kills."""
+    """Keep micro-batches to half of the free memory: on a CPU the system kills, and nothing raises."""
     config, free = policy.causal.config.get_text_config(), free_memory(policy.device)
-    layer = 18 * config.hidden_size + 9 * config.intermediate_size  # numbers that a token leaves in it
-    per_token = policy.causal.dtype.itemsize * (config.num_hidden_layers * config.hidden_size + 2 * layer)
-    policy.micro_tokens = max(1, free // 2 // per_token)
-    print(f"update: micro-batches of at most {policy.micro_tokens:,} tokens, {per_token / 2 ** 20:.2f} MB each, "
-          f"in half of the {free / 2 ** 30:.1f} GB of free memory", file=sys.stderr)
+    # numbers that a token leaves: its state before each layer, and all of the layer that is done again
+    numbers = (36 + config.num_hidden_layers) * config.hidden_size + 18 * config.intermediate_size
+    policy.micro_tokens = max(1, free // (2 * numbers * policy.causal.dtype.itemsize))
+    print(f"the update takes at most {policy.micro_tokens:,} tokens at once, in half of the free memory of "
+          f"{free / 2 ** 30:.1f} GB", file=sys.stderr)
 
 
 def _load_base(name, dtype, in_4bit, device):
@@ -462,12 +462,17 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
 
 
 def sampler_gap(policy, rollouts, rows=8, tokens=32):
-    """Mean absolute difference of logprobs between sampling and training, over the first tokens of some
-    responses. Both run other kernels, while the update takes the ratio of their probabilities as 1."""
-    some = [replace(r, response_ids=r.response_ids[:tokens]) for r in rollouts if len(r.response_ids) >= tokens]
-    some = some[::max(1, len(some) // rows)][:rows]
+    """Mean absolute difference of logprobs, in nats, between sampling and training; None for short responses.
+
+    They run different kernels, while the update takes the ratio of their probabilities as 1. Measured on the
+    first tokens of some responses.
+    """
+    long = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
+    some = [replace(rollout, response_ids=rollout.response_ids[:tokens])
+            for rollout in long[::max(1, len(long) // rows)][:rows]]
     if not some:
         return None
+    policy.causal.eval()
     with policy.autocast(), torch.no_grad():
         trained_N = torch.cat([response_logprobs(policy, [rollout])[0] for rollout in some])
         sampled_N = decoded_logprobs(policy, some, tokens).flatten()
