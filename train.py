@@ -305,9 +305,12 @@ def describe(proposals, solutions, cfg):
 
 
 def cost(policy, seconds):
-    """Seconds by phase, sampled tokens a second, and the most memory held so far."""
-    memory = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Seconds by phase, sampled tokens a second, and the most memory held: in this step, on a CPU so far."""
+    if policy.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     clock = policy.clock
     return {**{f"seconds/{phase}": round(clock[phase], 3) for phase in ("generate", "execute", "update")},
             "seconds/total": round(seconds, 3), "memory_gb": round(memory / 2 ** 30, 3),
