@@ -15,9 +15,11 @@ what was sampled.
 """
 
 import contextlib
+import ctypes
 import logging
 import math
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -36,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from parallel import card, share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
-from sampling import generate
+from sampling import decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
 
@@ -49,6 +51,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "g
 # All that transformers, peft and safetensors raise for a wrong name or a damaged file
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+M_MMAP_THRESHOLD = -3  # of malloc.h
 LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vocabulary
 
 
@@ -100,7 +103,9 @@ class Policy:
     pad_id: int              # never trained or attended to: masks come from lengths, not from ids
     chat: bool               # whether prompts go through the chat template
     rows: int = 0            # rows generated at once; 0: from free memory
-    micro_tokens: float = math.inf  # tokens of a micro-batch that fit, once the update has run out of memory
+    mean_tokens: float = math.inf   # of the responses sampled last, by which rows are planned
+    micro_tokens: float = math.inf  # tokens of a micro-batch that fit, where cfg.micro_tokens are too many
+    half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
     clock: Counter = field(default_factory=Counter)  # seconds by phase, and tokens sampled
 
     @property
@@ -133,6 +138,9 @@ class Policy:
         finally:
             self.clock[phase] += time.perf_counter() - start
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
+
     def trainable(self):
         """{name: parameter} of all that the update changes."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -148,13 +156,15 @@ def resolve_model(name):
     return name
 
 
-def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None, rows=0):
+def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None, rows=0,
+                trained=True):
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
     quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU. dtype: 'bf16', 'fp16',
     'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
-    adapter: a PEFT folder to start from instead of fresh LoRA weights.
+    adapter: a PEFT folder to start from instead of fresh LoRA weights. trained=False saves memory where
+    only answers are wanted.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
     try:
@@ -168,7 +178,12 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":
-        dtype = "fp32" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
+    half = None
+    if trained and not (lora_rank or adapter) and dtype != "fp32":
+        # a step of 1e-6 is lost in most bf16 weights: they stay fp32, and are computed with in half precision
+        dtype, half = "fp32", DTYPES[dtype]
     tokenizer, model = _load_base(name, DTYPES[dtype], quantize == "4bit", device)
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -177,17 +192,33 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
     # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends))
-    trained = model
+    peft_model = model
     if adapter:
         with _loading(f"the adapter {adapter}"):
-            trained = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora_rank:  # "all-linear" leaves the output head out, so tied embeddings stay tied
-        trained = get_peft_model(model, LoraConfig(
+        peft_model = get_peft_model(model, LoraConfig(
             r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules="all-linear",
             task_type="CAUSAL_LM"))
-    if on_gpu:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+    if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(trained, model, tokenizer, frozenset(ends), min(ends), bool(tokenizer.chat_template), rows)
+    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
+                    chat=bool(tokenizer.chat_template), rows=rows, half=half)
+    if trained and not on_gpu and name not in SHIPPED:
+        plan_update(policy)
+    return policy
+
+
+def plan_update(policy):
+    """Keep micro-batches to half of the free memory: on a CPU the system kills, and nothing raises."""
+    # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
+    config, free = policy.causal.config.get_text_config(), free_memory(policy.device)
+    # numbers that a token leaves: its state before each layer, and all of the layer that is done again
+    numbers = (36 + config.num_hidden_layers) * config.hidden_size + 18 * config.intermediate_size
+    policy.micro_tokens = max(1, free // (2 * numbers * policy.causal.dtype.itemsize))
+    print(f"half of the free memory of {free / 2 ** 30:.1f} GB holds micro-batches of at most "
+          f"{policy.micro_tokens:,} tokens at once", file=sys.stderr)
 
 
 def _load_base(name, dtype, in_4bit, device):
@@ -207,7 +238,10 @@ def _load_base(name, dtype, in_4bit, device):
             type(module).__name__ == "Linear4bit" and module.bias is not None for module in model.modules()):
         raise UsageError(f"--quantize 4bit: on a CPU layers with biases, as those of {name!r}, cannot be "
                          "trained in 4 bits; use --quantize none")
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2; SDPA would leave it out
+        model.set_attn_implementation("eager")
+    elif config._attn_implementation == "sdpa":
         model.set_attn_implementation("grouped_sdpa")
     return tokenizer, model.eval()
 
@@ -354,7 +388,7 @@ def _answers(policy, executor, requests, cfg, copies, greedy):
 
 def _sample(policy, requests, max_tokens, copies=1, greedy=False):
     """`copies` of each request, side by side, with responses that still count as malformed. → [Rollout]"""
-    with policy.timed("generate"):
+    with policy.timed("generate"), policy.autocast():
         responses = generate(policy, [request.prompt_ids for request in requests], max_tokens, copies, greedy)
     policy.clock["tokens"] += sum(map(len, responses))
     rollouts = [replace(request) for request in requests for _ in range(copies)]
@@ -388,17 +422,19 @@ def trr_update(policy, optimizer, rollouts, cfg):
     is divided by the whole batch's token count, so the split changes neither loss nor gradient.
     Out of GPU memory: the micro-batch halves and the step is done again; no sample is dropped.
 
-    Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm); all None without
-    rollouts.
+    Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm) and sampler_gap
+    (nats, see there); all None without rollouts.
     """
     if not rollouts:  # --no-train-proposer, and no task to solve yet
-        return dict.fromkeys(("loss", "entropy", "grad_norm"))
+        return dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap"))
+    gap = sampler_gap(policy, rollouts)
     policy.causal.train()
     budget = min(cfg.micro_tokens, policy.micro_tokens)
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss, entropy = _accumulate_gradients(policy, rollouts, budget, cfg)
+            with policy.autocast():
+                loss, entropy = _accumulate_gradients(policy, rollouts, budget, cfg)
             break
         except torch.OutOfMemoryError:
             longest = max(rollout.tokens for rollout in rollouts)
@@ -416,11 +452,13 @@ def trr_update(policy, optimizer, rollouts, cfg):
         norm = None
     optimizer.zero_grad(set_to_none=True)
     policy.causal.eval()
-    return {"loss": loss, "entropy": entropy, "grad_norm": norm}
+    return {"loss": loss, "entropy": entropy, "grad_norm": norm, "sampler_gap": gap}
 
 
 def _accumulate_gradients(policy, rollouts, budget, cfg):
     total = sum(len(rollout.response_ids) for rollout in rollouts)
+    # in fp16 the gradient of a mean over many tokens underflows: that of the sum is taken, and divided
+    scale = total if torch.float16 in (policy.half, policy.causal.dtype) else 1
     loss_sum = entropy_sum = 0.0
     for batch in micro_batches(share(rollouts), budget):
         logps_N, entropies_N = response_logprobs(policy, batch)
@@ -430,10 +468,31 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
         # are these very numbers. (The sampler's own come from other kernels and would differ.)
         losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
         loss = (losses_N - cfg.entropy_coef * entropies_N).sum() / total
-        loss.backward()
+        (loss * scale).backward()
         loss_sum += loss.item()
         entropy_sum += entropies_N.sum().item()
+    for parameter in policy.trainable().values():
+        if parameter.grad is not None:
+            parameter.grad /= scale
     return loss_sum, entropy_sum / total
+
+
+def sampler_gap(policy, rollouts, rows=8, tokens=32):
+    """Mean absolute difference of logprobs, in nats, between sampling and training; None for short responses.
+
+    They run different kernels, while the update takes the ratio of their probabilities as 1. Measured on the
+    first tokens of some responses.
+    """
+    long = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
+    some = [replace(rollout, response_ids=rollout.response_ids[:tokens])
+            for rollout in long[::max(1, len(long) // rows)][:rows]]
+    if not some:
+        return None
+    policy.causal.eval()
+    with policy.autocast(), torch.no_grad():
+        trained_N = torch.cat([response_logprobs(policy, [rollout])[0] for rollout in some])
+        sampled_N = decoded_logprobs(policy, some, tokens).flatten()
+    return (trained_N - sampled_N).abs().mean().item()
 
 
 def clipped_loss(logps_N, old_logps_N, advantages_N, clip):

@@ -189,7 +189,7 @@ def load(model, adapter, options):
     if model in SHIPPED:
         torch.set_num_threads(1)  # its matrices are too small for more
     return load_policy(model, options.quantize, 1 if adapter else 0, options.dtype, options.device, adapter,
-                       rows=options.generate_batch)
+                       rows=options.generate_batch, trained=False)
 
 
 def read_answers(path):

@@ -138,6 +138,9 @@ BANDS = {
     # a base model that cannot write the format stays near 0
     "valid": ("propose/.+/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's samples, "
               "raise --max-response, or take a stronger --model", ""),
+    # 0 in fp32; half precision, 4-bit weights and other kernels make it some hundredths
+    "sampler gap": ("sampler_gap", 0, 0.1, "", "sampling and training give different probabilities, so the "
+                    "update is off-policy: try --quantize none, or report the model"),
     # a truncated response earns nothing, whatever it says; healthy runs stay below 0.05
     "truncated": ("truncated", 0, 0.3, "", "truncated responses earn nothing: raise --max-response, or lower "
                   "--lr if they ramble"),

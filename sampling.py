@@ -12,9 +12,13 @@ for prompts that wait (`generate`), and the cache is neither copied at every tok
 query head (`grouped_sdpa`). Axes as in azr.py: B rows, P prompt tokens, T prompt and response tokens.
 """
 
-from collections import Counter
+import os
+import warnings
 from dataclasses import dataclass
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # caches have many sizes
+
+import psutil
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -50,6 +54,9 @@ AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
 SEGMENT = 16  # tokens between two looks at the batch, at least
+BLOCK = 128   # columns by which a cache grows: few sizes, so that memory is used again
+ROWS = 512    # sampled at once, at most
+torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's first choice, which plans anew for every length
 
 
 class RoomyLayer(DynamicLayer):
@@ -63,7 +70,8 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
         start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
-            room = [x.new_empty(*x.shape[:2], end + SEGMENT, x.shape[-1]) for x in (keys, values)]
+            columns = (end // BLOCK + 1) * BLOCK
+            room = [x.new_empty(*x.shape[:2], columns, x.shape[-1]) for x in (keys, values)]
             if start:
                 room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
             self.room = room
@@ -81,6 +89,11 @@ class RoomyLayer(DynamicLayer):
         self.put(lambda x: x[indices])
 
 
+def _can_grow(cache):
+    """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
 @dataclass
 class _Batch:
     """Rows that are being sampled: left-padded ids, their mask, and a cache of all but the last column."""
@@ -90,10 +103,6 @@ class _Batch:
     cache: DynamicCache
     owners: list   # row → index of its response
     lengths: list  # row → response tokens so far, the last columns of ids_BT
-
-    def can_grow(self):
-        """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
-        return all(type(layer) is RoomyLayer for layer in self.cache.layers)
 
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
@@ -108,21 +117,22 @@ class _Batch:
         self.cache.batch_select_indices(index)
         self.owners, self.lengths = [self.owners[r] for r in rows], [self.lengths[r] for r in rows]
         idle = int(self.mask_BT.any(0).int().argmax())
-        if idle and self.can_grow():
+        if idle and _can_grow(self.cache):
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
             for layer in self.cache.layers:
                 layer.put(lambda x: x[:, :, idle:])
 
-    def join(self, other):
-        """Take in the rows of another batch."""
-        gap = self.ids_BT.shape[1] - other.ids_BT.shape[1]
-        (other if gap > 0 else self).pad_left(abs(gap))
-        self.ids_BT, self.mask_BT = (torch.cat(pair) for pair in (
-            (self.ids_BT, other.ids_BT), (self.mask_BT, other.mask_BT)))
-        for ours, theirs in zip(self.cache.layers, other.cache.layers):
-            ours.put(lambda *pair: torch.cat(pair), theirs)
-        self.owners += other.owners
-        self.lengths += other.lengths
+
+def _join(batch, other):
+    """One batch with the rows of both; the first may be None."""
+    if batch is None:
+        return other
+    gap = batch.ids_BT.shape[1] - other.ids_BT.shape[1]
+    (other if gap > 0 else batch).pad_left(abs(gap))
+    for ours, theirs in zip(batch.cache.layers, other.cache.layers):
+        ours.put(lambda *pair: torch.cat(pair), theirs)
+    ids_BT, mask_BT = torch.cat([batch.ids_BT, other.ids_BT]), torch.cat([batch.mask_BT, other.mask_BT])
+    return _Batch(ids_BT, mask_BT, batch.cache, batch.owners + other.owners, batch.lengths + other.lengths)
 
 
 @torch.no_grad()
@@ -139,65 +149,89 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
 
     A prompt is read once for all its copies. Then transformers' own `generate` goes on in short
     segments; in between finished rows leave and waiting prompts take their places, so that the
-    rows that memory allows are always busy and nobody waits for the longest response.
+    rows that memory allows are always busy and nobody waits for the longest response. How many
+    that are follows from the lengths seen so far. Rows that then grow too long for it wait, and are
+    read again with what they have said; the same after running out of GPU memory, with half the rows.
     """
     policy.causal.eval()
     # every sampling field explicit: none is left for a model's own configuration to fill in
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": 1.0,
                                                "top_k": 0, "repetition_penalty": 1.0}
-    responses = [None] * (len(prompts) * copies)
+    responses = [[]] * (len(prompts) * copies)  # as far as they are sampled
     waiting = [i * copies + copy for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
                for copy in range(copies)]  # longest prompts first, so that later ones fit in beside them
-    rows = policy.rows or _rows_that_fit(policy, max(map(len, prompts), default=0) + max_tokens)
-    batch = None
+    free, batch = free_memory(policy.device), None
     while waiting or batch:
-        if waiting and (batch is None or batch.can_grow() and len(batch.owners) <= rows * 3 // 4):
-            places = rows - len(batch.owners) if batch else rows
-            fresh = _prefill(policy, prompts, copies, waiting[:places])
-            waiting = waiting[places:]
-            batch.join(fresh) if batch else (batch := fresh)
-        segment = max(SEGMENT, min(batch.lengths) // 4)
-        segment = min(segment, max_tokens - max(batch.lengths))
-        width = batch.ids_BT.shape[1]
-        batch.ids_BT = policy.causal.generate(
-            batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache, max_new_tokens=segment,
-            eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, **how)
+        busy = batch.owners if batch else []
+        unfinished = busy + waiting
+        width = max(len(prompts[i // copies]) + len(responses[i]) for i in unfinished)
+        if len(busy) > _rows_that_fit(policy, free, width + SEGMENT):
+            waiting, batch = unfinished, None  # read again, fewer at once
+            continue
+        rows = _rows_that_fit(policy, free, width + SEGMENT + min(max_tokens, policy.mean_tokens))
+        try:
+            if waiting and (not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4):
+                joining = waiting[:rows - len(busy)]
+                batch = _join(batch, _prefill(policy, prompts, copies, responses, joining))
+                waiting = waiting[len(joining):]
+            segment = max(SEGMENT, min(batch.lengths) // 4)
+            segment = min(segment, max_tokens - max(batch.lengths))
+            width = batch.ids_BT.shape[1]
+            batch.ids_BT = policy.causal.generate(
+                batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
+                eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=segment,
+                **how)
+        except torch.OutOfMemoryError:
+            policy.rows = min(rows, len(unfinished)) // 2
+            if not policy.rows:
+                raise
+            warnings.warn(f"out of GPU memory in sampling: at most {policy.rows} rows from now on")
+            waiting, batch = unfinished, None
+            continue
         added = batch.ids_BT.shape[1] - width
         batch.mask_BT = functional.pad(batch.mask_BT, (0, added), value=1)
         alive = []
         for row, ids in enumerate(batch.ids_BT.tolist()):
             length = batch.lengths[row] = batch.lengths[row] + added
             end = _end_of(policy, ids[-length:], length - added)
+            responses[batch.owners[row]] = ids[-length:][:end]
             if end is None and length < max_tokens:
                 alive.append(row)
-            else:
-                responses[batch.owners[row]] = ids[-length:][:end]
         if not alive:
             batch = None
         elif len(alive) < len(batch.owners):
             batch.keep(alive)
+    if responses:
+        policy.mean_tokens = sum(map(len, responses)) / len(responses)
     return responses
 
 
-def _prefill(policy, prompts, copies, owners):
-    """Read the prompts of these responses, each prompt once, into a batch with a row a response."""
-    counts = Counter(owner // copies for owner in owners)  # in order: copies of a prompt are neighbours
-    width = max(2, max(len(prompts[i]) for i in counts))  # at least one column for the cache
-    ids_BT = torch.full((len(counts), width), policy.pad_id)
-    mask_BT = torch.zeros((len(counts), width), dtype=torch.long)
-    for row, i in enumerate(counts):
-        ids_BT[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
-        mask_BT[row, width - len(prompts[i]):] = 1
-    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
+def _prefill(policy, prompts, copies, responses, owners):
+    """Read the prompts of these responses, and what they have said, into a batch with a row a response.
+
+    A prompt is read once for all copies that begin. Too many tokens for one pass are read half by half.
+    """
+    keys = [(owner // copies, *responses[owner]) for owner in owners]
+    texts = {key: prompts[key[0]] + list(key[1:]) for key in keys}
+    width = max(2, *map(len, texts.values()))  # at least one column for the cache
     cache = DynamicCache(config=policy.causal.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
+        halves = owners[:len(owners) // 2], owners[len(owners) // 2:]
+        return _join(*(_prefill(policy, prompts, copies, responses, half) for half in halves))
+    ids_BT = torch.full((len(texts), width), policy.pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(texts.values()):
+        ids_BT[row, width - len(ids):] = torch.tensor(ids)
+        mask_BT[row, width - len(ids):] = 1
+    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
-    rows = torch.tensor([row for row, i in enumerate(counts) for _ in range(counts[i])], device=policy.device)
+    rows = torch.tensor([[*texts].index(key) for key in keys], device=policy.device)
     cache.batch_select_indices(rows)
-    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [0] * len(owners))
+    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [len(responses[i]) for i in owners])
 
 
 def _end_of(policy, ids, checked):
@@ -216,17 +250,42 @@ def _end_of(policy, ids, checked):
     return low
 
 
-def _rows_that_fit(policy, tokens):
-    """Rows of `tokens` tokens whose keys and values fill at most 60% of the free memory."""
-    if policy.device.type != "cuda":
-        return 512
+def free_memory(device):
+    """Bytes that new tensors can take there."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _rows_that_fit(policy, free, columns):
+    """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
+    if policy.rows:
+        return policy.rows
     config = policy.causal.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * policy.causal.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     # a layer whose room is used up is there twice for a moment, and logits of a step are held in
     # fp32 a few times over
-    per_row = per_token * tokens * 1.1 + 16 * config.vocab_size
-    return max(1, min(512, int(0.6 * free / per_row)))
+    per_row = per_token * (columns + BLOCK) * 1.1 + 16 * config.vocab_size
+    return max(1, min(ROWS, int(0.6 * free / per_row)))
+
+
+def _tokens_in_a_pass(policy):
+    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B."""
+    width = policy.causal.config.get_text_config().intermediate_size
+    return 3 * 2 ** 30 // (9 * width * policy.causal.dtype.itemsize)
+
+
+@torch.no_grad()
+def decoded_logprobs(policy, rollouts, tokens):
+    """Logprobs of the first `tokens` tokens of each response, decoded one by one as in sampling. → [B, N]"""
+    batch = _prefill(policy, [r.prompt_ids for r in rollouts], 1, [[]] * len(rollouts), range(len(rollouts)))
+    width = batch.ids_BT.shape[1]
+    forced = policy.causal.generate(
+        batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache, max_new_tokens=tokens,
+        do_sample=False, output_logits=True, return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=lambda row, ids: [rollouts[row].response_ids[len(ids) - width]])
+    logps_BNV = torch.log_softmax(torch.stack(forced.logits, 1).float(), -1)
+    return logps_BNV.gather(-1, forced.sequences[:, width:, None])[..., 0]

@@ -309,8 +309,10 @@ def describe(proposals, solutions, cfg):
 
 
 def cost(policy):
-    """Seconds by phase, sampled tokens a second, and the most memory held so far."""
+    """Seconds by phase, sampled tokens a second, and the most memory held: in this step, on a CPU so far."""
     memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     clock, tokens = policy.clock, sum(parallel.gather(policy.clock["tokens"]))
     return {**{f"seconds/{phase}": round(clock[phase], 3)
                for phase in ("generate", "execute", "update", "total")},

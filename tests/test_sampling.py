@@ -82,6 +82,65 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
     assert roomy.keys.shape[0] == 8 and roomy.room is None
 
 
+def greedy_of(policy, monkeypatch, **settings):
+    """Greedy responses of differing lengths: undisturbed, and with these functions of sampling.py replaced."""
+    policy.end_ids = frozenset(range(0, 258, 16))
+    expected = generate(policy, PROMPTS, 60, copies=3, greedy=True)
+    for name, value in settings.items():
+        monkeypatch.setattr(sampling, name, value)
+    return expected
+
+
+def test_out_of_memory_halves_the_rows_and_loses_nothing(policy, monkeypatch):
+    expected, real, rows = greedy_of(policy, monkeypatch), policy.causal.generate, []
+
+    def scarce(ids, **how):
+        rows.append(len(ids))
+        if len(ids) > 4 or len(rows) == 6:  # also once in the midst of responses
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(ids, **how)
+
+    monkeypatch.setattr(policy.causal, "generate", scarce)
+    with pytest.warns(UserWarning, match="out of GPU memory in sampling: at most 1 rows"):
+        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert rows[:3] == [15, 7, 3] and max(rows[6:]) == 1 == policy.rows
+    monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: scarce([0] * 9, **how))
+    with pytest.raises(torch.OutOfMemoryError):  # one row alone does not fit
+        generate(policy, PROMPTS, 60, greedy=True)
+
+
+def test_prompts_are_read_in_parts_that_fit(policy, monkeypatch):
+    expected, seen = greedy_of(policy, monkeypatch, _tokens_in_a_pass=lambda policy: 24), []
+    policy.causal.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    passes = [rows * (columns + 1) for rows, columns in seen if columns > 1]
+    assert len(passes) > 2 and max(passes) <= 24
+
+
+def test_rows_follow_from_memory_and_from_the_lengths_seen(policy, monkeypatch):
+    """Room for 900 columns of keys and values: never more than it holds, and more rows once lengths are known."""
+    config = policy.causal.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * 12 * 4
+    monkeypatch.setattr(sampling, "BLOCK", 16)
+    free = (900 * per_token * 1.1 + 16 * config.vocab_size * 10) / 0.6
+    expected, real, held = greedy_of(policy, monkeypatch, free_memory=lambda device: free), policy.causal.generate, []
+
+    def watched(ids, **how):
+        out = real(ids, **how)
+        held.append((len(ids), out.shape[1]))
+        return out
+
+    monkeypatch.setattr(policy.causal, "generate", watched)
+    policy.mean_tokens = math.inf
+    assert generate(policy, PROMPTS, 200, copies=3, greedy=True)[0][:60] == expected[0]
+    first, policy.mean_tokens = held[0][0], 10
+    held.clear()
+    assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert first < held[0][0] < 15 and all(rows * columns <= 1000 for rows, columns in held)
+    assert policy.mean_tokens == sum(map(len, expected)) / 15
+
+
 def test_rows_are_always_busy(policy, monkeypatch):
     """Half of the responses are short; waiting prompts must take the places of the finished."""
     policy.end_ids = frozenset(range(8))  # of 258 ids of nearly equal probability: mean length 32
@@ -120,6 +179,15 @@ def test_sampled_continuations_agree_with_the_logprobs_of_training(policy):
     logps_N, entropies_N = response_logprobs(policy, rollouts)
     surprise = (-logps_N - entropies_N).detach()
     assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
+
+
+def test_decoded_logprobs_are_those_of_training(policy):
+    torch.manual_seed(0)
+    rollouts = [Rollout("solve", "deduction", prompt, ids[:12], "") for prompt, ids in zip(PROMPTS, generate(policy, PROMPTS, 40))]
+    rollouts = [rollout for rollout in rollouts if len(rollout.response_ids) == 12]
+    logps_N, _ = response_logprobs(policy, rollouts)
+    assert len(rollouts) > 2
+    assert torch.allclose(sampling.decoded_logprobs(policy, rollouts, 12).flatten(), logps_N, atol=1e-5)
 
 
 def test_response_ends_at_the_answer_or_the_end_token(policy, monkeypatch):
