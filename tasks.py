@@ -59,6 +59,20 @@ class Task:
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
+# Worked examples for models that must be shown the format. Our own, and unlike any held-out or public task.
+EXAMPLES = (
+    Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
+         ("135", "60", "59", "0"), ("(2, 15)", "(1, 0)", "(0, 59)", "(0, 0)"), "Minutes become hours and minutes."),
+    Task("deduction", "def f(n):\n    steps = 0\n    while n > 1:\n        n = n // 2\n        steps += 1\n    return steps",
+         "20", "4", ("20", "8", "1", "7"), ("4", "3", "0", "2"), "How often can a number be halved?"),
+    Task("deduction", "def f(prices, budget):\n    return [name for name in prices if prices[name] <= budget]",
+         "{'tea': 3, 'cake': 9}, 5", "['tea']",
+         ("{'tea': 3, 'cake': 9}, 5", "{'pen': 2}, 2", "{}, 7", "{'jam': 4}, 1"),
+         ("['tea']", "['pen']", "[]", "[]"), "Names that are not too dear."),
+)
+SHOTS = 3  # earlier responses that a proposer is shown at least
+
+
 def split_pairs(task):
     """Induction: (shown pairs, hidden pairs), half and half in the order proposed.
 
@@ -77,7 +91,8 @@ INSTRUCTION = """\
 Below is a problem about Python programs. Reason about it step by step between <think> and </think>. \
 Then write the final answer between <answer> and </answer>, in the format that the problem asks for, \
 and stop."""
-FRAME = INSTRUCTION + "\n\n### Problem\n{question}\n\n### Response\n<think>"
+TURN = "\n\n### Problem\n{question}\n\n### Response\n<think>"
+FRAME = INSTRUCTION + TURN
 CHAT_FRAME = INSTRUCTION + "\n\n{question}"
 THINK = "<think>"  # opened in the prompt, so that every response starts inside its thought
 
@@ -113,7 +128,23 @@ def f(...):
 _REFERENCE = ("Reference task:\n```python\n{program}\n```\n"
               "```input\n{input}\n```\n```output\n{output}\n```\n\n")
 
+_TRIPLET_SHOT = """\
+Write a new function f and an input, so that one has to think to {aim}.<think>f({input}) returns {output}.</think>
+<answer>
+```python
+{program}
+```
+```input
+{input}
+```
+</answer>"""
+
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
+
+
+def framed(turns):
+    """Questions and responses by turns, the last a question, as a base model's prompt."""
+    return INSTRUCTION + "".join(text if i % 2 else TURN.replace("{question}", text) for i, text in enumerate(turns))
 
 
 def propose_prompt(kind, references=(), program="", count=10):
@@ -125,9 +156,44 @@ def propose_prompt(kind, references=(), program="", count=10):
 
 def solve_prompt(task):
     """The solver's question. Of an induction task it shows the message and the shown half only."""
-    shown, _ = split_pairs(task)
-    pairs = "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in shown)
-    return _fill(KINDS[task.type].solve, asdict(task) | {"pairs": pairs})
+    return _fill(KINDS[task.type].solve, _slots(task))
+
+
+def proposer_turns(frame, kind, references=(), program="", count=10):
+    """A proposer's prompt as turns: [earlier question, its response, …, the question].
+
+    Frame "long" is the question alone. In the frame "examples" the references are earlier responses, with as
+    many of EXAMPLES before them as make it at least SHOTS. The identity is no example.
+    """
+    if frame == "long" or not KINDS[kind].propose_example:
+        return [propose_prompt(kind, references, program, count)]
+    references = [task for task in references if task.program != ZERO_TRIPLET.program]
+    shown = map(_slots, [*EXAMPLES[:max(0, SHOTS - len(references))], *references])
+    return _turns(KINDS[kind].propose_example, shown, {"program": program, "count": str(count)})
+
+
+def solver_turns(frame, task):
+    """A solver's prompt as turns; in the frame "examples" the earlier ones are EXAMPLES, with their thoughts."""
+    kind = KINDS[task.type]
+    if frame == "long" or not kind.solve_example:
+        return [solve_prompt(task)]
+    shown = [_slots(example) | {"thought": thought} for example, thought in zip(EXAMPLES, kind.thoughts)]
+    return _turns(kind.solve_example, shown, _slots(task))
+
+
+def _turns(example, shown, asked):
+    question, response = example.split(THINK)
+    earlier = [_fill(text, slots) for slots in shown for text in (question, response)]
+    return [*earlier, _fill(question, asked)]
+
+
+def _slots(task):
+    pairs, _ = split_pairs(task)
+    return asdict(task) | {
+        "pairs": "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in pairs),
+        "calls": "".join(f">>> f({i})\n{o}\n" for i, o in pairs),
+        "inputs": "".join(f"```input\n{text}\n```\n" for text in task.inputs),
+        "count": str(len(task.inputs))}
 
 
 def _fill(template, fields):
@@ -232,12 +298,24 @@ class Kind:
     judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
+    propose_example: str = ""     # in the frame "examples": a short question, <think> and the response to it, with
+    solve_example: str = ""       # the slots of a Task's fields, {count}, {calls} and {thought}; "": the long question
+    thoughts: tuple = ()       # the solver's, one for each of EXAMPLES
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
 
 KINDS = {
     "deduction": Kind(
+        propose_example=_TRIPLET_SHOT.replace("{aim}", "predict its output"),
+        solve_example="""\
+```python
+{program}
+```
+What does f({input}) return?<think>{thought}</think>
+<answer>{output}</answer>""",
+        thoughts=("135 // 60 is 2, and 135 % 60 is 15.", "20 becomes 10, 5, 2, 1: that takes 4 steps.",
+                  "Only tea costs at most 5."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
         solve="""\
@@ -257,6 +335,15 @@ Give the returned value as a Python literal in one fenced block:
         tag="output", hidden="output", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(None, answer, task.output)]),
     "abduction": Kind(
+        propose_example=_TRIPLET_SHOT.replace("{aim}", "find an input from its output"),
+        solve_example="""\
+```python
+{program}
+```
+Find an input with which f returns {output}.<think>{thought}</think>
+<answer>{input}</answer>""",
+        thoughts=("2 * 60 + 15 is 135.", "Backwards from 1, doubling 4 times: 16. Any number up to 31 will do.",
+                  "Tea must cost at most the budget, and the others more."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
 this value."""),
@@ -278,6 +365,25 @@ Give the input, as it would stand between the parentheses of the call f(...), in
         tag="input", hidden="input", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(task.program, answer, task.output)]),
     "induction": Kind(
+        propose_example="""\
+```python
+{program}
+```
+Write {count} inputs for f, and a message that helps to find f.<think>f has these cases.</think>
+<answer>
+{inputs}```message
+{message}
+```
+</answer>""",
+        solve_example="""\
+{calls}{message} Write f.<think>{thought}</think>
+<answer>
+```python
+{program}
+```
+</answer>""",
+        thoughts=("60 gives (1, 0), so the parts are the quotient and the remainder.",
+                  "8 becomes 4, 2, 1, which are 3 steps.", "Keep the names whose price is in the budget."),
         propose="""\
 Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
 {count} inputs for it, and a message. The solver will never see the function: from the message and \
@@ -443,8 +549,10 @@ class TaskBuffer:
         bucket, name = self.tasks[task.type], KINDS[task.type].hidden
         return sum(getattr(other, name) == getattr(task, name) for other in bucket) / max(1, len(bucket))
 
-    def references(self, k):
-        """At most k different tasks, uniform over deduction ∪ abduction."""
+    def references(self, k, kind=None):
+        """At most k different tasks, uniform over deduction ∪ abduction, or over those of a type."""
+        if kind:
+            return self.rng.sample(self.tasks[kind], min(k, len(self.tasks[kind])))
         self.pool = self.pool or list({task.program: task for task in self._triplets()}.values())
         return self.rng.sample(self.pool, min(k, len(self.pool)))
 

@@ -59,6 +59,8 @@ class Config:
     references: int = setting("K: tasks from the buffer that the proposer is shown; 0 shows none", 2, 6, 6)
     inputs: int = setting("N: inputs of an induction task; half of them stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
+    frame: str = setting("prompts: the long instruction, or a few worked examples and references as such",
+                         "long", "examples", "long", choices=("long", "examples"))
     max_prompt: int = setting("tokens of a prompt; references leave until it fits", 512, 4096, 6144, low=1)
     max_response: int = setting("tokens of a response; longer ones are malformed", 96, 2048, 8096, low=1)
 
@@ -133,7 +135,8 @@ def train(cfg, run):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, rows=cfg.generate_batch)
+    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
+                         rows=cfg.generate_batch, frame=cfg.frame)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
