@@ -61,14 +61,12 @@ ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'H
 
 # Worked examples for models that must be shown the format. Our own, and unlike any held-out or public task.
 EXAMPLES = (
-    Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
-         ("135", "60", "59", "0"), ("(2, 15)", "(1, 0)", "(0, 59)", "(0, 0)"), "Minutes become hours and minutes."),
-    Task("deduction", "def f(n):\n    steps = 0\n    while n > 1:\n        n = n // 2\n        steps += 1\n    return steps",
-         "20", "4", ("20", "8", "1", "7"), ("4", "3", "0", "2"), "How often can a number be halved?"),
-    Task("deduction", "def f(prices, budget):\n    return [name for name in prices if prices[name] <= budget]",
-         "{'tea': 3, 'cake': 9}, 5", "['tea']",
-         ("{'tea': 3, 'cake': 9}, 5", "{'pen': 2}, 2", "{}, 7", "{'jam': 4}, 1"),
-         ("['tea']", "['pen']", "[]", "[]"), "Names that are not too dear."),
+    Task("deduction", "def f(hours, minutes):\n    return hours * 60 + minutes", "2, 15", "135",
+         ("2, 15", "0, 5", "1, 0", "3, 3"), ("135", "5", "60", "183"), "The minutes since midnight."),
+    Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
+         ("13", "5", "12", "40"), ("'adult'", "'child'", "'child'", "'adult'"), "Who pays the full price?"),
+    Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
+         ("[4, 9, 6]", "[7]", "[1, 2]", "[3, 3, 8]"), ("5", "0", "1", "5"), "How far the prices lie apart."),
 )
 SHOTS = 3  # earlier responses that a proposer is shown at least
 
@@ -129,7 +127,7 @@ _REFERENCE = ("Reference task:\n```python\n{program}\n```\n"
               "```input\n{input}\n```\n```output\n{output}\n```\n\n")
 
 _TRIPLET_SHOT = """\
-Write a new function f and an input, so that one has to think to {aim}.<think>f({input}) returns {output}.</think>
+Write a new function f and an input, so that one has to think to {aim}.<think>This is new.</think>
 <answer>
 ```python
 {program}
@@ -314,8 +312,7 @@ KINDS = {
 ```
 What does f({input}) return?<think>{thought}</think>
 <answer>{output}</answer>""",
-        thoughts=("135 // 60 is 2, and 135 % 60 is 15.", "20 becomes 10, 5, 2, 1: that takes 4 steps.",
-                  "Only tea costs at most 5."),
+        thoughts=("2 * 60 + 15 is 135.", "13 < 13 is false.", "9 - 4 is 5."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
         solve="""\
@@ -342,8 +339,7 @@ Give the returned value as a Python literal in one fenced block:
 ```
 Find an input with which f returns {output}.<think>{thought}</think>
 <answer>{input}</answer>""",
-        thoughts=("2 * 60 + 15 is 135.", "Backwards from 1, doubling 4 times: 16. Any number up to 31 will do.",
-                  "Tea must cost at most the budget, and the others more."),
+        thoughts=("135 - 2 * 60 is 15.", "13 is not under 13.", "9 - 4 is 5."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
 this value."""),
@@ -369,7 +365,7 @@ Give the input, as it would stand between the parentheses of the call f(...), in
 ```python
 {program}
 ```
-Write {count} inputs for f, and a message that helps to find f.<think>f has these cases.</think>
+Write {count} inputs for f, and a message that helps to find f.<think>This is new.</think>
 <answer>
 {inputs}```message
 {message}
@@ -382,8 +378,7 @@ Write {count} inputs for f, and a message that helps to find f.<think>f has thes
 {program}
 ```
 </answer>""",
-        thoughts=("60 gives (1, 0), so the parts are the quotient and the remainder.",
-                  "8 becomes 4, 2, 1, which are 3 steps.", "Keep the names whose price is in the budget."),
+        thoughts=("2, 15 gives 2 * 60 + 15.", "5 is under 13.", "9 - 4 is 5."),
         propose="""\
 Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
 {count} inputs for it, and a message. The solver will never see the function: from the message and \
@@ -520,7 +515,8 @@ class TaskBuffer:
         self.tasks = {kind: [] for kind in KINDS}
         self.pool = None  # what `references` draws from, until the next task
         self.kept = dict.fromkeys(KINDS, 0)  # the first so many tasks of a type are never thrown out
-        self.seen = set()  # fingerprints of all programs ever accepted, also of those thrown out since
+        # fingerprints of all programs ever accepted, also of those thrown out since; EXAMPLES are no news either
+        self.seen = {fingerprint(task.program) for task in EXAMPLES}
         for kind in KINDS:
             if KINDS[kind].is_triplet:
                 self.add(replace(ZERO_TRIPLET, type=kind))

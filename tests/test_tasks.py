@@ -5,8 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from rewards import is_correct
 from tasks import (
+    EXAMPLES,
+    FRAME,
+    KINDS,
     OUTPUT_LIMIT,
+    SHOTS,
     TASK_TYPES,
     ZERO_TRIPLET,
     Task,
@@ -16,10 +21,13 @@ from tasks import (
     fenced_blocks,
     final_answer,
     fingerprint,
+    framed,
     parse_answer,
     parse_proposal,
     propose_prompt,
+    proposer_turns,
     solve_prompt,
+    solver_turns,
     split_pairs,
     within_limits,
 )
@@ -70,6 +78,58 @@ def test_no_placeholder_is_left_in_any_prompt():
     for kind in TASK_TYPES:
         for prompt in (propose_prompt(kind, [ZERO_TRIPLET], "P", 5), solve_prompt(replace(INDUCTION, type=kind, message="m", program="P"))):
             assert not any("{" + name + "}" in prompt for name in ("program", "input", "output", "pairs", "message", "references", "count", "what_the_solver_does"))
+
+
+# --- the frame of worked examples
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_examples_are_right_in_every_part(kind, executor):
+    entry = KINDS[kind]
+    for example in (replace(task, type=kind) for task in EXAMPLES):
+        done = entry.complete(example, executor.validate(entry.runs(example)))
+        assert (done.output, done.outputs) == (example.output, example.outputs) and not within_limits(done)
+    for turns, parse in ((proposer_turns("examples", kind, program=PROGRAM), lambda text: parse_proposal(kind, text)),
+                         (solver_turns("examples", replace(INDUCTION, type=kind)), lambda text: parse_answer(kind, text))):
+        assert len(turns) == 2 * len(EXAMPLES) + 1 and all(map(parse, turns[1::2]))
+    answers = [parse_answer(kind, text) for text in turns[1::2]]
+    assert is_correct([replace(task, type=kind) for task in EXAMPLES], answers, executor) == [True] * len(EXAMPLES)
+    assert len(entry.thoughts) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_references_are_earlier_responses_and_replace_the_examples(kind):
+    task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
+    for count in range(6):
+        turns = proposer_turns("examples", kind, [task] * count, PROGRAM, 7)
+        assert len(turns) == 2 * max(SHOTS, count) + 1
+        assert [task.message in text or task.input in text for text in turns[1::2]].count(True) == count
+    parsed = parse_proposal(kind, turns[-2], task.program)
+    assert (parsed.program, parsed.input or parsed.inputs) == (task.program, task.inputs if kind == "induction" else task.input)
+    assert all("{" + name + "}" not in text for text in turns for name in ("count", "inputs", "aim"))
+    assert len(proposer_turns("examples", kind, [ZERO_TRIPLET], PROGRAM)) == 2 * SHOTS + 1  # it shows nothing
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_solver_of_examples_is_shown_all_but_what_it_must_find(kind):
+    task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
+    question = solver_turns("examples", task)[-1]
+    shown = {"deduction": (PROGRAM, "'in put'"), "abduction": (PROGRAM, "'out put'"), "induction": ("f(2)", "B", task.message)}
+    hidden = {"deduction": ["'out put'"], "abduction": ["'in put'"], "induction": [PROGRAM, "f(3)", "C"]}
+    assert all(text in question for text in shown[kind]) and not any(text in question for text in hidden[kind])
+
+
+def test_the_long_frame_is_one_turn_and_so_is_a_type_without_examples(monkeypatch):
+    assert solver_turns("long", INDUCTION) == [solve_prompt(INDUCTION)]
+    assert proposer_turns("long", "induction", (), PROGRAM, 5) == [propose_prompt("induction", program=PROGRAM, count=5)]
+    assert framed(["What?"]) == FRAME.replace("{question}", "What?")
+    monkeypatch.setitem(KINDS, "induction", replace(KINDS["induction"], propose_example="", solve_example=""))
+    assert solver_turns("examples", INDUCTION) == [solve_prompt(INDUCTION)]
+    assert len(proposer_turns("examples", "induction", (), PROGRAM)) == 1
+
+
+def test_a_copy_of_an_example_is_no_new_task():
+    buffer = TaskBuffer(10, random.Random(0))
+    assert buffer.is_repeat(EXAMPLES[0]) and not buffer.is_repeat(Task("deduction", program(1), "5", "6"))
 
 
 # --- parsing
