@@ -59,15 +59,19 @@ class Task:
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
-# Worked examples for models that must be shown the format. Our own, and unlike any held-out or public task.
-EXAMPLES = (
+# Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
+# held-out or public task.
+EXAMPLES = {
     Task("deduction", "def f(hours, minutes):\n    return hours * 60 + minutes", "2, 15", "135",
-         ("2, 15", "0, 5", "1, 0", "3, 3"), ("135", "5", "60", "183"), "The minutes since midnight."),
+         ("2, 15", "0, 5", "1, 0", "3, 3"), ("135", "5", "60", "183"), "The minutes since midnight."):
+    "f(2, 15) is 2 * 60 + 15.",
     Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
-         ("13", "5", "12", "40"), ("'adult'", "'child'", "'child'", "'adult'"), "Who pays the full price?"),
+         ("13", "5", "12", "40"), ("'adult'", "'child'", "'child'", "'adult'"), "Who pays the full price?"):
+    "f(13) is 'adult', as 13 < 13 is false.",
     Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
-         ("[4, 9, 6]", "[7]", "[1, 2]", "[3, 3, 8]"), ("5", "0", "1", "5"), "How far the prices lie apart."),
-)
+         ("[4, 9, 6]", "[7]", "[1, 2]", "[3, 3, 8]"), ("5", "0", "1", "5"), "How far the prices lie apart."):
+    "f([4, 9, 6]) is 9 - 4.",
+}
 SHOTS = 3  # earlier responses that a proposer is shown at least
 
 
@@ -166,7 +170,7 @@ def proposer_turns(frame, kind, references=(), program="", count=10):
     if frame == "long" or not KINDS[kind].propose_example:
         return [propose_prompt(kind, references, program, count)]
     references = [task for task in references if task.program != ZERO_TRIPLET.program]
-    shown = map(_slots, [*EXAMPLES[:max(0, SHOTS - len(references))], *references])
+    shown = map(_slots, [*[*EXAMPLES][:max(0, SHOTS - len(references))], *references])
     return _turns(KINDS[kind].propose_example, shown, {"program": program, "count": str(count)})
 
 
@@ -175,7 +179,7 @@ def solver_turns(frame, task):
     kind = KINDS[task.type]
     if frame == "long" or not kind.solve_example:
         return [solve_prompt(task)]
-    shown = [_slots(example) | {"thought": thought} for example, thought in zip(EXAMPLES, kind.thoughts)]
+    shown = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
     return _turns(kind.solve_example, shown, _slots(task))
 
 
@@ -298,7 +302,6 @@ class Kind:
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
     propose_example: str = ""     # in the frame "examples": a short question, <think> and the response to it, with
     solve_example: str = ""       # the slots of a Task's fields, {count}, {calls} and {thought}; "": the long question
-    thoughts: tuple = ()       # the solver's, one for each of EXAMPLES
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
@@ -312,7 +315,6 @@ KINDS = {
 ```
 What does f({input}) return?<think>{thought}</think>
 <answer>{output}</answer>""",
-        thoughts=("2 * 60 + 15 is 135.", "13 < 13 is false.", "9 - 4 is 5."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
         solve="""\
@@ -339,7 +341,6 @@ Give the returned value as a Python literal in one fenced block:
 ```
 Find an input with which f returns {output}.<think>{thought}</think>
 <answer>{input}</answer>""",
-        thoughts=("135 - 2 * 60 is 15.", "13 is not under 13.", "9 - 4 is 5."),
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
 this value."""),
@@ -378,7 +379,6 @@ Write {count} inputs for f, and a message that helps to find f.<think>This is ne
 {program}
 ```
 </answer>""",
-        thoughts=("2, 15 gives 2 * 60 + 15.", "5 is under 13.", "9 - 4 is 5."),
         propose="""\
 Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
 {count} inputs for it, and a message. The solver will never see the function: from the message and \
