@@ -38,8 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from executor import parse_literal, same
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
-from tasks import (CHAT_FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
-                   framed, parse_answer, parse_proposal, proposer_turns, solver_turns, within_limits)
+from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
+                   parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
 
@@ -87,7 +87,7 @@ class Policy:
     end_ids: frozenset       # every token that ends a response (instruct models have several)
     pad_id: int              # never trained or attended to: masks come from lengths, not from ids
     chat: bool               # whether prompts go through the chat template
-    frame: str = "long"      # how prompts are framed: see tasks.proposer_turns
+    frame: str = "long"      # the long question, or "examples" before a short one: see tasks.propose_prompt
     rows: int = 0            # rows generated at once; 0: from free memory
     micro_tokens: float = math.inf  # tokens of a micro-batch that fit, once the update has run out of memory
     clock: Counter = field(default_factory=Counter)  # seconds by phase, and tokens sampled
@@ -96,15 +96,11 @@ class Policy:
     def device(self):
         return self.causal.device
 
-    def encode(self, *turns):
-        """A question as token ids, framed for a base or an instruct model, with <think> opened.
-
-        turns: the question, or earlier questions and their responses before it. These are read as plain text
-        by instruct models too: SmolLM2 follows the format four times as often as through its chat template.
-        """
-        if not self.chat or len(turns) > 1:
-            return self.tokenizer(framed(turns)).input_ids
-        turn = [{"role": "user", "content": CHAT_FRAME.replace("{question}", turns[0])}]
+    def encode(self, question):
+        """A question as token ids, framed for a base or an instruct model, with <think> opened."""
+        if not self.chat:
+            return self.tokenizer(FRAME.replace("{question}", question)).input_ids
+        turn = [{"role": "user", "content": CHAT_FRAME.replace("{question}", question)}]
         text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         if not text.rstrip().endswith(THINK):  # some templates open the thought themselves
             text += THINK
@@ -186,7 +182,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         # active in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(peft_model, model, tokenizer, frozenset(ends), pad,
-                  chat=bool(tokenizer.chat_template), rows=rows, frame=frame)
+                  chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame)
 
 
 def _load_weights(name, dtype, in_4bit, device):
@@ -316,7 +312,7 @@ def _question(policy, buffer, kind, cfg):
         references = buffer.references(cfg.references, kind) if policy.frame == "examples" else []
     program = "" if own_program else buffer.program()
     while True:
-        ids = policy.encode(*proposer_turns(policy.frame, kind, references, program, cfg.inputs))
+        ids = policy.encode(propose_prompt(kind, references, program, cfg.inputs, policy.frame))
         if len(ids) <= cfg.max_prompt:
             return ids, references, program
         if references:  # long references leave, never half of one
@@ -336,7 +332,7 @@ def _complete(policy, rollout, draft, runs, max_prompt):
                               f"its runs make no {draft.type} task")  # inputs that are all the same, say
     elif problem := within_limits(task):
         rollout.reason = f"too long: {problem}"
-    elif len(policy.encode(*solver_turns(policy.frame, task))) > max_prompt:
+    elif len(policy.encode(solve_prompt(task, policy.frame))) > max_prompt:
         rollout.reason = f"too long: the solver's prompt would be over {max_prompt} tokens"
     if not rollout.reason:
         rollout.task, rollout.verdict = task, Verdict.VALID
@@ -352,7 +348,7 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
     In the order of `tasks`, the copies of a task next to each other.
     """
-    requests = [(task.type, policy.encode(*solver_turns(policy.frame, task))) for task in tasks]
+    requests = [(task.type, policy.encode(solve_prompt(task, policy.frame))) for task in tasks]
     rollouts = _sample(policy, "solve", requests, cfg.max_response, copies, greedy)
     owners = [task for task in tasks for _ in range(copies)]
     answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]

@@ -23,11 +23,9 @@ from functools import lru_cache
 TASK_TYPES = ("deduction", "abduction", "induction")  # the paper's
 ROLES = ("propose", "solve")
 
-OUTPUT_LIMIT = 400    # characters of an output; a task with a longer one is invalid, nothing is ever cut
-INPUT_LIMIT = 400     # characters of an input
-PROGRAM_LIMIT = 3000  # characters of a program
-MESSAGE_LIMIT = 1000  # characters of an induction message
-NESTING_LIMIT = 100   # levels of a program's syntax tree
+# characters; a task with a longer part is invalid, nothing is ever cut
+LIMITS = {"program": 3000, "input": 400, "output": 400, "message": 1000}
+NESTING_LIMIT = 100  # levels of a program's syntax tree
 
 
 class UsageError(ValueError):
@@ -93,8 +91,8 @@ INSTRUCTION = """\
 Below is a problem about Python programs. Reason about it step by step between <think> and </think>. \
 Then write the final answer between <answer> and </answer>, in the format that the problem asks for, \
 and stop."""
-TURN = "\n\n### Problem\n{question}\n\n### Response\n<think>"
-FRAME = INSTRUCTION + TURN
+PROBLEM, RESPONSE = "\n\n### Problem\n", "\n\n### Response\n<think>"
+FRAME = INSTRUCTION + PROBLEM + "{question}" + RESPONSE
 CHAT_FRAME = INSTRUCTION + "\n\n{question}"
 THINK = "<think>"  # opened in the prompt, so that every response starts inside its thought
 
@@ -131,7 +129,10 @@ _REFERENCE = ("Reference task:\n```python\n{program}\n```\n"
               "```input\n{input}\n```\n```output\n{output}\n```\n\n")
 
 _TRIPLET_SHOT = """\
-Write a new function f and an input, so that one has to think to {aim}.<think>This is new.</think>
+Write a new function f and an input, so that one has to think to {aim}.
+
+### Response
+<think>This is new.</think>
 <answer>
 ```python
 {program}
@@ -144,49 +145,34 @@ Write a new function f and an input, so that one has to think to {aim}.<think>Th
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
 
-def framed(turns):
-    """Questions and responses by turns, the last a question, as a base model's prompt."""
-    return INSTRUCTION + "".join(text if i % 2 else TURN.replace("{question}", text) for i, text in enumerate(turns))
+def propose_prompt(kind, references=(), program="", count=10, frame="long"):
+    """The proposer's question: K references for a type that brings its own program, else one program.
 
-
-def propose_prompt(kind, references=(), program="", count=10):
-    """The proposer's question: K references for a type that brings its own program, else one program."""
-    fields = {"references": "".join(_fill(_REFERENCE, asdict(task)) for task in references),
-              "program": program, "count": str(count)}
-    return _fill(KINDS[kind].propose, fields)
-
-
-def solve_prompt(task):
-    """The solver's question. Of an induction task it shows the message and the shown half only."""
-    return _fill(KINDS[task.type].solve, _slots(task))
-
-
-def proposer_turns(frame, kind, references=(), program="", count=10):
-    """A proposer's prompt as turns: [earlier question, its response, …, the question].
-
-    Frame "long" is the question alone. In the frame "examples" the references are earlier responses, with as
-    many of EXAMPLES before them as make it at least SHOTS. The identity is no example.
+    In the frame "examples" the references, of any type, are earlier responses; EXAMPLES make up the number to
+    SHOTS, and stand for the identity, which shows nothing.
     """
-    if frame == "long" or not KINDS[kind].propose_example:
-        return [propose_prompt(kind, references, program, count)]
-    references = [task for task in references if task.program != ZERO_TRIPLET.program]
-    shown = map(_slots, [*[*EXAMPLES][:max(0, SHOTS - len(references))], *references])
-    return _turns(KINDS[kind].propose_example, shown, {"program": program, "count": str(count)})
+    example = KINDS[kind].propose_example
+    if frame == "long" or not example:
+        shown = "".join(_fill(_REFERENCE, asdict(task)) for task in references)
+        return _fill(KINDS[kind].propose, {"references": shown, "program": program, "count": str(count)})
+    shown = [task for task in references if task.program != ZERO_TRIPLET.program]
+    shown = [*EXAMPLES][:max(0, SHOTS - len(shown))] + shown
+    return _few_shot(example, map(_slots, shown), {"program": program})
 
 
-def solver_turns(frame, task):
-    """A solver's prompt as turns; in the frame "examples" the earlier ones are EXAMPLES, with their thoughts."""
+def solve_prompt(task, frame="long"):
+    """The solver's question, after EXAMPLES in that frame. Of an induction task it shows the message and half."""
     kind = KINDS[task.type]
     if frame == "long" or not kind.solve_example:
-        return [solve_prompt(task)]
+        return _fill(kind.solve, _slots(task))
     shown = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
-    return _turns(kind.solve_example, shown, _slots(task))
+    return _few_shot(kind.solve_example, shown, _slots(task))
 
 
-def _turns(example, shown, asked):
-    question, response = example.split(THINK)
-    earlier = [_fill(text, slots) for slots in shown for text in (question, response)]
-    return [*earlier, _fill(question, asked)]
+def _few_shot(example, shown, asked):
+    """Earlier problems with their responses, then a problem: what FRAME takes as one question."""
+    earlier = "".join(_fill(example, slots) + PROBLEM for slots in shown)
+    return earlier + _fill(example.partition(RESPONSE)[0], asked)
 
 
 def _slots(task):
@@ -194,8 +180,7 @@ def _slots(task):
     return asdict(task) | {
         "pairs": "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in pairs),
         "calls": "".join(f">>> f({i})\n{o}\n" for i, o in pairs),
-        "inputs": "".join(f"```input\n{text}\n```\n" for text in task.inputs),
-        "count": str(len(task.inputs))}
+        "inputs": "".join(f"```input\n{text}\n```\n" for text in task.inputs)}
 
 
 def _fill(template, fields):
@@ -214,13 +199,9 @@ def final_answer(response):
     >>> final_answer("2 + 2 = 4</think> <answer>4</answer>")
     '4'
     """
-    _, closed, rest = response.partition("</think>")
-    rest = rest.strip()
-    inner = rest[len("<answer>"):-len("</answer>")]
-    if not (closed and rest.startswith("<answer>") and rest.endswith("</answer>")
-            and len(rest) >= len("<answer></answer>") and "answer>" not in inner):
-        return None
-    return inner.strip()
+    _, _, rest = response.partition("</think>")
+    match = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", rest, re.S)
+    return match[1].strip() if match and "answer>" not in match[1] else None
 
 
 def fenced_blocks(text, tag):
@@ -300,8 +281,8 @@ class Kind:
     judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
-    propose_example: str = ""     # in the frame "examples": a short question, <think> and the response to it, with
-    solve_example: str = ""       # the slots of a Task's fields, {count}, {calls} and {thought}; "": the long question
+    propose_example: str = ""  # short question, RESPONSE and response; its slots are the fields of Task, {calls}
+    solve_example: str = ""    # and {inputs} as blocks; of the solver also {thought}. "": always the long question
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
@@ -313,7 +294,10 @@ KINDS = {
 ```python
 {program}
 ```
-What does f({input}) return?<think>{thought}</think>
+What does f({input}) return?
+
+### Response
+<think>{thought}</think>
 <answer>{output}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
@@ -339,7 +323,10 @@ Give the returned value as a Python literal in one fenced block:
 ```python
 {program}
 ```
-Find an input with which f returns {output}.<think>{thought}</think>
+Find an input with which f returns {output}.
+
+### Response
+<think>{thought}</think>
 <answer>{input}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
@@ -366,14 +353,20 @@ Give the input, as it would stand between the parentheses of the call f(...), in
 ```python
 {program}
 ```
-Write {count} inputs for f, and a message that helps to find f.<think>This is new.</think>
+Write inputs for f, and a message that helps to find f.
+
+### Response
+<think>This is new.</think>
 <answer>
 {inputs}```message
 {message}
 ```
 </answer>""",
         solve_example="""\
-{calls}{message} Write f.<think>{thought}</think>
+{calls}{message} Write f.
+
+### Response
+<think>{thought}</think>
 <answer>
 ```python
 {program}
@@ -430,11 +423,8 @@ def f(...):
 
 def within_limits(task):
     """'' if the task is short enough to be shown to a solver, else one line that says what is not."""
-    for name, texts, limit in (("program", [task.program], PROGRAM_LIMIT),
-                               ("input", [task.input, *task.inputs], INPUT_LIMIT),
-                               ("output", [task.output, *task.outputs], OUTPUT_LIMIT),
-                               ("message", [task.message], MESSAGE_LIMIT)):
-        longest = max(map(len, texts))
+    for name, limit in LIMITS.items():
+        longest = max(map(len, [getattr(task, name), *getattr(task, name + "s", ())]))
         if longest > limit:
             return f"the {name} has {longest} characters, at most {limit} are allowed"
     if _anatomy(task.program).depth > NESTING_LIMIT:
@@ -442,7 +432,7 @@ def within_limits(task):
     return ""
 
 
-Anatomy = namedtuple("Anatomy", "fingerprint depth branches edges")
+Anatomy = namedtuple("Anatomy", "fingerprint depth edges")
 BRANCHES = {ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case,
             ast.comprehension}
 CHAINS = {ast.comprehension, ast.BoolOp}  # each child after the second is one more branch
@@ -469,9 +459,7 @@ def _anatomy(program):
         text = ast.dump(tree) if depth <= NESTING_LIMIT else program
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         text, depth = program, NESTING_LIMIT + 1
-    branches = sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
-                   for (parent, child), count in edges.items())
-    return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, branches, edges)
+    return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, edges)
 
 
 def fingerprint(program):
@@ -485,7 +473,8 @@ def complexity(program):
     >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
     4
     """
-    return 1 + _anatomy(program).branches
+    return 1 + sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
+                   for (parent, child), count in _anatomy(program).edges.items())
 
 
 def edit_distance(program, other):
@@ -513,23 +502,19 @@ class TaskBuffer:
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
         self.tasks = {kind: [] for kind in KINDS}
-        self.pool = None  # what `references` draws from, until the next task
-        self.kept = dict.fromkeys(KINDS, 0)  # the first so many tasks of a type are never thrown out
-        # fingerprints of all programs ever accepted, also of those thrown out since; EXAMPLES are no news either
+        # fingerprints of EXAMPLES and of all programs ever accepted, also of those thrown out since
         self.seen = {fingerprint(task.program) for task in EXAMPLES}
         for kind in KINDS:
             if KINDS[kind].is_triplet:
                 self.add(replace(ZERO_TRIPLET, type=kind))
-                self.kept[kind] = 1
+        self.protect()
 
     def protect(self):
-        """From now on keep all tasks that are there, but at most half of the capacity."""
-        for kind, bucket in self.tasks.items():
-            self.kept[kind] = max(self.kept[kind], min(len(bucket), self.capacity // 2))
+        """From now on keep all tasks that are there (a type's first), but at most half of the capacity."""
+        self.kept = {kind: min(len(bucket), self.capacity // 2) for kind, bucket in self.tasks.items()}
 
     def add(self, task):
         bucket = self.tasks[task.type]
-        self.pool = None
         self.seen.add(fingerprint(task.program))
         if len(bucket) < self.capacity:
             bucket.append(task)
@@ -546,11 +531,10 @@ class TaskBuffer:
         return sum(getattr(other, name) == getattr(task, name) for other in bucket) / max(1, len(bucket))
 
     def references(self, k, kind=None):
-        """At most k different tasks, uniform over deduction ∪ abduction, or over those of a type."""
-        if kind:
-            return self.rng.sample(self.tasks[kind], min(k, len(self.tasks[kind])))
-        self.pool = self.pool or list({task.program: task for task in self._triplets()}.values())
-        return self.rng.sample(self.pool, min(k, len(self.pool)))
+        """At most k tasks of different programs, uniform over deduction ∪ abduction, or over one type."""
+        pool = self.tasks[kind] if kind else self._triplets()
+        pool = list({task.program: task for task in pool}.values())
+        return self.rng.sample(pool, min(k, len(pool)))
 
     def program(self):
         """One program, uniform over deduction ∪ abduction: what an induction task starts from."""
@@ -566,10 +550,9 @@ class TaskBuffer:
         taken = set(fresh)
         rest = [task for task in self.tasks[kind] if task not in taken]
         missing = size - len(fresh)
-        if missing <= len(rest):
-            return fresh + self.rng.sample(rest, missing)
-        pool = self.tasks[kind]
-        return fresh + rest + [self.rng.choice(pool) for _ in range(missing - len(rest)) if pool]
+        if missing <= len(rest) or not self.tasks[kind]:
+            return fresh + self.rng.sample(rest, min(missing, len(rest)))
+        return fresh + rest + self.rng.choices(self.tasks[kind], k=missing - len(rest))
 
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
@@ -578,7 +561,7 @@ class TaskBuffer:
 
     def restore(self, state):
         self.tasks = {kind: [Task.from_dict(t) for t in tasks] for kind, tasks in state["tasks"].items()}
-        self.kept, self.seen, self.pool = dict(state["kept"]), set(state["seen"]), None
+        self.kept, self.seen = dict(state["kept"]), set(state["seen"])
 
     def _triplets(self):
         return [task for kind, tasks in self.tasks.items() if KINDS[kind].is_triplet for task in tasks]

@@ -10,7 +10,9 @@ from tasks import (
     EXAMPLES,
     FRAME,
     KINDS,
-    OUTPUT_LIMIT,
+    LIMITS,
+    PROBLEM,
+    RESPONSE,
     SHOTS,
     TASK_TYPES,
     ZERO_TRIPLET,
@@ -21,13 +23,10 @@ from tasks import (
     fenced_blocks,
     final_answer,
     fingerprint,
-    framed,
     parse_answer,
     parse_proposal,
     propose_prompt,
-    proposer_turns,
     solve_prompt,
-    solver_turns,
     split_pairs,
     within_limits,
 )
@@ -68,7 +67,7 @@ def test_proposer_sees_references_and_the_limit_that_is_enforced():
     prompt = propose_prompt("deduction", [ZERO_TRIPLET, INDUCTION])
     assert prompt.count("Reference task:") == 2 and ZERO_TRIPLET.program in prompt
     assert "Reference task:" not in propose_prompt("abduction")
-    assert f"at most {OUTPUT_LIMIT} characters" in prompt
+    assert f"at most {LIMITS['output']} characters" in prompt
     assert "7 inputs" in propose_prompt("induction", program=PROGRAM, count=7)
     assert PROGRAM in propose_prompt("induction", program=PROGRAM)
     assert propose_prompt("deduction") != propose_prompt("abduction")
@@ -82,48 +81,51 @@ def test_no_placeholder_is_left_in_any_prompt():
 
 # --- the frame of worked examples
 
+def responses(prompt):
+    """The earlier responses of a prompt, and its question."""
+    *earlier, question = (FRAME.replace("{question}", prompt).removesuffix(RESPONSE)).split(PROBLEM)[1:]
+    return [text.partition(RESPONSE)[2] for text in earlier], question
+
+
 @pytest.mark.parametrize("kind", TASK_TYPES)
 def test_examples_are_right_in_every_part(kind, executor):
-    entry = KINDS[kind]
-    for example in (replace(task, type=kind) for task in EXAMPLES):
+    entry, examples = KINDS[kind], [replace(task, type=kind) for task in EXAMPLES]
+    for example in examples:
         done = entry.complete(example, executor.validate(entry.runs(example)))
         assert (done.output, done.outputs) == (example.output, example.outputs) and not within_limits(done)
-    for turns, parse in ((proposer_turns("examples", kind, program=PROGRAM), lambda text: parse_proposal(kind, text)),
-                         (solver_turns("examples", replace(INDUCTION, type=kind)), lambda text: parse_answer(kind, text))):
-        assert len(turns) == 2 * len(EXAMPLES) + 1 and all(map(parse, turns[1::2]))
-    answers = [parse_answer(kind, text) for text in turns[1::2]]
-    assert is_correct([replace(task, type=kind) for task in EXAMPLES], answers, executor) == [True] * len(EXAMPLES)
+    said, _ = responses(propose_prompt(kind, program=PROGRAM, frame="examples"))
+    given = [parse_proposal(kind, text, example.program) for text, example in zip(said, examples, strict=True)]
+    assert [(task.program, task.input or task.inputs) for task in given] == [
+        (task.program, task.input if entry.own_program else task.inputs) for task in examples]
+    said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), "examples"))
+    assert is_correct(examples, [parse_answer(kind, text) for text in said], executor) == [True] * len(EXAMPLES)
 
 
 @pytest.mark.parametrize("kind", TASK_TYPES)
 def test_references_are_earlier_responses_and_replace_the_examples(kind):
     task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
     for count in range(6):
-        turns = proposer_turns("examples", kind, [task] * count, PROGRAM, 7)
-        assert len(turns) == 2 * max(SHOTS, count) + 1
-        assert [task.message in text or task.input in text for text in turns[1::2]].count(True) == count
-    parsed = parse_proposal(kind, turns[-2], task.program)
-    assert (parsed.program, parsed.input or parsed.inputs) == (task.program, task.inputs if kind == "induction" else task.input)
-    assert all("{" + name + "}" not in text for text in turns for name in ("count", "inputs", "aim"))
-    assert len(proposer_turns("examples", kind, [ZERO_TRIPLET], PROGRAM)) == 2 * SHOTS + 1  # it shows nothing
+        said, question = responses(propose_prompt(kind, [task] * count, PROGRAM, frame="examples"))
+        assert len(said) == max(SHOTS, count)
+        assert [task.message in text or task.input in text for text in said].count(True) == count
+        assert "{" not in question.replace(PROGRAM, "")
+    said, _ = responses(propose_prompt(kind, [ZERO_TRIPLET], PROGRAM, frame="examples"))
+    assert len(said) == SHOTS and not any("Hello" in text for text in said)  # the identity shows nothing
 
 
 @pytest.mark.parametrize("kind", TASK_TYPES)
 def test_solver_of_examples_is_shown_all_but_what_it_must_find(kind):
     task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
-    question = solver_turns("examples", task)[-1]
+    _, question = responses(solve_prompt(task, "examples"))
     shown = {"deduction": (PROGRAM, "'in put'"), "abduction": (PROGRAM, "'out put'"), "induction": ("f(2)", "B", task.message)}
     hidden = {"deduction": ["'out put'"], "abduction": ["'in put'"], "induction": [PROGRAM, "f(3)", "C"]}
     assert all(text in question for text in shown[kind]) and not any(text in question for text in hidden[kind])
 
 
-def test_the_long_frame_is_one_turn_and_so_is_a_type_without_examples(monkeypatch):
-    assert solver_turns("long", INDUCTION) == [solve_prompt(INDUCTION)]
-    assert proposer_turns("long", "induction", (), PROGRAM, 5) == [propose_prompt("induction", program=PROGRAM, count=5)]
-    assert framed(["What?"]) == FRAME.replace("{question}", "What?")
+def test_a_type_without_examples_has_its_long_question_in_both_frames(monkeypatch):
     monkeypatch.setitem(KINDS, "induction", replace(KINDS["induction"], propose_example="", solve_example=""))
-    assert solver_turns("examples", INDUCTION) == [solve_prompt(INDUCTION)]
-    assert len(proposer_turns("examples", "induction", (), PROGRAM)) == 1
+    assert solve_prompt(INDUCTION, "examples") == solve_prompt(INDUCTION) != ""
+    assert propose_prompt("induction", (), PROGRAM, 5, "examples") == propose_prompt("induction", (), PROGRAM, 5)
 
 
 def test_a_copy_of_an_example_is_no_new_task():
@@ -201,7 +203,7 @@ def test_split_pairs_hides_half():
 
 
 def test_limits_reject_and_say_what():
-    task = Task("deduction", "p", "1", "x" * OUTPUT_LIMIT)
+    task = Task("deduction", "p", "1", "x" * LIMITS["output"])
     assert within_limits(task) == ""
     assert "output has 401" in within_limits(replace(task, output="x" * 401))
     assert "output" in within_limits(replace(INDUCTION, outputs=("x" * 401,)))
