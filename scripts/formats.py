@@ -2,11 +2,12 @@
 
     python scripts/formats.py --model ~/smollm2          # a CPU: half an hour for a model of 135 M
 
-For each variant of the frame, role and task type, a seed round and a solver's batch as training runs them: its
-prompts, its sampling at temperature 1, its parsing, its sandbox. The solver is asked what the model itself
-proposed, and a worked example where it proposed nothing valid.
+For each variant of the frame, each role and task type: the proposals of one seeding round, then a solver's batch,
+with the prompts, the sampling at temperature 1, the parsing and the sandbox of training. `valid` is the share of
+valid proposals, and of correct solutions. What is solved are the model's own valid proposals, eight tries each
+(the worked examples where there are none); induction's programs are those of its valid triplets.
 Variants: `long` and `examples` are --frame's choices; `plain` is `long` without the chat template, for models that
-have one; `grown` is `examples` once the buffer holds the model's own tasks, with --references of them.
+have one; `grown` is `examples` with --references of the model's own tasks as earlier responses.
 """
 
 import argparse
@@ -27,28 +28,33 @@ from tasks import EXAMPLES, KINDS, TASK_TYPES, TaskBuffer, UsageError  # noqa: E
 from train import CARD, preset  # noqa: E402
 
 VARIANTS = ("long", "plain", "examples", "grown")
+TRIES = 8
 COLUMNS = "variant role type prompt well_formed valid truncated tokens".split()
 
 
 def measure(policy, executor, variant, cfg, types):
-    """Yields a row a role and type. The proposer goes first; a valid proposal becomes a task to solve."""
+    """Yields a row for each role and type."""
     policy.frame = "long" if variant in ("long", "plain") else "examples"
-    policy.chat = variant != "plain" and bool(policy.tokenizer.chat_template)
+    policy.chat = variant == "long" and bool(policy.tokenizer.chat_template)
     buffer = TaskBuffer(cfg.buffer, random.Random(cfg.seed))
     if variant == "grown":
-        grow(policy, executor, buffer, cfg, types)
+        store(buffer, draft(policy, executor, buffer, types, replace(cfg, references=0)))
+    else:
+        cfg = replace(cfg, references=0)
     for kind in types:
         rollouts = draft(policy, executor, buffer, [kind], cfg)
+        store(buffer, rollouts)
         yield row(variant, rollouts, Verdict.VALID)
         tasks = [rollout.task for rollout in rollouts if rollout.task]
-        tasks = (tasks or [replace(example, type=kind) for example in EXAMPLES]) * cfg.batch
-        yield row(variant, solve(policy, executor, tasks[:cfg.batch], cfg), Verdict.CORRECT)
+        tasks = tasks or [replace(example, type=kind) for example in EXAMPLES]
+        count = max(1, cfg.batch // TRIES)
+        tasks = (tasks * count)[:count]
+        yield row(variant, solve(policy, executor, tasks, cfg, copies=TRIES), Verdict.CORRECT)
 
 
-def grow(policy, executor, buffer, cfg, types):
-    """Put the model's own valid tasks into the buffer, as seeding does."""
-    for rollout in draft(policy, executor, buffer, types, cfg):
-        if rollout.task:
+def store(buffer, rollouts):
+    for rollout in rollouts:
+        if rollout.task and not buffer.is_repeat(rollout.task):
             buffer.add(rollout.task)
 
 
