@@ -161,7 +161,7 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
 
 
 def solve_prompt(task, frame="long"):
-    """The solver's question, after EXAMPLES in that frame. Of an induction task it shows the message and half."""
+    """The solver's question: of an induction task the message and the shown half. Frames as above."""
     kind = KINDS[task.type]
     if frame == "long" or not kind.solve_example:
         return _fill(kind.solve, _slots(task))
@@ -226,13 +226,11 @@ def parse_answer(kind, response):
     The answer is the last block with the type's tag. An answer without any fence is taken whole:
     base models often write the bare value, which says the same (the paper's code does so too).
     """
-    answer = final_answer(response)
-    if answer is None:
-        return None
+    answer = final_answer(response) or ""
     blocks = fenced_blocks(answer, KINDS[kind].tag)
-    if blocks:
-        return blocks[-1]
-    return answer if answer and "```" not in answer else None
+    if blocks or "```" in answer:
+        return blocks[-1] if blocks else None
+    return answer or None
 
 
 # --- the three types ------------------------------------------------------------------------------
@@ -281,8 +279,8 @@ class Kind:
     judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
-    propose_example: str = ""  # short question, RESPONSE and response; its slots are the fields of Task, {calls}
-    solve_example: str = ""    # and {inputs} as blocks; of the solver also {thought}. "": always the long question
+    propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task, {calls}
+    solve_example: str = ""    # and {inputs} as blocks; a solver's also {thought}. "": the long question
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
@@ -546,13 +544,11 @@ class TaskBuffer:
         So a batch is never short; a buffer with too few tasks repeats some.
         Only an empty buffer of the type gives fewer.
         """
-        fresh = [task for task in fresh if task.type == kind][:size]
-        taken = set(fresh)
-        rest = [task for task in self.tasks[kind] if task not in taken]
-        missing = size - len(fresh)
-        if missing <= len(rest) or not self.tasks[kind]:
-            return fresh + self.rng.sample(rest, min(missing, len(rest)))
-        return fresh + rest + self.rng.choices(self.tasks[kind], k=missing - len(rest))
+        bucket, batch = self.tasks[kind], [task for task in fresh if task.type == kind][:size]
+        taken = set(batch)
+        rest = [task for task in bucket if task not in taken]
+        batch += self.rng.sample(rest, min(size - len(batch), len(rest)))
+        return batch + self.rng.choices(bucket, k=size - len(batch)) if bucket else batch
 
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
