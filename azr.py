@@ -15,27 +15,25 @@ what was sampled.
 """
 
 import contextlib
-import json
 import logging
 import math
+import re
 import time
 import warnings
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed;
-# the other is transformers warning of its own property
+# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from executor import parse_literal, same
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
@@ -46,9 +44,10 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for ea
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
 HELDOUT = TINY / "heldout.jsonl"
-ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta-Llama": "meta-llama", "gemma": "google"}
+ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "gemma": "google"}
 # All that transformers, peft and safetensors raise for a wrong name or a damaged file
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vocabulary
 
 
@@ -59,20 +58,32 @@ class Rollout:
     role: str                       # propose | solve
     type: str                       # deduction | abduction | induction
     prompt_ids: list
-    response_ids: list              # ends with the end token or the token that closes </answer>
-    response: str                   # the same as text
+    response_ids: list = field(default_factory=list)  # up to the end token, or what closes </answer>
+    response: str = ""              # the same as text
     prompt: str = ""
-    truncated: bool = False         # ran into the response limit
-    well_formed: bool = False
     verdict: Verdict | None = None
     reason: str = ""                # of a verdict that needs one, such as "unsafe: imports os"
-    task: Task | None = None        # what was solved, or what a valid proposal became
+    task: Task | None = None        # what is solved, or what a valid proposal became
+    program: str = ""               # what a proposer without a program of its own builds on
+    references: list = field(default_factory=list)  # programs that a proposer was shown
     solve_rate: float | None = None  # of a new task: share of the n estimates that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
-    references: list = field(default_factory=list)  # programs that a proposer was shown
     fresh: bool | None = None       # of a valid program: whether its syntax tree was not seen before
     traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
+
+    @property
+    def tokens(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def truncated(self):
+        """Whether it ran into the response limit."""
+        return self.verdict is Verdict.TRUNCATED
+
+    @property
+    def well_formed(self):
+        return self.verdict not in (Verdict.MALFORMED, Verdict.TRUNCATED)
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -87,8 +98,8 @@ class Policy:
     end_ids: frozenset       # every token that ends a response (instruct models have several)
     pad_id: int              # never trained or attended to: masks come from lengths, not from ids
     chat: bool               # whether prompts go through the chat template
-    frame: str = "long"      # the long question, or "examples" before a short one: see tasks.propose_prompt
     rows: int = 0            # rows generated at once; 0: from free memory
+    frame: str = "long"      # the long question, or "examples" before a short one: see tasks.propose_prompt
     micro_tokens: float = math.inf  # tokens of a micro-batch that fit, once the update has run out of memory
     clock: Counter = field(default_factory=Counter)  # seconds by phase, and tokens sampled
 
@@ -107,8 +118,7 @@ class Policy:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False,
-                                     clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def text(self, response_ids):
         """A response as text, without the end token."""
@@ -132,16 +142,14 @@ def resolve_model(name):
     """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B'; 'tiny' → the shipped folder; paths and full names as they are."""
     if name in SHIPPED:
         return str(SHIPPED[name])
-    if "/" in name or Path(name).exists():
-        return name
-    for prefix, organisation in ORGANISATIONS.items():
-        if name.startswith(prefix):
-            return f"{organisation}/{name}"
+    family = re.match("[A-Za-z]*", name)[0]
+    if family in ORGANISATIONS and "/" not in name and not Path(name).exists():
+        return f"{ORGANISATIONS[family]}/{name}"
     return name
 
 
-def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None,
-                gradient_checkpointing=None, rows=0, frame="long"):
+def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None, rows=0,
+                frame="long"):
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
@@ -151,79 +159,69 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device {device} is no device of torch; give cuda, cuda:1 or cpu") from error
+        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
+                         "cpu, or leave it out") from error
     on_gpu = device.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA GPU here; leave --device out to use the CPU")
-    quantize = ("4bit" if on_gpu and lora_rank else "none") if quantize == "auto" else quantize
+    if quantize == "auto":
+        quantize = "4bit" if on_gpu and lora_rank else "none"
     if quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":
-        bf16 = on_gpu and torch.cuda.is_bf16_supported()
-        dtype = ("bf16" if bf16 else "fp16") if on_gpu else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tokenizer, model = _load_weights(name, dtype, quantize == "4bit", device)
-    model.eval()
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        model.set_attn_implementation("grouped_sdpa")
+        dtype = "fp32" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    tokenizer, model = _load_base(name, DTYPES[dtype], quantize == "4bit", device)
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    ends.discard(None)
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
         raise UsageError(f"the model {name!r} has no end token; set eos_token in its tokenizer_config.json")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
     # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
-    peft_model = _add_lora(model, lora_rank, adapter)
-    if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
-        # active in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends))
+    trained = model
+    if adapter:
+        with _loading(f"the adapter {adapter}"):
+            trained = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif lora_rank:  # "all-linear" leaves the output head out, so tied embeddings stay tied
+        trained = get_peft_model(model, LoraConfig(
+            r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules="all-linear",
+            task_type="CAUSAL_LM"))
+    if on_gpu:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(peft_model, model, tokenizer, frozenset(ends), pad,
-                  chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame)
+    chat = bool(tokenizer.chat_template) and frame == "long"
+    return Policy(trained, model, tokenizer, frozenset(ends), min(ends), chat, rows, frame)
 
 
-def _load_weights(name, dtype, in_4bit, device):
+def _load_base(name, dtype, in_4bit, device):
+    """→ (tokenizer, transformers model). Raises UsageError."""
     source = resolve_model(name)
-    options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
-    if in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype)
-    try:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=dtype)
+    with _loading(f"the model {name!r} ({source})", "Check the name and the network, or download it "
+                  "elsewhere and give the folder: --model PATH"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            quantization_config=nf4 if in_4bit else None)
         if found["missing_keys"]:  # transformers would make random ones
             raise ValueError(f"its files lack {len(found['missing_keys'])} of its weights.")
-    except LOADING_ERRORS as error:
-        raise UsageError(
-            f"cannot load the model {name!r} ({source}): {_first_line(error)} Check the name and the "
-            "network, or download it elsewhere and give the folder: --model PATH") from error
     if in_4bit and device.type == "cpu" and any(
-            getattr(module, "bias", None) is not None and type(module).__name__ == "Linear4bit"
-            for module in model.modules()):
+            type(module).__name__ == "Linear4bit" and module.bias is not None for module in model.modules()):
         raise UsageError(f"--quantize 4bit: on a CPU layers with biases, as those of {name!r}, cannot be "
                          "trained in 4 bits; use --quantize none")
-    return tokenizer, model
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation("grouped_sdpa")
+    return tokenizer, model.eval()
 
 
-def _first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _add_lora(model, rank, adapter):
-    if adapter:
-        try:
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        except LOADING_ERRORS as error:
-            raise UsageError(f"cannot load the adapter {adapter}: {_first_line(error)}") from error
-    if not rank:
-        return model
-    # "all-linear" leaves the output head out, so tied embeddings stay tied
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
-                                            target_modules="all-linear", task_type="CAUSAL_LM"))
+@contextlib.contextmanager
+def _loading(what, advice=""):
+    """Turns what the libraries raise inside into a UsageError of one line."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
 
 
 def base_weights(policy):
@@ -242,26 +240,24 @@ def propose(policy, executor, buffer, cfg):
     --train-on-estimates can train on them (the paper does not).
     """
     rollouts = draft(policy, executor, buffer, cfg.types, cfg)
-    accepted = []
     for rollout in rollouts:
-        if rollout.task is None:
-            rollout.reward = composite_reward(None, rollout.well_formed)
-            continue
-        if KINDS[rollout.type].own_program:
+        # a valid one earns nothing until its tries are counted
+        rollout.reward = composite_reward(0.0 if rollout.task else None, rollout.well_formed)
+        if rollout.task and KINDS[rollout.type].own_program:
             rollout.fresh = not buffer.is_repeat(rollout.task)
         if cfg.dedup and rollout.fresh is False:
             # Not in the paper: a program seen before earns nothing and is not stored. Without this
             # the proposer finds that repeating one learnable program pays best.
             rollout.verdict, rollout.task = Verdict.REPEAT, None
-            rollout.reward = composite_reward(0.0, True)
-        else:
+        elif rollout.task:
             rollout.traits = _traits(rollout, buffer)
             buffer.add(rollout.task)
-            accepted.append(rollout)
-    tasks, zero = [rollout.task for rollout in accepted], -0.5 if cfg.zero_learnability == "official" else 0.0
-    estimates = solve(policy, executor, tasks, cfg, copies=cfg.samples) if cfg.samples else []
-    for index, rollout in enumerate(accepted if cfg.samples else ()):
-        tries = estimates[index * cfg.samples:(index + 1) * cfg.samples]
+    accepted = [rollout for rollout in rollouts if rollout.task]
+    tasks = [rollout.task for rollout in accepted]
+    estimates = solve(policy, executor, tasks, cfg, copies=cfg.samples)
+    zero = -0.5 if cfg.zero_learnability == "official" else 0.0
+    for rollout, start in zip(accepted, range(0, len(estimates), cfg.samples or 1)):
+        tries = estimates[start:start + cfg.samples]
         rollout.solve_rate = sum(r.verdict is Verdict.CORRECT for r in tries) / cfg.samples
         rollout.reward = composite_reward(learnability(rollout.solve_rate, zero), True)
     return rollouts, tasks, estimates
@@ -269,14 +265,13 @@ def propose(policy, executor, buffer, cfg):
 
 def _traits(rollout, buffer):
     """What the paper measures of accepted tasks; `buffer` does not hold the task yet."""
-    task, references = rollout.task, rollout.references
-    found = {"answers": 1.0 - buffer.answer_share(task)}
+    task, traits = rollout.task, {"answers": 1.0 - buffer.answer_share(rollout.task)}
     if KINDS[task.type].own_program:
-        found |= {"complexity": complexity(task.program), "trivial": task.output == task.input}
-        if references:
-            distances = [edit_distance(task.program, other) for other in references]
-            found["edit_distance"] = sum(distances) / len(distances)
-    return found
+        traits |= {"complexity": complexity(task.program), "trivial": task.output == task.input}
+    if rollout.references:
+        distances = [edit_distance(task.program, program) for program in rollout.references]
+        traits["edit_distance"] = sum(distances) / len(distances)
+    return traits
 
 
 def draft(policy, executor, buffer, types, cfg):
@@ -285,36 +280,29 @@ def draft(policy, executor, buffer, types, cfg):
     A valid one has its complete Task (with the outputs that the sandbox saw) in `.task`; for the
     others `.reason` says why not. Used by `propose` and, before the first step, for seeding.
     """
-    asked = [(kind, *_question(policy, buffer, kind, cfg)) for kind in types for _ in range(cfg.batch)]
-    rollouts = _sample(policy, "propose", [(kind, ids) for kind, ids, _, _ in asked], cfg.max_response)
-    drafts = []
-    for rollout, (kind, _, references, program) in zip(rollouts, asked):
-        rollout.references = [task.program for task in references]
-        task = parse_proposal(kind, rollout.response, program, cfg.inputs)
-        rollout.well_formed = task is not None
-        drafts.append((task, KINDS[kind].runs(task) if task else []))
+    requests = [_request(policy, buffer, kind, cfg) for kind in types for _ in range(cfg.batch)]
+    rollouts = _sample(policy, requests, cfg.max_response)
+    drafts = [parse_proposal(r.type, r.response, r.program, cfg.inputs) for r in rollouts]
+    jobs = [KINDS[task.type].runs(task) if task else [] for task in drafts]
     with policy.timed("execute"):
-        runs = iter(executor.validate([job for _, jobs in drafts for job in jobs]))
-    for rollout, (task, jobs) in zip(rollouts, drafts):
-        if task is None:
-            rollout.verdict = Verdict.TRUNCATED if rollout.truncated else Verdict.MALFORMED
-        else:
-            _complete(policy, rollout, task, [next(runs) for _ in jobs], cfg.max_prompt)
+        runs = iter(executor.validate([job for some in jobs for job in some]))
+    for rollout, task, some in zip(rollouts, drafts, jobs):
+        if task:
+            _complete(policy, rollout, task, [next(runs) for _ in some], cfg.max_prompt)
     return rollouts
 
 
-def _question(policy, buffer, kind, cfg):
-    """What a proposer is asked. → (prompt ids, references, program to build on), within cfg.max_prompt ids"""
-    own_program = KINDS[kind].own_program
-    if own_program:
+def _request(policy, buffer, kind, cfg):
+    """What a proposer is asked, within cfg.max_prompt tokens. → Rollout without a response"""
+    references, program = [], ""
+    if KINDS[kind].own_program:
         references = buffer.references(cfg.references)
-    else:  # only as examples
-        references = buffer.references(cfg.references, kind) if policy.frame == "examples" else []
-    program = "" if own_program else buffer.program()
-    while True:
-        ids = policy.encode(propose_prompt(kind, references, program, cfg.inputs, policy.frame))
-        if len(ids) <= cfg.max_prompt:
-            return ids, references, program
+    else:
+        program = buffer.program()
+        if policy.frame == "examples":  # the long question shows none
+            references = buffer.references(cfg.references, kind)
+    while len(ids := policy.encode(
+            propose_prompt(kind, references, program, cfg.inputs, policy.frame))) > cfg.max_prompt:
         if references:  # long references leave, never half of one
             references.pop()
         elif program not in ("", ZERO_TRIPLET.program):
@@ -322,23 +310,24 @@ def _question(policy, buffer, kind, cfg):
         else:
             raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
                              f"{len(ids)} tokens")
+    return Rollout("propose", kind, ids, program=program, references=[task.program for task in references])
 
 
 def _complete(policy, rollout, draft, runs, max_prompt):
-    """Set the verdict of a well-formed proposal, and its task, or the reason why it is none."""
-    task = KINDS[draft.type].complete(draft, runs)
+    """Make a well-formed proposal a task by what its runs gave, or say in its reason why it is none."""
+    task = KINDS[rollout.type].complete(draft, runs)
+    rollout.verdict = Verdict.INVALID
     if task is None:
         rollout.reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok),
-                              f"its runs make no {draft.type} task")  # inputs that are all the same, say
+                              f"its runs make no {rollout.type} task")  # inputs that are all the same, say
+        if any(run.status == "unsafe" for run in runs):
+            rollout.verdict = Verdict.UNSAFE
     elif problem := within_limits(task):
         rollout.reason = f"too long: {problem}"
     elif len(policy.encode(solve_prompt(task, policy.frame))) > max_prompt:
         rollout.reason = f"too long: the solver's prompt would be over {max_prompt} tokens"
-    if not rollout.reason:
-        rollout.task, rollout.verdict = task, Verdict.VALID
     else:
-        unsafe = task is None and any(run.status == "unsafe" for run in runs)
-        rollout.verdict = Verdict.UNSAFE if unsafe else Verdict.INVALID
+        rollout.task, rollout.verdict = task, Verdict.VALID
 
 
 # --- solve -------------------------------------------------------------------------------------------
@@ -348,88 +337,42 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
     In the order of `tasks`, the copies of a task next to each other.
     """
-    requests = [(task.type, policy.encode(solve_prompt(task, policy.frame))) for task in tasks]
-    rollouts = _sample(policy, "solve", requests, cfg.max_response, copies, greedy)
-    owners = [task for task in tasks for _ in range(copies)]
-    answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
+    requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task, policy.frame)), task=task)
+                for task in tasks]
+    rollouts = _sample(policy, requests, cfg.max_response, copies, greedy)
     with policy.timed("execute"):
-        verdicts = judge(owners, answers, executor)
-    for rollout, task, (verdict, reason) in zip(rollouts, owners, verdicts):
-        rollout.task, rollout.reason, rollout.well_formed = task, reason, verdict is not Verdict.MALFORMED
-        cut = rollout.truncated and not rollout.well_formed
-        rollout.verdict = Verdict.TRUNCATED if cut else verdict
+        answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
+        verdicts = judge([rollout.task for rollout in rollouts], answers, executor)
+    for rollout, (verdict, reason) in zip(rollouts, verdicts):
+        if verdict is not Verdict.MALFORMED:
+            rollout.verdict, rollout.reason = verdict, reason
         rollout.reward = composite_reward(1.0 if verdict is Verdict.CORRECT else None, rollout.well_formed)
     return rollouts
 
 
-def _sample(policy, role, requests, max_tokens, copies=1, greedy=False):
-    """[(type, prompt_ids)] → [Rollout] without verdicts, `copies` a request."""
+def _sample(policy, requests, max_tokens, copies=1, greedy=False):
+    """`copies` of each request, side by side, with responses that still count as malformed. → [Rollout]"""
     with policy.timed("generate"):
-        responses = generate(policy, [ids for _, ids in requests], max_tokens, copies, greedy)
+        responses = generate(policy, [request.prompt_ids for request in requests], max_tokens, copies, greedy)
     policy.clock["tokens"] += sum(map(len, responses))
-    rollouts = []
-    for index, ids in enumerate(responses):
-        kind, prompt_ids = requests[index // copies]
-        text = policy.text(ids)
-        ended = ids[-1] in policy.end_ids or "</answer>" in text
-        prompt = policy.decode(prompt_ids)
-        rollouts.append(Rollout(role, kind, prompt_ids, ids, text, prompt, truncated=not ended))
+    rollouts = [replace(request) for request in requests for _ in range(copies)]
+    for rollout, ids in zip(rollouts, responses):
+        rollout.prompt, rollout.response = policy.decode(rollout.prompt_ids), policy.text(ids)
+        ended = ids[-1] in policy.end_ids or "</answer>" in rollout.response
+        rollout.response_ids, rollout.verdict = ids, Verdict.MALFORMED if ended else Verdict.TRUNCATED
     return rollouts
-
-
-# --- held-out tasks ------------------------------------------------------------------------------------
-
-def load_heldout(path=HELDOUT, limit=None, executor=None):
-    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task.
-
-    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program
-    and compare with its outputs. Raises UsageError with the line's number.
-    """
-    splits, count, number = defaultdict(list), Counter(), 0
-    try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            split, task = _heldout_task(json.loads(line), executor)
-            count[split, task.type] += 1
-            if limit is None or count[split, task.type] <= limit:
-                splits[split].append(task)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else error
-        where = f"line {number}: " if number else ""
-        raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
-                         f"fields of a task): {where}{what}") from error
-    return dict(splits)
-
-
-def _heldout_task(row, executor):
-    """A row of a held-out file → (split, Task). Raises ValueError, KeyError or TypeError."""
-    if row["type"] not in KINDS:
-        raise ValueError(f"unknown type {row['type']!r}")
-    kind = KINDS[row["type"]]
-    task = Task.from_dict({name: row[name] for name in Task.__match_args__ if name in row})
-    pairs = task.inputs + task.outputs
-    texts = [row["split"], task.program, task.input, task.output, task.message, *pairs]
-    if not isinstance(pairs, tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a field is not text")
-    jobs, outputs = kind.runs(task), [parse_literal(text) for text in task.outputs or (task.output,)]
-    if len(jobs) != len(outputs) or not kind.judge(task, ""):
-        raise ValueError("it has too few pairs of inputs and outputs")
-    for job, run, output in zip(jobs, executor.run(jobs) if executor else (), outputs):
-        if not run.ok or not same(parse_literal(run.output), output):
-            raise ValueError(f"f({job[1]}) gives {run.output or run.error}, and the task says {output!r}")
-    return row["split"], task
 
 
 def heldout_accuracy(policy, executor, tasks, cfg):
     """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error, tasks)}"""
-    correct = defaultdict(list)
-    for rollout in solve(policy, executor, tasks, cfg, greedy=True):
-        correct[rollout.type].append(rollout.verdict is Verdict.CORRECT)
-    return {kind: _accuracy(correct[kind]) for kind in KINDS if kind in correct}
-
-
-def _accuracy(hits):
-    mean = sum(hits) / len(hits)
-    return mean, math.sqrt(sum((hit - mean) ** 2 for hit in hits)) / len(hits), len(hits)
+    rollouts, scores = solve(policy, executor, tasks, cfg, greedy=True), {}
+    for kind in KINDS:
+        hits = [rollout.verdict is Verdict.CORRECT for rollout in rollouts if rollout.type == kind]
+        if hits:
+            mean = sum(hits) / len(hits)
+            error = math.sqrt(sum((hit - mean) ** 2 for hit in hits)) / len(hits)
+            scores[kind] = mean, error, len(hits)
+    return scores
 
 
 # --- TRR++ -------------------------------------------------------------------------------------------
@@ -447,7 +390,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
     rollouts.
     """
     if not rollouts:  # --no-train-proposer, and no task to solve yet
-        return {"loss": None, "entropy": None, "grad_norm": None}
+        return dict.fromkeys(("loss", "entropy", "grad_norm"))
     policy.causal.train()
     budget = min(cfg.micro_tokens, policy.micro_tokens)
     while True:
@@ -456,22 +399,21 @@ def trr_update(policy, optimizer, rollouts, cfg):
             loss, entropy = _accumulate_gradients(policy, rollouts, budget, cfg)
             break
         except torch.OutOfMemoryError:
-            longest = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+            longest = max(rollout.tokens for rollout in rollouts)
             if budget <= longest:  # already one row at a time
                 raise
             policy.micro_tokens = budget = max(longest, budget // 2)
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
-    parameters = list(policy.trainable().values())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-    finite = bool(torch.isfinite(grad_norm))
-    if finite:
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm))
+    if math.isfinite(norm):
         optimizer.step()
     else:  # fp16 can overflow; one step lost is better than all weights
         warnings.warn("the gradient is not finite: this update is skipped")
+        norm = None
     optimizer.zero_grad(set_to_none=True)
     policy.causal.eval()
-    return {"loss": loss, "entropy": entropy, "grad_norm": float(grad_norm) if finite else None}
+    return {"loss": loss, "entropy": entropy, "grad_norm": norm}
 
 
 def _accumulate_gradients(policy, rollouts, budget, cfg):
@@ -479,15 +421,15 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     loss_sum = entropy_sum = 0.0
     for batch in micro_batches(rollouts, budget):
         logps_N, entropies_N = response_logprobs(policy, batch)
-        advantages_N = torch.tensor([r.advantage for r in batch for _ in r.response_ids],
-                                    dtype=logps_N.dtype, device=logps_N.device)
+        advantages_N = torch.tensor([
+            rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)
         # One update a step: the policy that is trained is the one that sampled, so the old logprobs
         # are these very numbers. (The sampler's own come from other kernels and would differ.)
         losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
         loss = (losses_N - cfg.entropy_coef * entropies_N).sum() / total
         loss.backward()
-        loss_sum += float(loss.detach())
-        entropy_sum += float(entropies_N.detach().sum())
+        loss_sum += loss.item()
+        entropy_sum += entropies_N.sum().item()
     return loss_sum, entropy_sum / total
 
 
@@ -506,14 +448,12 @@ def micro_batches(rollouts, budget):
 
     Sorting by length keeps padding small; a row over the budget gets a batch of its own.
     """
-    batches, width = [], 0
-    for rollout in sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.response_ids)):
-        length = len(rollout.prompt_ids) + len(rollout.response_ids)
-        if batches and (len(batches[-1]) + 1) * width <= budget:
+    batches = []
+    for rollout in sorted(rollouts, key=lambda rollout: -rollout.tokens):
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].tokens <= budget:
             batches[-1].append(rollout)
         else:
             batches.append([rollout])
-            width = length  # the longest of its batch
     return batches
 
 
@@ -524,18 +464,13 @@ def response_logprobs(policy, rollouts, chunk=None):
     with gradients. Logits never exist for more than `chunk` tokens (None: as many as LOGITS allows),
     forward or backward: the output head runs on the hidden states chunk by chunk.
     """
-    width = max(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-    ids_BT = torch.full((len(rollouts), width), policy.pad_id)
-    trained_BT = torch.zeros((len(rollouts), width), dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        start, end = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.response_ids)
-        ids_BT[row, :end] = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        trained_BT[row, start:end] = True
-    ids_BT, trained_BT = ids_BT.to(policy.device), trained_BT.to(policy.device)
+    rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
     # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
     hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    hidden_ND = hidden_BTD[:, :-1][trained_BT[:, 1:]]  # position t−1 predicts token t
-    targets_N = ids_BT[:, 1:][trained_BT[:, 1:]]
+    hidden_ND = torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
+                           for hidden_TD, r in zip(hidden_BTD, rollouts)])
+    targets_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=policy.device)
     head = policy.causal.get_output_embeddings()
     chunk = chunk or min(1024, max(1, LOGITS // len(head.weight)))
     softcap = getattr(policy.causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
@@ -543,7 +478,7 @@ def response_logprobs(policy, rollouts, chunk=None):
         return _FrozenHead.apply(hidden_ND, targets_N, head, softcap, chunk)
     parts = [checkpoint(_head_logprobs, head, hidden, targets, softcap, use_reentrant=False)
              for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
-    return torch.cat([logps for logps, _ in parts]), torch.cat([entropies for _, entropies in parts])
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def _logits(head, hidden_ND, softcap):
@@ -569,23 +504,23 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(context, hidden_ND, targets_N, head, softcap, chunk):
-        logps, entropies = [], []
-        by_logp_ND, by_entropy_ND = torch.empty_like(hidden_ND), torch.empty_like(hidden_ND)
-        for start in range(0, len(hidden_ND), chunk):
-            rows = slice(start, start + chunk)
-            logits_NV = _logits(head, hidden_ND[rows], softcap)
-            slope_NV = 1 - (logits_NV / softcap) ** 2 if softcap else 1.0  # of the cap itself
-            logps_NV = torch.log_softmax(logits_NV, -1)
-            del logits_NV
-            p_NV, at_target = logps_NV.exp(), targets_N[rows, None]
-            logps.append(logps_NV.gather(-1, at_target)[:, 0])
-            entropies.append(-(p_NV * logps_NV).sum(-1))
-            logps_NV.add_(entropies[-1][:, None]).mul_(p_NV).neg_().mul_(slope_NV)
-            by_entropy_ND[rows] = logps_NV.to(head.weight.dtype) @ head.weight
-            p_NV.neg_().scatter_add_(-1, at_target, torch.ones_like(p_NV[:, :1])).mul_(slope_NV)
-            by_logp_ND[rows] = p_NV.to(head.weight.dtype) @ head.weight
+        parts = []
+        for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
+            logits_CV = _logits(head, hidden_CD, softcap)
+            slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap else 1.0  # of the cap itself
+            logps_CV = torch.log_softmax(logits_CV, -1)
+            del logits_CV
+            p_CV, target_C1 = logps_CV.exp(), targets_C[:, None]
+            logps_C = logps_CV.gather(-1, target_C1)[:, 0]
+            entropies_C = -(p_CV * logps_CV).sum(-1)
+            logps_CV.add_(entropies_C[:, None]).mul_(p_CV).neg_().mul_(slope_CV)
+            by_entropy_CD = logps_CV.to(head.weight.dtype) @ head.weight
+            p_CV.neg_().scatter_add_(-1, target_C1, torch.ones_like(p_CV[:, :1])).mul_(slope_CV)
+            by_logp_CD = p_CV.to(head.weight.dtype) @ head.weight
+            parts.append((logps_C, entropies_C, by_logp_CD, by_entropy_CD))
+        logps_N, entropies_N, by_logp_ND, by_entropy_ND = map(torch.cat, zip(*parts))
         context.save_for_backward(by_logp_ND, by_entropy_ND)
-        return torch.cat(logps), torch.cat(entropies)
+        return logps_N, entropies_N
 
     @staticmethod
     def backward(context, logps_grad_N, entropies_grad_N):

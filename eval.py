@@ -317,7 +317,8 @@ def heldout(names, options, executor):
     """The held-out tasks that the group heldout needs; a user's own are checked. Raises UsageError."""
     if not any(BENCHMARKS[name].group == "heldout" for name in names):
         return []
-    from azr import HELDOUT, load_heldout
+    from azr import HELDOUT
+    from rewards import load_heldout
     splits = load_heldout(options.heldout or HELDOUT, executor=executor if options.heldout else None)
     if options.split not in splits:
         raise UsageError(f"--split {options.split}: the held-out tasks have the splits {', '.join(splits)}")

@@ -23,6 +23,16 @@ TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
 
 # --- figures and tables ----------------------------------------------------------------------------
 
+def average(values):
+    """The mean of those that are finite numbers, or None if there are none: zero would be a lie.
+
+    >>> average([0.5, None, 1.0]), average([None])
+    (0.75, None)
+    """
+    values = _finite(values)
+    return sum(values) / len(values) if values else None
+
+
 def mean_error(values):
     """(mean, standard error) of independent values; for hits and misses this is the binomial error.
 
@@ -83,15 +93,6 @@ def layout(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def measured_splits(row):
-    """The held-out splits measured in a row of metrics, as the prefixes of their keys.
-
-    >>> measured_splits({"step": 0, "heldout/mean": 0.2, "heldout/hard/mean": 0.1})
-    ['heldout', 'heldout/hard']
-    """
-    return [key.removesuffix("/mean") for key in row if re.fullmatch("heldout/.*mean", key)]
-
-
 PANELS = {  # title: the metrics that are drawn
     "held-out accuracy (greedy)": r"heldout/(\w+|.+/mean)",
     "solver accuracy in training": "solve/.+/accuracy",
@@ -102,16 +103,14 @@ PANELS = {  # title: the metrics that are drawn
 
 
 def draw_curves(metrics, path):
-    """Draw curves.png from rows of metrics.jsonl: six panels over steps; bands are one standard error."""
+    """Draw curves.png from rows of metrics.jsonl: six panels over steps; bars are one standard error."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, metric) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in _keys(metrics, metric):
             group, _, name = key.partition("/")
             points = [(row["step"], row[key], row.get(f"{group}_stderr/{name}", 0))
                       for row in metrics if row.get(key) is not None]
-            steps, values, errors = numpy.reshape(points, (-1, 3)).T
-            axis.plot(steps, values, ".-", markersize=3, label=key)
-            axis.fill_between(steps, values - errors, values + errors, alpha=0.15)
+            axis.errorbar(*numpy.reshape(points, (-1, 3)).T, fmt=".-", markersize=3, elinewidth=1, label=key)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, framealpha=0.6)  # it may cover a curve
@@ -174,7 +173,7 @@ def alarms(metrics):
     for name, (metric, low, high, *advice) in BANDS.items():
         values = _averages(rows, metric)
         if name in RELATIVE:
-            start = _mean(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
+            start = average(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
             low, high = low * start, high * start
         since = 0
         for end in range(WINDOW, len(rows) + 1):
@@ -190,10 +189,10 @@ def alarms(metrics):
 def _heldout_alarm(metrics):
     """[] or one alarm: held-out accuracy has fallen from its best. Training accuracy decides the advice."""
     def training(step):
-        return _mean(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
+        return average(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
                                "solve/.+/accuracy")) or 0
 
-    measured = [(row["heldout/mean"], _mean([row.get("heldout_stderr/mean")]) or 0, row["step"])
+    measured = [(row["heldout/mean"], average([row.get("heldout_stderr/mean")]) or 0, row["step"])
                 for row in metrics if _finite([row.get("heldout/mean")])]
     fallen = []  # steps of the newest evaluations, as long as these are below their floors
     for count, (score, error, step) in enumerate(measured, 1):
@@ -211,16 +210,11 @@ def _heldout_alarm(metrics):
 def _averages(rows, metric):
     """For each row the mean of the metrics that match, such as one of all task types; None without any."""
     keys = _keys(rows, metric)
-    return [_mean(map(row.get, keys)) for row in rows]
+    return [average(map(row.get, keys)) for row in rows]
 
 
 def _keys(rows, pattern):
     return [key for key in dict.fromkeys(key for row in rows for key in row) if re.fullmatch(pattern, key)]
-
-
-def _mean(values):
-    values = _finite(values)
-    return statistics.fmean(values) if values else None
 
 
 def _finite(values):
@@ -341,10 +335,9 @@ def screen(step, rollouts):
                 if (hit := pattern.search(text))}
         if rollout.verdict == "unsafe":
             hits["refused"] = rollout.reason, max(text.find("</think>"), 0)
-        for rule, (match, start) in hits.items():
-            flags.append({
-                "step": step, "role": rollout.role, "type": rollout.type, "rule": rule, "match": match,
-                "context": text[max(start - CONTEXT, 0):start + len(match) + CONTEXT]})
+        flags += [{"step": step, "role": rollout.role, "type": rollout.type, "rule": rule, "match": match,
+                   "context": text[max(start - CONTEXT, 0):start + len(match) + CONTEXT]}
+                  for rule, (match, start) in hits.items()]
     return flags
 
 
@@ -372,24 +365,24 @@ def write_page(folder):
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder} is not a run folder: its config.json is missing or not a run's; "
                          "give a folder that train.py wrote, such as runs/<model>-<date>") from error
-    metrics = _read_rows(folder / "metrics.jsonl")
+    metrics = read_rows(folder / "metrics.jsonl")
     if not metrics:
         raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
                          f"continue it with python train.py --resume {folder}")
-    logs = {name: _read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
-    data |= {"config": config, "curves": _curves(metrics), "alarms": alarms(metrics),
+    logs = {name: read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
+    data |= {"config": config, "alarms": alarms(metrics),
+             "curves": {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")},
              "rates": _solve_rates(logs["tasks"]), "rules": Counter(flag["rule"] for flag in logs["flags"]),
              **{name: _thinned(rows) for name, rows in logs.items()}}
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
     # that is not ASCII, such as lone surrogates and U+2028.
-    text = json.dumps(data).translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "&<>"})
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("{{DATA}}")
+    text = re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", json.dumps(data))
     fresh = folder / "report.html.new"
-    fresh.write_text(before + text + after, encoding="utf-8")
+    fresh.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), encoding="utf-8")
     return fresh.replace(folder / "report.html")
 
 
-def _read_rows(path, texts=()):
+def read_rows(path, texts=()):
     """The rows of a file of JSON lines, [] if there is no file. Raises UsageError for a damaged line."""
     # split, not splitlines: the model's text may hold U+2028, which ends no line here
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -402,13 +395,8 @@ def _read_rows(path, texts=()):
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"line {number} of {path} is damaged: it is not a row that train.py wrote; "
-                             "remove that line") from error
+                             "put a copy back, or remove that line") from error
     return rows
-
-
-def _curves(metrics):
-    """{"step": [steps], metric: [values]}, with None where a step has no value."""
-    return {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")}
 
 
 def _solve_rates(tasks):
@@ -416,14 +404,14 @@ def _solve_rates(tasks):
 
     → {"step": [first step of each bin], "shares": {rate: [one for each bin]}}
     """
-    tried = [task for task in tasks if _finite([task.get("solve_rate")])]
-    width = 1 + max((task["step"] for task in tried), default=0) // MAX_BINS
+    tried = [(task["step"], task["solve_rate"]) for task in tasks if _finite([task.get("solve_rate")])]
+    width = 1 + max((step for step, _ in tried), default=0) // MAX_BINS
     bins = {}
-    for task in tried:
-        bins.setdefault(task["step"] - (task["step"] - 1) % width, []).append(task["solve_rate"])
+    for step, rate in tried:
+        bins.setdefault(step - (step - 1) % width, []).append(rate)
     return {"step": list(bins), "shares": {
         f"{rate:.3g}": [rates.count(rate) / len(rates) for rates in bins.values()]
-        for rate in sorted({task["solve_rate"] for task in tried})}}
+        for rate in sorted({rate for _, rate in tried})}}
 
 
 def _thinned(rows):

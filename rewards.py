@@ -4,15 +4,18 @@
        └────is_correct──▶ r_solve (0 or 1) ────────────────────────┴─composite_reward──▶ R
     R of a batch ──task_relative_advantages──▶ one advantage a rollout
 
-Plain Python numbers throughout: a batch has some hundred rewards, and floats are easy to check.
+Plain Python numbers throughout: a batch has some hundred rewards, and floats are easy to check. Held-out
+tasks are read here as well (`load_heldout`): a user's file is checked by the runs that judge an answer.
 """
 
+import json
 import math
 from collections import defaultdict
 from enum import Enum
+from pathlib import Path
 
 from executor import parse_literal, same
-from tasks import KINDS
+from tasks import KINDS, Task, UsageError
 
 # Equation 6. The official code gives −1 also to a well-formed proposal that does not validate.
 FAILED = -0.5      # well formed, but wrong (solver) or invalid (proposer)
@@ -72,10 +75,50 @@ def _verdict(answer, runs):
 
 
 def _equal(output, expected):
+    """Whether two texts are literals of the same value."""
     try:
         return same(parse_literal(output), parse_literal(expected))
     except ValueError:  # over the limit of a literal
         return False
+
+
+def load_heldout(path, limit=None, executor=None):
+    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task.
+
+    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program
+    and compare with its outputs. Raises UsageError with the line's number.
+    """
+    splits, where = defaultdict(list), ""
+    try:
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            where = f"line {number}: "
+            split, task = _heldout_task(json.loads(line), executor)
+            if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
+                splits[split].append(task)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
+                         f"fields of a task): {where}{what}") from error
+    return dict(splits)
+
+
+def _heldout_task(row, executor):
+    """A row of a held-out file → (split, Task). Raises ValueError, KeyError or TypeError."""
+    if row["type"] not in KINDS:
+        raise ValueError(f"unknown type {row['type']!r}")
+    kind = KINDS[row["type"]]
+    needed = {"program", *(("inputs", "outputs") if "{pairs}" in kind.solve else ("input", "output"))}
+    task = Task.from_dict({name: row[name] for name in Task.__match_args__ if name in row or name in needed})
+    texts = [row["split"], task.program, task.input, task.output, task.message, *task.inputs, *task.outputs]
+    if {type(task.inputs), type(task.outputs)} != {tuple} or {*map(type, texts)} != {str}:
+        raise ValueError("a field is not text, or inputs or outputs are no list of texts")
+    jobs, outputs = kind.runs(task), task.outputs or (task.output,)
+    if len(jobs) != len(outputs) or not kind.judge(task, ""):
+        raise ValueError("it has too few pairs of inputs and outputs")
+    for job, run, output in zip(jobs, executor.run(jobs) if executor else (), outputs):
+        if not run.ok or not _equal(run.output, output):
+            raise ValueError(f"f({job[1]}) gives {run.output or run.error}, and the task says {output}")
+    return row["split"], task
 
 
 def learnability(success_rate, zero=0.0):

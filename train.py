@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -29,21 +29,20 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from azr import (HELDOUT, SHIPPED, draft, heldout_accuracy, load_heldout, load_policy, propose, solve,
-                 trr_update)
+from azr import HELDOUT, SHIPPED, draft, heldout_accuracy, load_policy, propose, solve, trr_update
 from executor import Executor
-from report import alarms, draw_curves, mean_score, measured_splits, screen, table, write_page
-from rewards import Verdict, task_relative_advantages
+from report import alarms, average, draw_curves, mean_score, read_rows, screen, table, write_page
+from rewards import Verdict, load_heldout, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
 
 # --- every number that shapes a run ----------------------------------------------------------------
 
-def setting(text, tiny, card=None, paper=None, low=0, high=10 ** 6, choices=None):
-    """A field of Config. Its presets: the tiny model on a CPU, a 3B model on one 24 GB card, the paper."""
-    presets = [tiny if value is None else value for value in (tiny, card, paper)]
-    return field(default=tiny, metadata={"text": text, "presets": presets, "range": (low, high),
-                                         "choices": choices})
+def setting(text, *presets, low=0, high=10 ** 6, choices=None):
+    """A field of Config. Presets: the tiny model on a CPU, a 3B model on a 24 GB card, the paper; or one."""
+    presets = presets if len(presets) == 3 else presets * 3
+    return field(default=presets[0], metadata={"text": text, "presets": presets, "range": (low, high),
+                                               "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Config:
         if self.samples < 2 and self.train_proposer:
             raise UsageError(f"--samples is {self.samples}, but learnability needs at least 2 tries a task: "
                              "one try is solved always or never (use --no-train-proposer to go without)")
-        if not set(self.types) <= set(KINDS) or len(set(self.types)) != len(self.types):
+        if not set(self.types) <= KINDS.keys() or len(set(self.types)) < len(self.types):
             raise UsageError(f"--types is {','.join(self.types)}; give some of {','.join(KINDS)}, each once")
 
 
@@ -146,10 +145,11 @@ def train(cfg, run):
         done = run.restore(cfg, *state)
         if done is None:  # a seed set from the identity triplet and the model itself
             done, seeds = 0, seed_buffers(policy, executor, buffer, cfg, asked)
-            tasks = [task for tasks in buffer.tasks.values() for task in tasks]
+            accepted = [(task, None) for tasks in buffer.tasks.values() for task in tasks]
             metrics = measure(policy, executor, heldout, cfg) | sizes(buffer)
-            run.record(0, metrics, tasks=tasks, flags=screen(0, seeds))
+            run.record(0, metrics, accepted, screen(0, seeds))
             run.save(0, *state)
+        stop = False
         bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, dynamic_ncols=True)
         for step in bar:
             started = time.perf_counter()
@@ -169,30 +169,28 @@ def train(cfg, run):
             rollouts = proposals * cfg.train_proposer + solutions + estimates * cfg.train_on_estimates
             set_advantages(rollouts, cfg, rng)
             lr = cfg.lr * (1 - (1 - cfg.lr_final) * (step - 1) / max(1, cfg.steps - 1))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             with policy.timed("update"):
                 update = trr_update(policy, optimizer, rollouts, cfg)
 
+            policy.clock["total"] = time.perf_counter() - started
             metrics = {**describe(proposals, solutions, cfg), **update, "lr": lr, **sizes(buffer),
-                       **cost(policy, time.perf_counter() - started)}
+                       **cost(policy)}
             last = step == cfg.steps
             if last or cfg.eval_every and step % cfg.eval_every == 0:
                 metrics |= measure(policy, executor, heldout, cfg)
+            accepted = [(r.task, r.solve_rate) for r in proposals if r.task]
             flags = screen(step, proposals + solutions + estimates)
-            run.record(step, metrics, proposals, solutions, flags=flags)
-            run.show(bar, metrics)
-            stop = asked or run.flagged()
+            run.record(step, metrics, accepted, flags, proposals + solutions)
+            run.show(bar)
+            stop = run.flagged() or asked and not last
             if stop or last or step % cfg.save_every == 0:
                 run.save(step, *state)
             if stop or "heldout/mean" in metrics:
-                run.write_page(bar)
-            if run.flagged() or stop and not last:
-                bar.close()
-                return run.stopped(step)
-        bar.close()
-    run.finish()
-    return 0
+                run.draw()
+            if stop:
+                break
+    return run.finish(stop)
 
 
 def set_advantages(rollouts, cfg, rng):
@@ -201,11 +199,8 @@ def set_advantages(rollouts, cfg, rng):
     --baseline task: solutions of one task, where a step holds several, are compared with each other alone,
     as in GRPO. A hard task solved once then counts for more than an easy one solved as always.
     """
-    groups = [(rollout.type, rollout.role) for rollout in rollouts]
-    if cfg.baseline == "task":
-        tries = Counter(rollout.task for rollout in rollouts if rollout.role == "solve")
-        groups = [(*group, rollout.task if group[1] == "solve" and tries[rollout.task] > 1 else None)
-                  for group, rollout in zip(groups, rollouts)]
+    tries = Counter(r.task for r in rollouts if r.role == "solve" and cfg.baseline == "task")
+    groups = [(r.type, r.role, r.task if r.role == "solve" and tries[r.task] > 1 else None) for r in rollouts]
     rewards = [rollout.reward for rollout in rollouts]
     if cfg.shuffle_rewards:  # a control: the same rewards, but no longer those of the responses
         for group in dict.fromkeys(groups):
@@ -227,9 +222,10 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
     groups = [triplets, *([kind] for kind in cfg.types if kind not in triplets)]
     bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True)
     for kinds in groups:
-        bucket, rounds = buffer.tasks[kinds[0]], 10 * cfg.seed_factor
-        while len(bucket) < target and rounds:
-            rounds -= 1
+        bucket = buffer.tasks[kinds[0]]
+        for _ in range(10 * cfg.seed_factor):
+            if len(bucket) >= target:
+                break
             fresh = draft(policy, executor, buffer, kinds, cfg)
             drafts += fresh
             for task in (rollout.task for rollout in fresh if rollout.task):
@@ -250,7 +246,7 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
 # --- what is measured -------------------------------------------------------------------------------
 
 def heldout_tasks(cfg, executor):
-    """{prefix of the metrics: [Task]}: `heldout`, then `heldout/<split>` for others. Raises UsageError."""
+    """{"": [Task]} of the first split to measure, and {"<split>/": [Task]} of others. Raises UsageError."""
     path = cfg.heldout or HELDOUT
     splits = load_heldout(path, cfg.heldout_limit, executor if cfg.heldout else None)
     default = "easy" if "easy" in splits else ",".join(splits)
@@ -259,31 +255,33 @@ def heldout_tasks(cfg, executor):
         if name not in splits:
             raise UsageError(f"there are no held-out tasks of the split {name!r} in {path}; "
                              f"it has {', '.join(splits) or 'none'}")
-    return {f"heldout/{name}" if i else "heldout": splits[name] for i, name in enumerate(names)}
+    return {f"{name}/" if i else "": splits[name] for i, name in enumerate(names)}
 
 
 def measure(policy, executor, heldout, cfg):
     """Greedy accuracy on the held-out tasks, with standard errors."""
     metrics = {}
-    for prefix, tasks in heldout.items():
+    for split, tasks in heldout.items():
         scores = heldout_accuracy(policy, executor, tasks, cfg)
         for name, (score, error, *_) in (scores | {"mean": mean_score(scores)}).items():
-            metrics |= {f"{prefix}/{name}": score, f"{with_error(prefix)}/{name}": error}
+            metrics |= {f"heldout/{split}{name}": score, f"heldout_stderr/{split}{name}": error}
     return metrics
 
 
-def with_error(prefix):
-    return prefix.replace("heldout", "heldout_stderr", 1)
+def heldout_tables(metrics):
+    """What `measure` found first and last, as text: a table for each split."""
+    measured = [row for row in metrics if "heldout/mean" in row]
+    tables = []
+    for split in re.findall("^heldout/(|.+/)mean$", "\n".join(measured[-1]), re.MULTILINE):
+        columns = {f"step {row['step']}": {
+            kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
+            for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
+        tables.append(table(columns, f"held-out accuracy, {split}".strip(", /")))
+    return "\n\n".join(tables)
 
 
 def sizes(buffer):
     return {f"buffer/{kind}": len(tasks) for kind, tasks in buffer.tasks.items()}
-
-
-def mean(values):
-    """The mean of all that is not None, or None (JSON null) of nothing: a zero would be a lie."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def describe(proposals, solutions, cfg):
@@ -292,30 +290,30 @@ def describe(proposals, solutions, cfg):
     for kind in cfg.types:
         new, solved = ([r for r in rollouts if r.type == kind] for rollouts in (proposals, solutions))
         metrics |= {
-            f"propose/{kind}/valid": mean(r.verdict in (Verdict.VALID, Verdict.REPEAT) for r in new),
-            f"propose/{kind}/reward": mean(r.reward for r in new),
-            f"propose/{kind}/learnable": mean(r.solve_rate not in (None, 0, 1) for r in new),
-            f"propose/{kind}/solve_rate": mean(r.solve_rate for r in new),
-            f"response_tokens/propose/{kind}": mean(len(r.response_ids) for r in new),
-            f"solve/{kind}/accuracy": mean(r.verdict is Verdict.CORRECT for r in solved),
-            f"solve/{kind}/reward": mean(r.reward for r in solved),
-            f"solve/{kind}/well_formed": mean(r.well_formed for r in solved),
-            f"response_tokens/solve/{kind}": mean(len(r.response_ids) for r in solved)}
+            f"propose/{kind}/valid": average(r.verdict in (Verdict.VALID, Verdict.REPEAT) for r in new),
+            f"propose/{kind}/reward": average(r.reward for r in new),
+            f"propose/{kind}/learnable": average(r.solve_rate not in (None, 0, 1) for r in new),
+            f"propose/{kind}/solve_rate": average(r.solve_rate for r in new),
+            f"response_tokens/propose/{kind}": average(len(r.response_ids) for r in new),
+            f"solve/{kind}/accuracy": average(r.verdict is Verdict.CORRECT for r in solved),
+            f"solve/{kind}/reward": average(r.reward for r in solved),
+            f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
+            f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     return metrics | {
-        "truncated": mean(r.truncated for r in proposals + solutions),
-        "diversity/unique_ast": mean(r.fresh for r in proposals),
-        **{f"diversity/{name}": mean(r.traits.get(name) for r in proposals)
+        "truncated": average(r.truncated for r in proposals + solutions),
+        "diversity/unique_ast": average(r.fresh for r in proposals),
+        **{f"diversity/{name}": average(r.traits.get(name) for r in proposals)
            for name in ("edit_distance", "complexity", "answers", "trivial")}}
 
 
-def cost(policy, seconds):
+def cost(policy):
     """Seconds by phase, sampled tokens a second, and the most memory held so far."""
-    memory = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     clock = policy.clock
-    return {**{f"seconds/{phase}": round(clock[phase], 3) for phase in ("generate", "execute", "update")},
-            "seconds/total": round(seconds, 3), "memory_gb": round(memory / 2 ** 30, 3),
-            "tokens_per_second": round(clock["tokens"] / clock["generate"], 1)}
+    return {**{f"seconds/{phase}": round(clock[phase], 3)
+               for phase in ("generate", "execute", "update", "total")},
+            "tokens_per_second": round(clock["tokens"] / clock["generate"], 1),
+            "memory_gb": round(memory / 2 ** 30, 3)}
 
 
 # --- the run folder ---------------------------------------------------------------------------------
@@ -328,12 +326,45 @@ class Run:
     logs back to that step, and the steps are done again exactly as they were (on a CPU).
     """
 
-    LOGS = ("metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl")
+    LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
 
-    def __init__(self, folder, max_flags=None):
+    def __init__(self, folder, max_flags=sys.maxsize):
         self.folder, self.max_flags = Path(folder), max_flags
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        self.metrics, self.lines, self.alarms, self.changes = [], Counter(), {}, {}
+        self.lines, self.alarms, self.changes = {}, set(), {}
+
+    def create(self, cfg):
+        """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if os.listdir(self.folder):
+                raise UsageError(f"{self.folder} is not empty; give another --out, or, if it holds a run, "
+                                 f"go on with it by --resume {self.folder}")
+            self.acquire()
+            self.write_config(cfg)
+        except OSError as error:
+            self.abandon()
+            raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+
+    def config(self, changes):
+        """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
+        try:
+            values = json.loads((self.folder / "config.json").read_text())
+            del values["versions"]
+            values["types"] = tuple(values["types"])
+            if values.keys() != asdict(Config()).keys():
+                raise KeyError
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
+                             "cannot read its config.json") from error
+        cfg, self.changes = Config(**values | changes), changes
+        self.acquire()
+        return cfg
+
+    def write_config(self, cfg):
+        versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+        values = json.dumps(asdict(cfg) | {"versions": versions}, indent=1) + "\n"
+        replace_file(self.folder / "config.json", values.encode())
 
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
@@ -352,206 +383,149 @@ class Run:
         self.lock.truncate(0)
         self.lock.close()
 
-    def create(self, cfg):
-        """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if os.listdir(self.folder):
-                raise UsageError(f"{self.folder} is not empty; give another --out, or, if it holds a run, "
-                                 f"go on with it by --resume {self.folder}")
-            self.acquire()
-            self.write_config(cfg)
-        except OSError as error:
-            self.abandon()
-            raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
-
     def abandon(self):
         """Remove what a run that could not start has made."""
         if self.folder.is_dir() and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
 
-    def write_config(self, cfg):
-        versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-        values = asdict(cfg) | {"versions": versions}
-        replace_file(self.folder / "config.json", (json.dumps(values, indent=1) + "\n").encode())
-
-    def config(self, changes):
-        """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
-        try:
-            values = json.loads((self.folder / "config.json").read_text())
-            del values["versions"]
-            values["types"] = tuple(values["types"])
-            if values.keys() != asdict(Config()).keys():
-                raise KeyError
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
-                             "cannot read its config.json") from error
-        self.changes = {name: value for name, value in changes.items() if value != values[name]}
-        cfg = Config(**values | changes)
-        self.acquire()
-        return cfg
-
-    def resume_hint(self):
-        hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
-        return f"{hint} with: python train.py --resume {self.folder}"
-
-    def save(self, step, policy, optimizer, buffer, rng):
-        """Write everything that the next step depends on, then the adapter for others to load."""
-        for name in self.LOGS:  # what the checkpoint counts must be on the disk before it
-            with open(self.folder / name, "a") as file:
-                os.fsync(file.fileno())
-        state = {"step": step, "lines": dict(self.lines), "optimizer": optimizer.state_dict(),
-                 "weights": {n: p.detach().cpu() for n, p in policy.trainable().items()},
-                 "buffer": buffer.state(), "python_rng": rng.getstate(), "torch_rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        self.checkpoint.parent.mkdir(exist_ok=True)
-        content = io.BytesIO()
-        torch.save(state, content)
-        replace_file(self.checkpoint, content.getbuffer())
-        try:
-            self.save_pretrained(policy)
-        except SafetensorError as error:  # a full disk, in its words
-            raise OSError(str(error)) from error
-
-    def save_pretrained(self, policy):
-        name = "model" if policy.model is policy.causal else "adapter"
-        fresh, final = self.folder / f"{name}.new", self.folder / name
-        if name == "adapter":  # "auto" would ask the hub whether the vocabulary has grown
-            policy.model.save_pretrained(fresh, save_embedding_layers=False)
-        else:
-            policy.model.save_pretrained(fresh)
-            policy.tokenizer.save_pretrained(fresh)
-        final.mkdir(exist_ok=True)
-        for path in fresh.iterdir():
-            os.replace(path, final / path.name)
-        fresh.rmdir()
-
-    def restore(self, cfg, policy, optimizer, buffer, rng):
+    def restore(self, cfg, *state):
         """Take up the checkpoint and cut the logs back to its step. → the step, or None if there is none.
 
         Nothing is written before all has been read. Raises UsageError.
         """
-        step, logs = None, dict.fromkeys(self.LOGS, ())
+        step, logs = None, dict.fromkeys(self.LOGS, [])
         if self.checkpoint.exists():
-            step, counts = self.load(policy, optimizer, buffer, rng)
+            step, counts = self.load(*state)
             logs = {name: self.read_log(name, step, counts[name]) for name in self.LOGS}
-        if step is not None and cfg.steps < step:
-            raise UsageError(f"--steps is {cfg.steps}, but {self.folder} has done {step} steps already")
-        for name, kept in logs.items():
-            self.lines[name] = len(kept)
-            replace_file(self.folder / name, b"".join(kept))
-        self.metrics = [json.loads(line) for line in logs["metrics.jsonl"]]
+            if cfg.steps < step:
+                raise UsageError(f"--steps is {cfg.steps}, but {self.folder} has done {step} steps already")
+        for name, rows in logs.items():
+            self.lines[name] = len(rows)
+            replace_file(self.folder / name, as_lines(rows))
+        self.metrics = logs["metrics.jsonl"]
         if self.changes:
             self.write_config(cfg)
             print("kept from now on:", *(f"{flag(name)} {value}" for name, value in self.changes.items()))
         if self.killed:
-            print(f"the last process of this run was killed after step {step}; if the system was out of "
+            print(f"the last process of this run was killed after step {step or 0}; if the system was out of "
                   "memory, lower --micro-tokens, --generate-batch or --workers", file=sys.stderr)
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=0 if step is None else step + 1)
+        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
 
     def load(self, policy, optimizer, buffer, rng):
         """Everything of the checkpoint into its place. → its step, and the lines of the logs up to it"""
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            parameters = policy.trainable()
-            if parameters.keys() != state["weights"].keys():
+            if policy.trainable().keys() != state["weights"].keys():
                 raise KeyError("its weights are of another model")
-            with torch.no_grad():
-                for name, weight in state["weights"].items():
-                    parameters[name].copy_(weight)
+            policy.model.load_state_dict(state["weights"], strict=False)  # frozen ones are not in it
             optimizer.load_state_dict(state["optimizer"])
             buffer.restore(state["buffer"])
             rng.setstate(state["python_rng"])
             torch.set_rng_state(state["torch_rng"])
-            if state["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-            return state["step"], Counter(state["lines"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            return state["step"], state["lines"]
         except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UsageError(f"the checkpoint {self.checkpoint} is damaged ({reason}); "
                              "put a copy back, or start a new run") from error
 
     def read_log(self, name, step, count):
-        """The lines of a log up to a step, as bytes. Raises UsageError for damaged or lost ones."""
-        path, kept = self.folder / name, []
-        # bytes, since model text may hold U+2028, where str.splitlines would cut
-        content = path.read_bytes() if path.exists() else b""
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:  # a kill may cut the last one
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise UsageError(f"line {number} of {path} is damaged; put a copy back, or cut it") from error
-        if len(kept) < count:
-            raise UsageError(f"{path} has lost {count - len(kept)} of its {count} lines up to step {step}; "
-                             "put a copy back, or start a new run")
-        return kept
+        """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
+        rows = [row for row in read_rows(self.folder / name) if row["step"] <= step]
+        if len(rows) < count:
+            raise UsageError(f"{self.folder / name} has lost {count - len(rows)} of its {count} lines up to "
+                             f"step {step}; put a copy back, or start a new run")
+        return rows
 
-    def record(self, step, metrics, proposals=(), solutions=(), tasks=(), flags=()):
-        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl, flags.jsonl and TensorBoard."""
-        metrics = {"step": step, **metrics, "flags": len(flags)}
-        self.metrics.append(metrics)
-        accepted = [(r.task, r.solve_rate) for r in proposals if r.verdict is Verdict.VALID]
-        samples = pick_samples(step, [*proposals, *solutions])
-        rows = {"flags.jsonl": flags, "samples.jsonl": samples, "metrics.jsonl": [metrics],
+    def record(self, step, metrics, accepted, flags, rollouts=()):
+        """Append the step to metrics.jsonl, samples.jsonl, tasks.jsonl, flags.jsonl and TensorBoard.
+
+        accepted: [(Task, its solve rate or None)], new in the buffer. rollouts: what samples are drawn from.
+        """
+        metrics = {**metrics, "flags": len(flags)}
+        self.metrics.append({"step": step, **metrics})
+        rows = {"flags.jsonl": flags, "samples.jsonl": pick_samples(step, rollouts),
                 "tasks.jsonl": [{"step": step, "solve_rate": rate, **asdict(task)}
-                                for task, rate in accepted + [(task, None) for task in tasks]]}
-        for name in self.LOGS:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name])
-            self.lines[name] += len(rows[name])
+                                for task, rate in accepted],
+                "metrics.jsonl": self.metrics[-1:]}
+        for name, new in rows.items():
+            self.lines[name] += len(new)
+            write_through(self.folder / name, "ab", as_lines(new))
         for name, value in metrics.items():
-            if name != "step" and value is not None:
+            if value is not None:
                 self.writer.add_scalar(name, value, step)
-        for sample in samples:
+        for sample in rows["samples.jsonl"]:
             text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample.items())
             self.writer.add_text(f"{sample['role']}/{sample['type']}", text, step)
         self.writer.flush()
-        if "heldout/mean" in metrics and step:
-            draw_curves(self.metrics, self.folder / "curves.png")
 
-    def show(self, bar, metrics):
+    def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
-        before, self.alarms = self.alarms, {alarm["name"]: alarm for alarm in alarms(self.metrics)}
-        for name in self.alarms.keys() - before.keys():
+        metrics, found = self.metrics[-1], {alarm["name"]: alarm for alarm in alarms(self.metrics)}
+        for name in found.keys() - self.alarms:
             bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
-                step=self.metrics[-1]["step"], **self.alarms[name]), file=sys.stderr)
-        solved = mean(value for key, value in metrics.items() if key.endswith("/accuracy"))
+                step=metrics["step"], **found[name]), file=sys.stderr)
+        self.alarms = found.keys()
+        solved = average(value for key, value in metrics.items() if key.endswith("/accuracy"))
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
-                        | {"ALARM": name for name in self.alarms}, refresh=False)
+                        | {"ALARM": name for name in found}, refresh=False)
 
-    def flagged(self):
-        """Whether there are more flags than --max-flags."""
-        return self.max_flags is not None and self.lines["flags.jsonl"] > self.max_flags
-
-    def write_page(self, bar):
+    def draw(self):
+        """Write the picture and the page anew."""
+        draw_curves(self.metrics, self.folder / "curves.png")
         try:
             write_page(self.folder)
         except UsageError as error:  # a log that somebody edited is no reason to end the run
-            bar.write(f"warning: report.html is not written: {error}", file=sys.stderr)
+            tqdm.write(f"warning: report.html is not written: {error}", file=sys.stderr)
 
-    def stopped(self, step):
-        """Say how to go on after a stop by a person (exit code 0) or by --max-flags (3). → exit code"""
-        reason = f": {self.lines['flags.jsonl']} flags; read {self.folder}/flags.jsonl first" * self.flagged()
-        print(f"stopped after step {step}{reason}; go on with: python train.py --resume {self.folder}"
-              + " --max-flags N" * self.flagged())
-        return 3 * self.flagged()
+    def flagged(self):
+        """Whether there are more flags than --max-flags."""
+        return self.lines["flags.jsonl"] > self.max_flags
 
-    def finish(self):
-        """Print held-out accuracy before and after, and where everything is."""
-        measured = [m for m in self.metrics if "heldout/mean" in m]
-        for prefix in measured_splits(measured[-1]):
-            columns = {f"step {m['step']}": {kind: (m[f"{prefix}/{kind}"], m[f"{with_error(prefix)}/{kind}"])
-                                             for kind in KINDS if f"{prefix}/{kind}" in m}
-                       for m in (measured[0], measured[-1])}
-            print("\n" + table(columns, prefix.replace("heldout", "held-out accuracy").replace("/", ", ")))
-        print(f"\nrun folder  {self.folder}\npicture     {self.folder}/curves.png\n"
-              f"page        {self.folder}/report.html")
-        if self.lines["flags.jsonl"]:
-            print(f"flags       {self.lines['flags.jsonl']}, in {self.folder}/flags.jsonl")
+    def save(self, step, policy, optimizer, buffer, rng):
+        """Write the adapter for others to load, then everything that the next step depends on."""
+        self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
+        state = {"step": step, "lines": self.lines, "weights": policy.trainable(),
+                 "optimizer": optimizer.state_dict(), "buffer": buffer.state(), "python_rng": rng.getstate(),
+                 "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        content = io.BytesIO()
+        torch.save(state, content)
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        replace_file(self.checkpoint, content.getbuffer())
+
+    def export(self, policy):
+        """The policy as a PEFT folder, or as a whole model if all weights are trained."""
+        name = "model" if policy.model is policy.causal else "adapter"
+        fresh, final = self.folder / f"{name}.new", self.folder / name
+        # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
+        policy.model.save_pretrained(fresh, save_embedding_layers=False)
+        if name == "model":
+            policy.tokenizer.save_pretrained(fresh)
+        final.mkdir(exist_ok=True)
+        for path in fresh.iterdir():
+            path.replace(final / path.name)
+        fresh.rmdir()
+
+    def resume_hint(self):
+        hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
+        return f"{hint} with: python train.py --resume {self.folder}"
+
+    def finish(self, stopped):
+        """Print how to go on, or held-out accuracy before and after. → exit code; 3 after too many flags"""
+        count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
+        if stopped:
+            reason = f": {count} flags; read {flags} first" * self.flagged()
+            print(f"stopped after step {self.metrics[-1]['step']}{reason}; go on with: "
+                  f"python train.py --resume {self.folder}" + " --max-flags N" * self.flagged())
+            return 3 * self.flagged()
+        print(f"\n{heldout_tables(self.metrics)}\n\nrun folder  {self.folder}\n"
+              f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html")
+        if count:
+            print(f"flags       {count}, in {flags}")
+        return 0
 
 
 def pick_samples(step, rollouts):
@@ -561,15 +535,24 @@ def pick_samples(step, rollouts):
     return [{"step": step, **{name: getattr(r, name) for name in names}} for r in chosen.values()]
 
 
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_through(path, mode, content):
+    """Write to a file and wait for the disk, so that a power cut takes nothing that came before."""
+    with open(path, mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def replace_file(path, content):
     """Write a file so that at any moment either the old or the new content is there, whole."""
     fresh = path.with_name(path.name + ".new")
     try:
-        with open(fresh, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        write_through(fresh, "wb", content)
+        fresh.replace(path)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
@@ -586,26 +569,28 @@ def interruptible():
         asked.append(number)
         print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for handled in previous:
+            signal.signal(*handled)
 
 
 # --- the command line -------------------------------------------------------------------------------
 
 def parse(arguments):
+    """The command line → {name: value} of what was given."""
     parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
     add = parser.add_argument
     add("--out", help="run folder; default: runs/<model>-<date>")
     add("--resume", metavar="RUN", help=f"go on with this run; beside it only {', '.join(map(flag, KEPT))}\n"
         "and --max-flags may be given")
     add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
-    add("--max-flags", type=int, help="stop, with a checkpoint, after so many flags; default: never")
+    add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
+        "(holds for this process; give it again with --resume)")
     add("--paper", action="store_true", default=None, help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         convert = (*get_args(knob.type), knob.type)[0]
@@ -614,49 +599,50 @@ def parse(arguments):
             "choices": knob.metadata["choices"]}
         presets = "\n(tiny {}, else {}, paper {})".format(*knob.metadata["presets"])
         add(flag(knob.name), help=knob.metadata["text"] + presets, **how)
-    return parser.parse_args(arguments)
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
 
-def configure(options):
-    """Command line → (Config, Run). Raises UsageError for values that cannot work."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
+def configure(given):
+    """What was given → (Config, Run). Raises UsageError for values that cannot work."""
     for name, value in given.items():
         if value in ("", ("",)):
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
-    if given.get("max_flags", 0) < 0:
-        raise UsageError(f"--max-flags is {options.max_flags}; it must be at least 0")
+        if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
+            raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
+    max_flags = given.get("max_flags", sys.maxsize)
+    if max_flags < 0:
+        raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
     for name in {"model", "heldout"} & changes.keys():  # paths hold from any folder
         if changes[name] not in SHIPPED and Path(changes[name]).exists():
-            changes[name] = str(Path(changes[name]).resolve())
-    if options.resume:
-        for name in given.keys() - {*KEPT, "resume", "max_flags"}:
-            raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
-        run = Run(options.resume, options.max_flags)
+            changes[name] = os.path.abspath(changes[name])
+    if "resume" in given:
+        run = Run(given["resume"], max_flags)
         return run.config(changes), run
-    cfg = preset(PAPER if options.paper else TINY if options.model in (None, *SHIPPED) else CARD, **changes)
-    run = Run(options.out or f"runs/{Path(cfg.model).name}-{datetime.now():%Y%m%d-%H%M%S}", options.max_flags)
+    column = PAPER if "paper" in given else TINY if given.get("model", "tiny") in SHIPPED else CARD
+    cfg = preset(column, **changes)
+    run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
     run.create(cfg)
     return cfg, run
 
 
 def main(arguments=None):
-    options, run = parse(arguments), None
+    given, run = parse(arguments), None
     try:
-        if options.report:
-            print(write_page(options.report))
+        if given.get("report"):
+            print(write_page(given["report"]))
             return 0
-        cfg, run = configure(options)
+        cfg, run = configure(given)
         return train(cfg, run)
     except UsageError as error:
-        if run and not options.resume:
+        if run and "resume" not in given:
             run.abandon()
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped at once; {run.resume_hint() if run else 'nothing was written'}", file=sys.stderr)
         return 130
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # what is on disk is whole
+    except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"train.py: {error or 'out of memory'}; {run.resume_hint() if run else ''}", file=sys.stderr)
         return 1
     finally:

@@ -31,9 +31,10 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from azr import HELDOUT, TINY, load_heldout  # noqa: E402
+from azr import HELDOUT, TINY  # noqa: E402
 from eval import pass_at_k  # noqa: E402
 from report import layout, mean_error  # noqa: E402
+from rewards import load_heldout  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import Config, flag  # noqa: E402
 

@@ -313,7 +313,8 @@ def test_templates(policy):
 def test_heldout_figures_are_those_of_training(random_model, heldout, executor, tmp_path):
     from types import SimpleNamespace
 
-    from azr import heldout_accuracy, load_heldout, load_policy
+    from azr import heldout_accuracy, load_policy
+    from rewards import load_heldout
     policy = load_policy(random_model, "none", 0, device="cpu")
     tasks = load_heldout(heldout)["easy"]
     scores = heldout_accuracy(policy, executor, tasks, SimpleNamespace(max_response=12))

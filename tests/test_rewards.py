@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import statistics
@@ -5,8 +6,8 @@ import time
 
 import pytest
 
-from rewards import composite_reward, is_correct, learnability, task_relative_advantages
-from tasks import Task
+from rewards import composite_reward, is_correct, learnability, load_heldout, task_relative_advantages
+from tasks import Task, UsageError
 
 DOUBLE = "def f(x):\n    return x * 2"
 
@@ -163,3 +164,32 @@ def test_refused_answers_are_told_from_wrong_ones(executor):
     verdicts = rewards.judge([task] * 4, answers, executor)
     assert [verdict.value for verdict, _ in verdicts] == ["unsafe", "wrong", "malformed", "correct"]
     assert verdicts[0][1].startswith("unsafe: ") and "os" in verdicts[0][1] and "\n" not in verdicts[0][1]
+
+
+TRIPLET_ROW = {"split": "easy", "type": "deduction", "program": DOUBLE, "input": "2", "output": "4"}
+PAIRS_ROW = {"split": "easy", "type": "induction", "program": DOUBLE, "inputs": ["1", "2"], "outputs": ["2", "4"],
+             "message": "twice"}
+
+
+def without(row, name):
+    return {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize("row, says", [
+    (without(TRIPLET_ROW, "output"), "there is no 'output'"), (without(TRIPLET_ROW, "input"), "there is no 'input'"),
+    (without(PAIRS_ROW, "inputs"), "there is no 'inputs'"), (without(PAIRS_ROW, "outputs"), "there is no 'outputs'"),
+    (without(TRIPLET_ROW, "split"), "there is no 'split'"), (PAIRS_ROW | {"inputs": [], "outputs": []}, "too few pairs"),
+    (TRIPLET_ROW | {"output": ""}, r"f\(2\) gives 4"), (PAIRS_ROW | {"inputs": "12"}, "is not text")])
+def test_a_heldout_file_says_what_is_missing_and_where(tmp_path, executor, row, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (TRIPLET_ROW, PAIRS_ROW, row)))
+    with pytest.raises(UsageError, match=f"line 3: .*{says}"):
+        load_heldout(path, executor=executor)
+
+
+def test_a_limit_takes_the_first_of_each_type_and_split(tmp_path, executor):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row | {"split": split}) + "\n" for split in "aab" for row in (TRIPLET_ROW, PAIRS_ROW)))
+    splits = load_heldout(path, limit=1, executor=executor)
+    assert {name: [task.type for task in tasks] for name, tasks in splits.items()} == {
+        "a": ["deduction", "induction"], "b": ["deduction", "induction"]}

@@ -112,6 +112,7 @@ def test_tensorboard_shows_curves_and_texts(whole_run):
     events.Reload()
     steps = [e.step for e in events.Scalars("heldout/mean")]
     assert steps == [0, 2, 4, 6]
+    assert set(events.Tags()["scalars"]) == {key for row in log(whole_run.folder) for key in row} - {"step"}
     assert any("solve/deduction" in tag for tag in events.Tags()["tensors"])
 
 
@@ -239,6 +240,13 @@ def test_a_damaged_checkpoint_is_named_and_kept(capsys, tmp_path, whole_run, dam
     assert "damaged" in misuse(capsys, "--resume", run)
     assert (run / "checkpoint" / "state.pt").read_bytes() == bad
     assert (run / "metrics.jsonl").read_bytes() == (whole_run.folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"3", b"[1]", b"{}", b'{"versions": {}, "types": 3}', b"[" * 100_000])
+def test_a_damaged_config_is_one_line(capsys, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert "is not a run folder" in misuse(capsys, "--resume", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # --- the parts of a step
@@ -393,6 +401,7 @@ def test_what_is_wrong_beside_resume_changes_nothing(capsys, tmp_path, whole_run
 
 def test_knobs_of_memory_speed_and_place_may_change_and_are_kept_and_said(capsys, tmp_path, whole_run):
     run = copy_of(whole_run.folder, tmp_path / "run")
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")  # for others: a resumed run never reads it
     assert train.main(["--resume", str(run), "--micro-tokens", "512", "--workers", "1", "--generate-batch", "8"]) == 0
     out = capsys.readouterr().out
     assert "kept from now on: " in out and "--micro-tokens 512" in out and "--workers 1" in out
