@@ -261,9 +261,9 @@ def seeding_figures(drafts, clock):
 
 WHAT_TO_TRY = {
     Verdict.TRUNCATED: "a higher --max-response, or --frame examples, which shows how short an answer can be",
-    Verdict.MALFORMED: "--frame examples, which shows the format; --frame long for a model that follows long "
+    Verdict.MALFORMED: "--frame examples, which shows the format; --frame long if it follows long "
                        "instructions;\na larger or an instruct model",
-    Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred will do; a larger model",
+    Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred do; a larger model",
     Verdict.UNSAFE: "waiting: the format is right, but programs may not reach outside; another model"}
 
 
