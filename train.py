@@ -260,7 +260,7 @@ def seeding_figures(drafts, clock):
 
 
 WHAT_TO_TRY = {
-    Verdict.TRUNCATED: "a higher --max-response, or --frame examples, which shows how short an answer can be",
+    Verdict.TRUNCATED: "a higher --max-response; --frame examples, which shows how short an answer can be",
     Verdict.MALFORMED: "--frame examples, which shows the format; --frame long if it follows long "
                        "instructions;\na larger or an instruct model",
     Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred do; a larger model",
