@@ -242,8 +242,8 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
                 raise KeyboardInterrupt
         if drafts and not any(rollout.task for rollout in drafts):
             bar.close()
-            raise UsageError(f"none of {len(drafts)} proposals is a valid task, and there is nothing to train "
-                             f"on; read {run.folder}/samples.jsonl, then try another --frame or --model")
+            raise UsageError(f"none of {len(drafts)} proposals is a valid task: nothing to train on; "
+                             f"read {run.folder}/samples.jsonl, then try another --frame or --model")
         if len(bucket) < target:
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
