@@ -180,7 +180,7 @@ def _slots(task):
     return asdict(task) | {
         "pairs": "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in pairs),
         "calls": "".join(f">>> f({i})\n{o}\n" for i, o in pairs),
-        "inputs": "".join(f"```input\n{text}\n```\n" for text in task.inputs)}
+        "inputs": "\n".join(text.replace("\n", " ") for text in task.inputs)}
 
 
 def _fill(template, fields):
@@ -243,8 +243,13 @@ def parse_triplet(blocks, program, count):
 
 
 def parse_pairs(blocks, program, count):
-    """For the given program: two to `count` different `input` blocks, and a `message`."""
-    inputs = tuple(dict.fromkeys(text.strip() for text in blocks("input")))[:count]
+    """For the given program: two to `count` different inputs and a `message`.
+
+    The inputs stand in an `input` block each, or line by line in a single one.
+    """
+    texts = blocks("input")
+    texts = texts[0].split("\n") if len(texts) == 1 else texts
+    inputs = tuple(dict.fromkeys(text.strip() for text in texts))[:count]
     messages = blocks("message")
     if len(inputs) >= 2 and len(messages) == 1 and messages[0].strip():
         return {"program": program, "inputs": inputs, "message": messages[0].strip()}
@@ -280,7 +285,7 @@ class Kind:
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
     propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task, {calls}
-    solve_example: str = ""    # and {inputs} as blocks; a solver's also {thought}. "": the long question
+    solve_example: str = ""    # and {inputs} as lines; a solver's also {thought}. "": the long question
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
@@ -356,7 +361,10 @@ Write inputs for f, and a message that helps to find f.
 ### Response
 <think>This is new.</think>
 <answer>
-{inputs}```message
+```input
+{inputs}
+```
+```message
 {message}
 ```
 </answer>""",

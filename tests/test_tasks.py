@@ -179,6 +179,8 @@ def test_induction_proposals_keep_different_inputs_up_to_the_count():
     blocks = "".join(f"```input\n{i}\n```\n" for i in (1, 2, 2, 3, 4)) + "```message\n add one \n```"
     task = parse_proposal("induction", say(blocks), PROGRAM, count=3)
     assert task == Task("induction", PROGRAM, inputs=("1", "2", "3"), message="add one")
+    lines = say("```input\n1, [2]\n 3 \n1, [2]\n```\n```message\nm\n```")
+    assert parse_proposal("induction", lines, PROGRAM).inputs == ("1, [2]", "3")  # a single block: line by line
     assert parse_proposal("induction", say("```input\n1\n```\n```input\n1\n```\n```message\nm\n```"), PROGRAM) is None
     assert parse_proposal("induction", say("```input\n1\n```\n```input\n2\n```"), PROGRAM) is None
 
