@@ -103,6 +103,7 @@ class Policy:
     pad_id: int              # never trained or attended to: masks come from lengths, not from ids
     chat: bool               # whether prompts go through the chat template
     rows: int = 0            # rows generated at once; 0: from free memory
+    frame: str = "long"      # the long question, or "examples" before a short one: see tasks.propose_prompt
     mean_tokens: float = math.inf   # of the responses sampled last, by which rows are planned
     micro_tokens: float = math.inf  # tokens of a micro-batch that fit, where cfg.micro_tokens are too many
     half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
@@ -157,7 +158,7 @@ def resolve_model(name):
 
 
 def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None, rows=0,
-                trained=True):
+                trained=True, frame="long"):
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
@@ -203,7 +204,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
-                    chat=bool(tokenizer.chat_template), rows=rows, half=half)
+                    chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half)
     if trained and not on_gpu and name not in SHIPPED:
         plan_update(policy)
     return policy
@@ -331,10 +332,15 @@ def _drafts(policy, executor, requests, cfg):
 
 def _request(policy, buffer, kind, cfg):
     """What a proposer is asked, within cfg.max_prompt tokens. → Rollout without a response"""
-    own_program = KINDS[kind].own_program
-    references = buffer.references(cfg.references) if own_program else []
-    program = "" if own_program else buffer.program()
-    while len(ids := policy.encode(propose_prompt(kind, references, program, cfg.inputs))) > cfg.max_prompt:
+    references, program = [], ""
+    if KINDS[kind].own_program:
+        references = buffer.references(cfg.references)
+    else:
+        program = buffer.program()
+        if policy.frame == "examples":  # the long question shows none
+            references = buffer.references(cfg.references, kind)
+    while len(ids := policy.encode(
+            propose_prompt(kind, references, program, cfg.inputs, policy.frame))) > cfg.max_prompt:
         if references:  # long references leave, never half of one
             references.pop()
         elif program not in ("", ZERO_TRIPLET.program):
@@ -356,7 +362,7 @@ def _complete(policy, rollout, draft, runs, max_prompt):
             rollout.verdict = Verdict.UNSAFE
     elif problem := within_limits(task):
         rollout.reason = f"too long: {problem}"
-    elif len(policy.encode(solve_prompt(task))) > max_prompt:
+    elif len(policy.encode(solve_prompt(task, policy.frame))) > max_prompt:
         rollout.reason = f"too long: the solver's prompt would be over {max_prompt} tokens"
     else:
         rollout.task, rollout.verdict = task, Verdict.VALID
@@ -369,7 +375,8 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
     In the order of `tasks`, the copies of a task next to each other.
     """
-    requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task)), task=task) for task in tasks]
+    requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task, policy.frame)), task=task)
+                for task in tasks]
     return spread(requests, lambda mine: _answers(policy, executor, mine, cfg, copies, greedy))
 
 

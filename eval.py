@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, read_rows, sandbox
 from report import layout, mean_error, table
-from tasks import UsageError
+from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
 ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "seconds": (int, float),
@@ -117,12 +117,16 @@ def cell(key, figure):
 
 # --- answers ----------------------------------------------------------------------------------------
 
-def encode(policy, question, template):
-    """A question as token ids, by one of three templates, the same for the base and the trained model.
+def encode(policy, question, template, task=None):
+    """A question as token ids, by one of four templates, the same for the base and the trained model.
 
-    azr: the frame of training, which ends in <think>; plain: the question and an empty line; chat: the
-    model's own chat template around the question.
+    azr: training's long frame, which ends in <think>; examples: training's frame of worked examples, if the
+    problem is a Task, and never a chat template; plain: the question and an empty line; chat: the model's own
+    chat template around the question.
     """
+    if template == "examples":
+        question = solve_prompt(task, "examples") if task else question
+        return policy.tokenizer(FRAME.replace("{question}", question)).input_ids
     if template == "azr":
         return policy.encode(question)
     if template == "plain":
@@ -144,7 +148,8 @@ def sample(policy, name, problems, options, column):
         chunk = problems[start:start + size]
         torch.manual_seed(zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode()))
         started = time.perf_counter()
-        prompts = [encode(policy, problem.question, options.template) for problem in chunk]
+        prompts = [encode(policy, problem.question, options.template, getattr(problem, "task", None))
+                   for problem in chunk]
         try:
             responses = generate(policy, prompts, options.max_response, options.samples,
                                  greedy=not options.temperature, temperature=options.temperature or 1.0)
@@ -381,8 +386,9 @@ def parse(arguments):
     add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
     add("--judge", metavar="FILE", help='judge the answers in it: lines of {"benchmark", "id", "response"}')
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
-    add("--template", choices=("azr", "plain", "chat"), default="azr",
-        help="azr: the frame of training (default); plain: the question alone; chat: the model's template")
+    add("--template", choices=("azr", "examples", "plain", "chat"), default="azr",
+        help="azr: training's --frame long (default); examples: its --frame examples;\n"
+             "plain: the question alone; chat: the model's template")
     add("--samples", type=int, default=1, help="answers to each task (1)")
     add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
     add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")

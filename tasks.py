@@ -23,11 +23,9 @@ from functools import lru_cache
 TASK_TYPES = ("deduction", "abduction", "induction")  # the paper's
 ROLES = ("propose", "solve")
 
-OUTPUT_LIMIT = 400    # characters of an output; a task with a longer one is invalid, nothing is ever cut
-INPUT_LIMIT = 400     # characters of an input
-PROGRAM_LIMIT = 3000  # characters of a program
-MESSAGE_LIMIT = 1000  # characters of an induction message
-NESTING_LIMIT = 100   # levels of a program's syntax tree
+# characters; a task with a longer part is invalid, nothing is ever cut
+LIMITS = {"program": 3000, "input": 400, "output": 400, "message": 1000}
+NESTING_LIMIT = 100  # levels of a program's syntax tree
 
 
 class UsageError(ValueError):
@@ -59,6 +57,22 @@ class Task:
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
+# Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
+# held-out or public task.
+EXAMPLES = {
+    Task("deduction", "def f(hours, minutes):\n    return hours * 60 + minutes", "2, 15", "135",
+         ("2, 15", "0, 5", "1, 0", "3, 3"), ("135", "5", "60", "183"), "The minutes since midnight."):
+    "f(2, 15) is 2 * 60 + 15.",
+    Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
+         ("13", "5", "12", "40"), ("'adult'", "'child'", "'child'", "'adult'"), "Who pays the full price?"):
+    "f(13) is 'adult', as 13 < 13 is false.",
+    Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
+         ("[4, 9, 6]", "[7]", "[1, 2]", "[3, 3, 8]"), ("5", "0", "1", "5"), "How far the prices lie apart."):
+    "f([4, 9, 6]) is 9 - 4.",
+}
+SHOTS = 3  # earlier responses that a proposer is shown at least
+
+
 def split_pairs(task):
     """Induction: (shown pairs, hidden pairs), half and half in the order proposed.
 
@@ -77,7 +91,8 @@ INSTRUCTION = """\
 Below is a problem about Python programs. Reason about it step by step between <think> and </think>. \
 Then write the final answer between <answer> and </answer>, in the format that the problem asks for, \
 and stop."""
-FRAME = INSTRUCTION + "\n\n### Problem\n{question}\n\n### Response\n<think>"
+PROBLEM, RESPONSE = "\n\n### Problem\n", "\n\n### Response\n<think>"
+FRAME = INSTRUCTION + PROBLEM + "{question}" + RESPONSE
 CHAT_FRAME = INSTRUCTION + "\n\n{question}"
 THINK = "<think>"  # opened in the prompt, so that every response starts inside its thought
 
@@ -113,21 +128,59 @@ def f(...):
 _REFERENCE = ("Reference task:\n```python\n{program}\n```\n"
               "```input\n{input}\n```\n```output\n{output}\n```\n\n")
 
+_TRIPLET_SHOT = """\
+Write a new function f and an input, so that one has to think to {aim}.
+
+### Response
+<think>This is new.</think>
+<answer>
+```python
+{program}
+```
+```input
+{input}
+```
+</answer>"""
+
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
 
-def propose_prompt(kind, references=(), program="", count=10):
-    """The proposer's question: K references for a type that brings its own program, else one program."""
-    fields = {"references": "".join(_fill(_REFERENCE, asdict(task)) for task in references),
-              "program": program, "count": str(count)}
-    return _fill(KINDS[kind].propose, fields)
+def propose_prompt(kind, references=(), program="", count=10, frame="long"):
+    """The proposer's question: K references for a type that brings its own program, else one program.
+
+    In the frame "examples" the references, of any type, are earlier responses; EXAMPLES make up the number to
+    SHOTS, and stand for the identity, which shows nothing.
+    """
+    example = KINDS[kind].propose_example
+    if frame == "long" or not example:
+        shown = "".join(_fill(_REFERENCE, asdict(task)) for task in references)
+        return _fill(KINDS[kind].propose, {"references": shown, "program": program, "count": str(count)})
+    shown = [task for task in references if task.program != ZERO_TRIPLET.program]
+    shown = [*EXAMPLES][:max(0, SHOTS - len(shown))] + shown
+    return _few_shot(example, map(_slots, shown), {"program": program})
 
 
-def solve_prompt(task):
-    """The solver's question. Of an induction task it shows the message and the shown half only."""
-    shown, _ = split_pairs(task)
-    pairs = "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in shown)
-    return _fill(KINDS[task.type].solve, asdict(task) | {"pairs": pairs})
+def solve_prompt(task, frame="long"):
+    """The solver's question: of an induction task the message and the shown half. Frames as above."""
+    kind = KINDS[task.type]
+    if frame == "long" or not kind.solve_example:
+        return _fill(kind.solve, _slots(task))
+    shown = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
+    return _few_shot(kind.solve_example, shown, _slots(task))
+
+
+def _few_shot(example, shown, asked):
+    """Earlier problems with their responses, then a problem: what FRAME takes as one question."""
+    earlier = "".join(_fill(example, slots) + PROBLEM for slots in shown)
+    return earlier + _fill(example.partition(RESPONSE)[0], asked)
+
+
+def _slots(task):
+    pairs, _ = split_pairs(task)
+    return asdict(task) | {
+        "pairs": "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in pairs),
+        "calls": "".join(f">>> f({i})\n{o}\n" for i, o in pairs),
+        "inputs": "\n".join(text.replace("\n", " ") for text in task.inputs)}
 
 
 def _fill(template, fields):
@@ -146,13 +199,9 @@ def final_answer(response):
     >>> final_answer("2 + 2 = 4</think> <answer>4</answer>")
     '4'
     """
-    _, closed, rest = response.partition("</think>")
-    rest = rest.strip()
-    inner = rest[len("<answer>"):-len("</answer>")]
-    if not (closed and rest.startswith("<answer>") and rest.endswith("</answer>")
-            and len(rest) >= len("<answer></answer>") and "answer>" not in inner):
-        return None
-    return inner.strip()
+    _, _, rest = response.partition("</think>")
+    match = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", rest, re.S)
+    return match[1].strip() if match and "answer>" not in match[1] else None
 
 
 def fenced_blocks(text, tag):
@@ -177,13 +226,11 @@ def parse_answer(kind, response):
     The answer is the last block with the type's tag. An answer without any fence is taken whole:
     base models often write the bare value, which says the same (the paper's code does so too).
     """
-    answer = final_answer(response)
-    if answer is None:
-        return None
+    answer = final_answer(response) or ""
     blocks = fenced_blocks(answer, KINDS[kind].tag)
-    if blocks:
-        return blocks[-1]
-    return answer if answer and "```" not in answer else None
+    if blocks or "```" in answer:
+        return blocks[-1] if blocks else None
+    return answer or None
 
 
 # --- the three types ------------------------------------------------------------------------------
@@ -196,8 +243,13 @@ def parse_triplet(blocks, program, count):
 
 
 def parse_pairs(blocks, program, count):
-    """For the given program: two to `count` different `input` blocks, and a `message`."""
-    inputs = tuple(dict.fromkeys(text.strip() for text in blocks("input")))[:count]
+    """For the given program: two to `count` different inputs and a `message`.
+
+    The inputs stand in an `input` block each, or line by line in a single one.
+    """
+    texts = blocks("input")
+    texts = texts[0].split("\n") if len(texts) == 1 else texts
+    inputs = tuple(dict.fromkeys(text.strip() for text in texts))[:count]
     messages = blocks("message")
     if len(inputs) >= 2 and len(messages) == 1 and messages[0].strip():
         return {"program": program, "inputs": inputs, "message": messages[0].strip()}
@@ -232,12 +284,24 @@ class Kind:
     judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
+    propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task, {calls}
+    solve_example: str = ""    # and {inputs} as lines; a solver's also {thought}. "": the long question
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
 
 KINDS = {
     "deduction": Kind(
+        propose_example=_TRIPLET_SHOT.replace("{aim}", "predict its output"),
+        solve_example="""\
+```python
+{program}
+```
+What does f({input}) return?
+
+### Response
+<think>{thought}</think>
+<answer>{output}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
         solve="""\
@@ -257,6 +321,16 @@ Give the returned value as a Python literal in one fenced block:
         tag="output", hidden="output", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(None, answer, task.output)]),
     "abduction": Kind(
+        propose_example=_TRIPLET_SHOT.replace("{aim}", "find an input from its output"),
+        solve_example="""\
+```python
+{program}
+```
+Find an input with which f returns {output}.
+
+### Response
+<think>{thought}</think>
+<answer>{input}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
 this value."""),
@@ -278,6 +352,32 @@ Give the input, as it would stand between the parentheses of the call f(...), in
         tag="input", hidden="input", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(task.program, answer, task.output)]),
     "induction": Kind(
+        propose_example="""\
+```python
+{program}
+```
+Write inputs for f, and a message that helps to find f.
+
+### Response
+<think>This is new.</think>
+<answer>
+```input
+{inputs}
+```
+```message
+{message}
+```
+</answer>""",
+        solve_example="""\
+{calls}{message} Write f.
+
+### Response
+<think>{thought}</think>
+<answer>
+```python
+{program}
+```
+</answer>""",
         propose="""\
 Invent one new task for a test of reasoning about code, built around the Python function `f` below. Write \
 {count} inputs for it, and a message. The solver will never see the function: from the message and \
@@ -329,11 +429,8 @@ def f(...):
 
 def within_limits(task):
     """'' if the task is short enough to be shown to a solver, else one line that says what is not."""
-    for name, texts, limit in (("program", [task.program], PROGRAM_LIMIT),
-                               ("input", [task.input, *task.inputs], INPUT_LIMIT),
-                               ("output", [task.output, *task.outputs], OUTPUT_LIMIT),
-                               ("message", [task.message], MESSAGE_LIMIT)):
-        longest = max(map(len, texts))
+    for name, limit in LIMITS.items():
+        longest = max(map(len, [getattr(task, name), *getattr(task, name + "s", ())]))
         if longest > limit:
             return f"the {name} has {longest} characters, at most {limit} are allowed"
     if _anatomy(task.program).depth > NESTING_LIMIT:
@@ -341,7 +438,7 @@ def within_limits(task):
     return ""
 
 
-Anatomy = namedtuple("Anatomy", "fingerprint depth branches edges")
+Anatomy = namedtuple("Anatomy", "fingerprint depth edges")
 BRANCHES = {ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case,
             ast.comprehension}
 CHAINS = {ast.comprehension, ast.BoolOp}  # each child after the second is one more branch
@@ -368,9 +465,7 @@ def _anatomy(program):
         text = ast.dump(tree) if depth <= NESTING_LIMIT else program
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         text, depth = program, NESTING_LIMIT + 1
-    branches = sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
-                   for (parent, child), count in edges.items())
-    return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, branches, edges)
+    return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, edges)
 
 
 def fingerprint(program):
@@ -384,7 +479,8 @@ def complexity(program):
     >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
     4
     """
-    return 1 + _anatomy(program).branches
+    return 1 + sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
+                   for (parent, child), count in _anatomy(program).edges.items())
 
 
 def edit_distance(program, other):
@@ -412,22 +508,19 @@ class TaskBuffer:
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
         self.tasks = {kind: [] for kind in KINDS}
-        self.pool = None  # what `references` draws from, until the next task
-        self.kept = dict.fromkeys(KINDS, 0)  # the first so many tasks of a type are never thrown out
-        self.seen = set()  # fingerprints of all programs ever accepted, also of those thrown out since
+        # fingerprints of EXAMPLES and of all programs ever accepted, also of those thrown out since
+        self.seen = {fingerprint(task.program) for task in EXAMPLES}
         for kind in KINDS:
             if KINDS[kind].is_triplet:
                 self.add(replace(ZERO_TRIPLET, type=kind))
-                self.kept[kind] = 1
+        self.protect()
 
     def protect(self):
-        """From now on keep all tasks that are there, but at most half of the capacity."""
-        for kind, bucket in self.tasks.items():
-            self.kept[kind] = max(self.kept[kind], min(len(bucket), self.capacity // 2))
+        """From now on keep all tasks that are there (a type's first), but at most half of the capacity."""
+        self.kept = {kind: min(len(bucket), self.capacity // 2) for kind, bucket in self.tasks.items()}
 
     def add(self, task):
         bucket = self.tasks[task.type]
-        self.pool = None
         self.seen.add(fingerprint(task.program))
         if len(bucket) < self.capacity:
             bucket.append(task)
@@ -443,10 +536,11 @@ class TaskBuffer:
         bucket, name = self.tasks[task.type], KINDS[task.type].hidden
         return sum(getattr(other, name) == getattr(task, name) for other in bucket) / max(1, len(bucket))
 
-    def references(self, k):
-        """At most k different tasks, uniform over deduction ∪ abduction."""
-        self.pool = self.pool or list({task.program: task for task in self._triplets()}.values())
-        return self.rng.sample(self.pool, min(k, len(self.pool)))
+    def references(self, k, kind=None):
+        """At most k tasks of different programs, uniform over deduction ∪ abduction, or over one type."""
+        pool = self.tasks[kind] if kind else self._triplets()
+        pool = list({task.program: task for task in pool}.values())
+        return self.rng.sample(pool, min(k, len(pool)))
 
     def program(self):
         """One program, uniform over deduction ∪ abduction: what an induction task starts from."""
@@ -458,14 +552,11 @@ class TaskBuffer:
         So a batch is never short; a buffer with too few tasks repeats some.
         Only an empty buffer of the type gives fewer.
         """
-        fresh = [task for task in fresh if task.type == kind][:size]
-        taken = set(fresh)
-        rest = [task for task in self.tasks[kind] if task not in taken]
-        missing = size - len(fresh)
-        if missing <= len(rest):
-            return fresh + self.rng.sample(rest, missing)
-        pool = self.tasks[kind]
-        return fresh + rest + [self.rng.choice(pool) for _ in range(missing - len(rest)) if pool]
+        bucket, batch = self.tasks[kind], [task for task in fresh if task.type == kind][:size]
+        taken = set(batch)
+        rest = [task for task in bucket if task not in taken]
+        batch += self.rng.sample(rest, min(size - len(batch), len(rest)))
+        return batch + self.rng.choices(bucket, k=size - len(batch)) if bucket else batch
 
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
@@ -474,7 +565,7 @@ class TaskBuffer:
 
     def restore(self, state):
         self.tasks = {kind: [Task.from_dict(t) for t in tasks] for kind, tasks in state["tasks"].items()}
-        self.kept, self.seen, self.pool = dict(state["kept"]), set(state["seen"]), None
+        self.kept, self.seen = dict(state["kept"]), set(state["seen"])
 
     def _triplets(self):
         return [task for kind, tasks in self.tasks.items() if KINDS[kind].is_triplet for task in tasks]

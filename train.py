@@ -59,6 +59,8 @@ class Config:
     references: int = setting("K: tasks from the buffer that the proposer is shown; 0 shows none", 2, 6, 6)
     inputs: int = setting("N: inputs of an induction task; half of them stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
+    frame: str = setting("prompts: the long instruction, or a few worked examples and references as such",
+                         "long", "examples", "long", choices=("long", "examples"))
     max_prompt: int = setting("tokens of a prompt; references leave until it fits", 512, 4096, 6144, low=1)
     max_response: int = setting("tokens of a response; longer ones are malformed", 96, 2048, 8096, low=1)
 
@@ -133,7 +135,8 @@ def train(cfg, run):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, rows=cfg.generate_batch)
+    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
+                         rows=cfg.generate_batch, frame=cfg.frame)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
@@ -143,7 +146,7 @@ def train(cfg, run):
         done = run.restore(cfg, *state)
         if done is None:  # a seed set from the identity triplet and the model itself
             parallel.seed_sampling(rng)
-            done, seeds = 0, seed_buffers(policy, executor, buffer, cfg, asked)
+            done, seeds = 0, seed_buffers(policy, executor, buffer, cfg, run, asked)
             accepted = [(task, None) for tasks in buffer.tasks.values() for task in tasks]
             metrics = measure(policy, executor, heldout, cfg) | sizes(buffer)
             run.record(0, metrics, accepted, screen(0, seeds))
@@ -212,11 +215,12 @@ def set_advantages(rollouts, cfg, rng):
         rollout.advantage = advantage * (cfg.solve_weight if rollout.role == "solve" else 1.0)
 
 
-def seed_buffers(policy, executor, buffer, cfg, asked):
+def seed_buffers(policy, executor, buffer, cfg, run, asked):
     """Fill the buffers with B·S valid tasks of the untrained model, starting from the identity. → [Rollout]
 
     Deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper); induction
-    tasks are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds.
+    tasks are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds. Raises
+    UsageError if it has written none in them.
     """
     drafts, target = [], cfg.batch * cfg.seed_factor
     triplets = [kind for kind in KINDS if KINDS[kind].is_triplet]
@@ -225,7 +229,7 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
                disable=not parallel.is_first())
     for kinds in groups:
         bucket = buffer.tasks[kinds[0]]
-        for _ in range(10 * cfg.seed_factor):
+        for number in range(1, 10 * cfg.seed_factor + 1):
             if len(bucket) >= target:
                 break
             fresh = draft(policy, executor, buffer, kinds, cfg)
@@ -235,14 +239,46 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
                     for kind in kinds:
                         buffer.add(replace(task, type=kind))
                     bar.update()
+            run.write_samples(0, fresh)
+            bar.set_postfix_str(seeding_figures(drafts, policy.clock))
+            if number == 2 and not any(rollout.task for rollout in drafts) and parallel.is_first():
+                bar.write(why_none_is_valid(drafts), file=sys.stderr)
             if any(parallel.gather(bool(asked))):
                 raise KeyboardInterrupt
+        if drafts and not any(rollout.task for rollout in drafts):
+            bar.close()
+            raise UsageError(f"none of {len(drafts)} proposals is a valid task: nothing to train on; "
+                             f"read {run.folder}/samples.jsonl, then try another --frame or --model")
         if len(bucket) < target and parallel.is_first():
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
     bar.close()
     buffer.protect()
     return drafts
+
+
+def seeding_figures(drafts, clock):
+    """What the bar says beside seconds gone and left."""
+    return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
+            f"{average(r.task is not None for r in drafts):.0%} valid, "
+            f"{clock['tokens'] / clock['generate']:.0f} tokens/s")
+
+
+WHAT_TO_TRY = {
+    Verdict.TRUNCATED: "a higher --max-response; --frame examples, which shows how short an answer can be",
+    Verdict.MALFORMED: "--frame examples, which shows the format; --frame long if it follows long "
+                       "instructions;\na larger or an instruct model",
+    Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred do; a larger model",
+    Verdict.UNSAFE: "waiting: the format is right, but programs may not reach outside; another model"}
+
+
+def why_none_is_valid(drafts):
+    """The commonest reason why proposals are no valid tasks, one such response whole, and what to try."""
+    (verdict, reason), count = Counter((r.verdict, r.reason) for r in drafts).most_common(1)[0]
+    response = next(r.response for r in drafts if (r.verdict, r.reason) == (verdict, reason))
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in response)
+    return (f"no valid task in {len(drafts)} proposals; {count} of them are {verdict.value} {reason}\n"
+            f"--- one whole response ---\n{shown}\n--- what to try ---\n{WHAT_TO_TRY[verdict]}")
 
 
 # --- what is measured -------------------------------------------------------------------------------
@@ -434,20 +470,29 @@ class Run:
         """
         metrics = {**metrics, "flags": len(flags)}
         self.metrics.append({"step": step, **metrics})
-        rows = {"flags.jsonl": flags, "samples.jsonl": pick_samples(step, rollouts),
+        self.write_samples(step, rollouts)
+        rows = {"flags.jsonl": flags,
                 "tasks.jsonl": [{"step": step, "solve_rate": rate, **asdict(task)}
                                 for task, rate in accepted],
                 "metrics.jsonl": self.metrics[-1:]}
         for name, new in rows.items():
-            self.lines[name] += len(new)
-            write_through(self.folder / name, "ab", as_lines(new))
+            self.append(name, new)
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
-        for sample in rows["samples.jsonl"]:
+        self.writer.flush()
+
+    def write_samples(self, step, rollouts):
+        """Add one rollout of each role and type to samples.jsonl and TensorBoard."""
+        samples = pick_samples(step, rollouts)
+        self.append("samples.jsonl", samples)
+        for sample in samples:
             text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample.items())
             self.writer.add_text(f"{sample['role']}/{sample['type']}", text, step)
-        self.writer.flush()
+
+    def append(self, name, rows):
+        self.lines[name] += len(rows)
+        write_through(self.folder / name, "ab", as_lines(rows))
 
     def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
@@ -542,6 +587,8 @@ def load(content, policy, optimizer, buffer, rng):
 
 class Follower:
     """The run folder for the ranks behind the first, which write nothing."""
+
+    folder = "the run"
 
     def restore(self, cfg, *state):
         content = parallel.of_first(None)

@@ -12,7 +12,7 @@ import azr
 from azr import (Rollout, UsageError, clipped_loss, generate, load_policy, micro_batches, propose, resolve_model,
                  response_logprobs, solve, trr_update)
 from rewards import task_relative_advantages
-from tasks import ZERO_TRIPLET, Task, TaskBuffer
+from tasks import ZERO_TRIPLET, Task, TaskBuffer, propose_prompt
 from conftest import make_random_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
@@ -377,7 +377,7 @@ def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypa
     buffer = TaskBuffer(100, random.Random(0))
     for n in range(10):
         buffer.add(Task("deduction", f"def f(x):\n    return x + {n}" + " " * 500 + "# ", "1", "1"))
-    fits = len(policy.encode(azr.propose_prompt("deduction"))) + 900
+    fits = len(policy.encode(propose_prompt("deduction"))) + 900
     _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: "",
                                        config(types=("deduction",), batch=1, references=6, max_prompt=fits), buffer)
     assert len(rollout.references) == 1 and len(rollout.prompt_ids) <= fits

@@ -15,7 +15,7 @@ from conftest import ROOT, make_random_model
 
 import eval as e
 from judges.math import MathProblem
-from tasks import TASK_TYPES, UsageError
+from tasks import TASK_TYPES, ZERO_TRIPLET, UsageError
 
 HALF = 'def half(x: float) -> float:\n    """ Half of x. """\n'
 RELEASE = [
@@ -336,6 +336,9 @@ def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
 def test_templates(policy):
     assert policy.decode(e.encode(policy, "What?", "azr")).endswith("<think>")
     assert policy.decode(e.encode(policy, "What?", "plain")) == "What?\n\n"
+    shown = policy.decode(e.encode(policy, "What?", "examples", ZERO_TRIPLET))
+    assert shown.endswith("<think>") and shown.count("### Problem") > 1 and "What?" not in shown
+    assert e.encode(policy, "What?", "examples") == e.encode(policy, "What?", "azr")  # no task, no examples
     with pytest.raises(UsageError, match="no chat template"):
         e.encode(policy, "What?", "chat")
     policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"

@@ -5,8 +5,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from rewards import is_correct
 from tasks import (
-    OUTPUT_LIMIT,
+    EXAMPLES,
+    FRAME,
+    KINDS,
+    LIMITS,
+    PROBLEM,
+    RESPONSE,
+    SHOTS,
     TASK_TYPES,
     ZERO_TRIPLET,
     Task,
@@ -60,7 +67,7 @@ def test_proposer_sees_references_and_the_limit_that_is_enforced():
     prompt = propose_prompt("deduction", [ZERO_TRIPLET, INDUCTION])
     assert prompt.count("Reference task:") == 2 and ZERO_TRIPLET.program in prompt
     assert "Reference task:" not in propose_prompt("abduction")
-    assert f"at most {OUTPUT_LIMIT} characters" in prompt
+    assert f"at most {LIMITS['output']} characters" in prompt
     assert "7 inputs" in propose_prompt("induction", program=PROGRAM, count=7)
     assert PROGRAM in propose_prompt("induction", program=PROGRAM)
     assert propose_prompt("deduction") != propose_prompt("abduction")
@@ -70,6 +77,60 @@ def test_no_placeholder_is_left_in_any_prompt():
     for kind in TASK_TYPES:
         for prompt in (propose_prompt(kind, [ZERO_TRIPLET], "P", 5), solve_prompt(replace(INDUCTION, type=kind, message="m", program="P"))):
             assert not any("{" + name + "}" in prompt for name in ("program", "input", "output", "pairs", "message", "references", "count", "what_the_solver_does"))
+
+
+# --- the frame of worked examples
+
+def responses(prompt):
+    """The earlier responses of a prompt, and its question."""
+    *earlier, question = (FRAME.replace("{question}", prompt).removesuffix(RESPONSE)).split(PROBLEM)[1:]
+    return [text.partition(RESPONSE)[2] for text in earlier], question
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_examples_are_right_in_every_part(kind, executor):
+    entry, examples = KINDS[kind], [replace(task, type=kind) for task in EXAMPLES]
+    for example in examples:
+        done = entry.complete(example, executor.validate(entry.runs(example)))
+        assert (done.output, done.outputs) == (example.output, example.outputs) and not within_limits(done)
+    said, _ = responses(propose_prompt(kind, program=PROGRAM, frame="examples"))
+    given = [parse_proposal(kind, text, example.program) for text, example in zip(said, examples, strict=True)]
+    assert [(task.program, task.input or task.inputs) for task in given] == [
+        (task.program, task.input if entry.own_program else task.inputs) for task in examples]
+    said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), "examples"))
+    assert is_correct(examples, [parse_answer(kind, text) for text in said], executor) == [True] * len(EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_references_are_earlier_responses_and_replace_the_examples(kind):
+    task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
+    for count in range(6):
+        said, question = responses(propose_prompt(kind, [task] * count, PROGRAM, frame="examples"))
+        assert len(said) == max(SHOTS, count)
+        assert [task.message in text or task.input in text for text in said].count(True) == count
+        assert "{" not in question.replace(PROGRAM, "")
+    said, _ = responses(propose_prompt(kind, [ZERO_TRIPLET], PROGRAM, frame="examples"))
+    assert len(said) == SHOTS and not any("Hello" in text for text in said)  # the identity shows nothing
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_solver_of_examples_is_shown_all_but_what_it_must_find(kind):
+    task = replace(INDUCTION, type=kind, input="'in put'", output="'out put'")
+    _, question = responses(solve_prompt(task, "examples"))
+    shown = {"deduction": (PROGRAM, "'in put'"), "abduction": (PROGRAM, "'out put'"), "induction": ("f(2)", "B", task.message)}
+    hidden = {"deduction": ["'out put'"], "abduction": ["'in put'"], "induction": [PROGRAM, "f(3)", "C"]}
+    assert all(text in question for text in shown[kind]) and not any(text in question for text in hidden[kind])
+
+
+def test_a_type_without_examples_has_its_long_question_in_both_frames(monkeypatch):
+    monkeypatch.setitem(KINDS, "induction", replace(KINDS["induction"], propose_example="", solve_example=""))
+    assert solve_prompt(INDUCTION, "examples") == solve_prompt(INDUCTION) != ""
+    assert propose_prompt("induction", (), PROGRAM, 5, "examples") == propose_prompt("induction", (), PROGRAM, 5)
+
+
+def test_a_copy_of_an_example_is_no_new_task():
+    buffer = TaskBuffer(10, random.Random(0))
+    assert all(map(buffer.is_repeat, EXAMPLES)) and not buffer.is_repeat(Task("deduction", program(1), "5", "6"))
 
 
 # --- parsing
@@ -118,6 +179,8 @@ def test_induction_proposals_keep_different_inputs_up_to_the_count():
     blocks = "".join(f"```input\n{i}\n```\n" for i in (1, 2, 2, 3, 4)) + "```message\n add one \n```"
     task = parse_proposal("induction", say(blocks), PROGRAM, count=3)
     assert task == Task("induction", PROGRAM, inputs=("1", "2", "3"), message="add one")
+    lines = say("```input\n1, [2]\n 3 \n1, [2]\n```\n```message\nm\n```")
+    assert parse_proposal("induction", lines, PROGRAM).inputs == ("1, [2]", "3")  # a single block: line by line
     assert parse_proposal("induction", say("```input\n1\n```\n```input\n1\n```\n```message\nm\n```"), PROGRAM) is None
     assert parse_proposal("induction", say("```input\n1\n```\n```input\n2\n```"), PROGRAM) is None
 
@@ -142,7 +205,7 @@ def test_split_pairs_hides_half():
 
 
 def test_limits_reject_and_say_what():
-    task = Task("deduction", "p", "1", "x" * OUTPUT_LIMIT)
+    task = Task("deduction", "p", "1", "x" * LIMITS["output"])
     assert within_limits(task) == ""
     assert "output has 401" in within_limits(replace(task, output="x" * 401))
     assert "output" in within_limits(replace(INDUCTION, outputs=("x" * 401,)))

@@ -478,6 +478,28 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing_in_the_way(tmp_path):
     assert not run.exists()
 
 
+def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp_path, random_model, capsys):
+    run = tmp_path / "run"
+    flags = "--batch 2 --seed-factor 1 --max-response 12 --heldout-limit 1 --workers 1 --device cpu".split()
+    assert train.main(["--model", random_model, *flags, "--out", str(run)]) == 2
+    said = capsys.readouterr().err
+    samples = log(run, "samples.jsonl")
+    assert len(samples) == 20 and {row["step"] for row in samples} == {0}  # one of each type in each of ten rounds
+    first, last = said.index("no valid task in 8 proposals; 8 of them are truncated"), said.index("train.py: none of 40")
+    assert first < said.index("--- one whole response ---") < said.index("a higher --max-response") < last
+    assert said[last:].count("\n") == 1 and str(run / "samples.jsonl") in said[last:] and "Traceback" not in said
+    assert "40 sampled, 0% well formed, 0% valid, " in said and not (run / "checkpoint").exists()
+
+
+def test_of_invalid_seeds_the_commonest_reason_is_named_with_a_whole_response():
+    verdicts = train.Verdict
+    drafts = [Rollout("propose", "deduction", [1], response=text, verdict=verdict, reason=reason) for text, verdict, reason in [
+        ("one", verdicts.MALFORMED, ""), ("two\n\x1b[2J", verdicts.INVALID, "error: NameError: y"), ("three", verdicts.INVALID, "error: NameError: y")]]
+    said = train.why_none_is_valid(drafts)
+    assert "3 proposals; 2 of them are invalid error: NameError: y" in said and "two\n?[2J\n" in said and "\x1b" not in said
+    assert train.WHAT_TO_TRY.keys() == {verdicts.TRUNCATED, verdicts.MALFORMED, verdicts.INVALID, verdicts.UNSAFE}
+
+
 @pytest.mark.parametrize("room", [4_000, 30_000])
 def test_a_disk_that_fills_during_seeding_is_one_line(tmp_path, room):
     run = tmp_path / "run"
