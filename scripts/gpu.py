@@ -156,8 +156,9 @@ def paged(policy, prompts, max_tokens, copies=1, greedy=False):
     """Continuous batching: rows come and go at every token, keys and values live in pages."""
     config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=sorted(policy.end_ids),
                               pad_token_id=policy.pad_id, **(GREEDY if greedy else SAMPLED))
-    batching = ContinuousBatchingConfig(
-        use_cuda_graph=policy.device.type == "cuda", max_requests_per_batch=policy.rows or None)
+    on_gpu = policy.device.type == "cuda"  # elsewhere it would fill all memory with pages
+    batching = ContinuousBatchingConfig(use_cuda_graph=on_gpu, max_requests_per_batch=policy.rows,
+                                        num_blocks=None if on_gpu else 64, max_batch_tokens=None if on_gpu else 512)
     policy.causal.set_attn_implementation("sdpa")  # it knows no other but flash
     try:
         results = policy.causal.generate_batch(
