@@ -163,7 +163,7 @@ def most(low, high, room):
 
 
 def measure(shape, weights, options):
-    """Two lists of cells: of the peaks, and of what fits each card."""
+    """Two tables' rows: [one with the peaks], [one a card with what fits it]."""
     with simulated(shape, weights) as (policy, optimizer, peak):
         model, moments = peak.live, sum(2 * p.nbytes for p in policy.trainable().values())
         updates = [(tokens, update_peak(policy, optimizer, peak, tokens, options.length)) for tokens in options.micro_tokens]
@@ -176,8 +176,8 @@ def measure(shape, weights, options):
     for card in options.cards:
         room = (card - CONTEXT) * GB
         micro_tokens, cached = most(updates[0], updates[-1], room), most(*decoding, room)
-        fits += [micro_tokens // 1024 * 1024, cached // 1000, cached // options.longest]
-    return peaks, [shape, weights, *fits]
+        fits.append([shape, weights, card, micro_tokens // 1024 * 1024, cached // 1000, cached // options.longest])
+    return [peaks], fits
 
 
 def main(arguments=None):
@@ -194,14 +194,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     peaks = [["GB at most", "weights", "model", *(f"update, {n} tokens" for n in options.micro_tokens),
               f"{options.prompts} prompts of {options.prompt}", "KB a cached token"]]
-    fits = [["what fits", "weights", *(f"{card} GB: {what}" for card in options.cards
-                                       for what in ("micro_tokens", "rows of 1000", f"rows of {options.longest}"))]]
+    fits = [["what fits", "weights", "card, GB", "micro_tokens", "rows of 1000", f"rows of {options.longest}"]]
     for shape in options.shapes:
         for weights in options.weights:
-            row, fitting = measure(shape, weights, options)
-            peaks.append(row)
-            fits.append(fitting)
-            print(*row, *fitting[2:], file=sys.stderr, flush=True)
+            for table, rows in zip((peaks, fits), measure(shape, weights, options)):
+                table += rows
+                print(*rows, sep="\n", file=sys.stderr, flush=True)
     print(f"{layout(peaks, True)}\n\n{layout(fits, True)}")
     return 0
 

@@ -1,0 +1,183 @@
+"""The paper's experiment from one command: train, evaluate base and trained model, print both beside the paper.
+
+    python scripts/reproduce.py --model Qwen2.5-Coder-3B              # train.py's values for a card; days, not hours
+    python scripts/reproduce.py --model Qwen2.5-Coder-3B --dry-run    # only says what it would do, and for how long
+    python scripts/reproduce.py --model tiny -- --steps 2 --batch 2   # minutes on a CPU; what follows -- is train.py's
+
+Stopped or killed at any point, the same command goes on: a run folder is resumed, and eval.py keeps its answers
+as they come. It calls train.py and eval.py as a user would; everything lies in --out. Benchmarks come from the Hugging Face
+hub or from --data DIR; for the shipped models without --data, the held-out tasks take their place.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from azr import SHIPPED
+from gpu import SHAPES
+from judges import BENCHMARKS
+from report import layout
+from tasks import UsageError
+from train import KEPT, configure, flag, parse
+
+SOURCE = "README of the official repository, LeapLabTHU/Absolute-Zero-Reasoner"
+PAPER = {  # model: (code, math, total) of the base, and of it after the paper's training
+    "Llama-3.1-8B": ((28.5, 3.4, 16.0), (31.6, 6.8, 19.2)),
+    "Qwen2.5-Coder-3B": ((51.2, 18.8, 35.0), (54.9, 26.5, 40.7)),
+    "Qwen2.5-7B": ((52.0, 27.5, 39.8), (55.2, 38.4, 46.8)),
+    "Qwen2.5-Coder-7B": ((56.6, 23.9, 40.2), (61.6, 39.1, 50.4)),
+    "Qwen2.5-Coder-14B": ((60.0, 20.2, 40.1), (63.6, 43.0, 53.3))}
+# Of a step, estimated and not measured (docs/speed.md): host time to launch a layer's kernels for one token of all
+# rows; mean tokens of a prompt and a response; tokens that all rows decode while the longest response goes on;
+# floating-point operations a second that a 24 GB card sustains in the update
+LAUNCH, PROMPT, RESPONSE, DECODED, SUSTAINED = 1.25e-3, 700, 300, 4100, 60e12
+
+
+def plan(options):
+    """The run's Config, checked as train.py checks it. Raises UsageError."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, run = configure(parse(["--model", options.model, "--out", f"{folder}/run", *options.flags]))
+        run.close()
+    return cfg
+
+
+def progress(run):
+    """(the run's settings, its last step on disk), or (None, None) where no run has begun."""
+    try:
+        settings = json.loads((run / "config.json").read_text())
+        lines = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
+        return settings, json.loads(lines[-1])["step"] if lines else None
+    except FileNotFoundError:
+        return None, None
+
+
+def train(cfg, options, run):
+    """Train to the end, or as far as the user lets it; True if the run is complete. Raises UsageError."""
+    settings, step = progress(run)
+    if settings is None:
+        (run / "lock").unlink(missing_ok=True)  # of a process that was killed before it wrote anything else
+        code = call("train.py", "--model", options.model, "--out", run, *options.flags)
+    else:
+        wanted = json.loads(json.dumps(asdict(cfg)))
+        if changed := [name for name in wanted if name not in KEPT and settings.get(name) != wanted[name]]:
+            raise UsageError(f"{run} was begun with another {flag(changed[0])}; give its value, or another --out")
+        code = call("train.py", "--resume", run)
+    step = progress(run)[1]
+    if code == 0 and (step is None or step < cfg.steps):
+        print(f"training stands at step {step} of {cfg.steps}; the same command goes on")
+    return code == 0 and step == cfg.steps
+
+
+def evaluate(options, run, out):
+    """Base and trained model on the benchmarks; eval.py goes on by itself. → its results, or None"""
+    given = {"--data": options.data, "--limit": options.limit}
+    flags = [str(word) for pair in given.items() if pair[1] for word in pair]
+    code = call("eval.py", "--run", run, "--benchmarks", options.benchmarks, "--out", out, *flags)
+    return json.loads((out / "results.json").read_text()) if code == 0 else None
+
+
+def call(script, *arguments):
+    """Run a script of this project to its end. → exit code"""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    print("$ python", script, *arguments, flush=True)
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the child as well, which saves and ends
+            pass
+
+
+def table(model, results):
+    """Averages as the paper takes them, base and trained, beside its own; percent."""
+    rows = [["accuracy, %", "base", "trained", "paper: base", "paper: trained"]]
+    means = {column: averages(scores) for column, scores in results["results"].items()}
+    paper = PAPER.get(model.split("/")[-1].replace("Meta-Llama", "Llama"))
+    for place, name in enumerate(("code", "math", "total")):
+        if means["base"][name] is not None:
+            theirs = [before_after[place] for before_after in paper] if paper else ["–", "–"]
+            rows.append([name, *(f"{means[column][name]:.1f}" for column in ("base", "trained")), *theirs])
+    rows += [[name, *(f"{100 * results['results'][column][name]['accuracy']:.1f}" for column in means), "–", "–"]
+             for name in results["results"]["base"]]
+    print("\n" + layout(rows, True))
+    print(f"\nPaper: {SOURCE}." if paper else "\nThe paper has no figures for this model.")
+    if results["missing"]:
+        print(f"Not comparable: {', '.join(results['missing'])} could not be had and are not in the averages.")
+    if results["limit"]:
+        print(f"Not comparable: only the first {results['limit']} tasks of each benchmark.")
+
+
+def averages(scores):
+    """{code, math, total}: means over benchmarks, and the mean of both groups; None where there are none."""
+    groups = {group: [100 * score["accuracy"] for name, score in scores.items() if BENCHMARKS[name].group == group]
+              for group in ("code", "math")}
+    means = {group: fmean(members) if members else None for group, members in groups.items()}
+    return means | {"total": fmean(means.values()) if all(groups.values()) else None}
+
+
+def describe(cfg, options, run, out):
+    """What a run would do, what is there already, and how long it takes, by estimate."""
+    rollouts = len(cfg.types) * cfg.batch * (2 + cfg.samples * cfg.train_on_estimates)
+    print(f"train.py: {cfg.steps} steps of {cfg.batch} proposals and solutions for each of {len(cfg.types)} types, "
+          f"{cfg.samples} tries a task; at most {rollouts} rollouts an update, prompts up to {cfg.max_prompt} and "
+          f"responses up to {cfg.max_response} tokens, micro-batches of {cfg.micro_tokens}, "
+          + (f"LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"))
+    print(f"eval.py: {options.benchmarks}, base and trained, greedy"
+          + f", the first {options.limit} tasks of each" * bool(options.limit))
+    step = progress(run)[1]
+    print(f"on disk in {options.out}: " + (f"step {step} of {cfg.steps}" if step is not None else "no step yet")
+          + ", results of eval.py" * (out / "results.json").exists())
+    size = cfg.model.split("-")[-1]
+    if not cfg.model.split("/")[-1].startswith("Qwen2.5") or size not in SHAPES:
+        print("hours: not estimated; only for Qwen2.5 on one 24 GB card")
+        return
+    hidden, layers, _, _, intermediate, vocabulary, _ = SHAPES[size]
+    weights = layers * hidden * (2.3 * hidden + 3 * intermediate) + hidden * vocabulary  # that a token passes
+    sampling = layers * LAUNCH * DECODED
+    update = rollouts * (PROMPT + RESPONSE) * 6 * weights / SUSTAINED  # forward, recomputed, and to the inputs
+    print(f"hours: about {(sampling + update) * cfg.steps / 3600:.0f} of training on one 24 GB card (estimated, not "
+          f"measured: {sampling:.0f} s of sampling and {update:.0f} s of update a step)")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="as train.py takes it")
+    add("--out", help="default: runs/reproduce-<model>")
+    add("--data", metavar="DIR", help="the benchmarks' files; default: the Hugging Face hub")
+    add("--benchmarks", help="as eval.py takes them; default: code,math")
+    add("--limit", type=int, help="only the first so many tasks of each benchmark")
+    add("--dry-run", action="store_true", help="say steps, sizes and hours, and do nothing")
+    add("flags", nargs="*", metavar="-- FLAGS", help="flags of train.py")
+    options = parser.parse_args(arguments)
+    own = options.model in SHIPPED and not options.data
+    options.benchmarks = options.benchmarks or ("heldout" if own else "code,math")
+    options.out = Path(options.out or f"runs/reproduce-{options.model.replace('/', '-')}")
+    run, out = options.out / "run", options.out / "eval"
+    try:
+        cfg = plan(options)
+        if options.dry_run:
+            describe(cfg, options, run, out)
+            return 0
+        if not train(cfg, options, run):
+            return 1
+    except UsageError as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
+    results = evaluate(options, run, out)
+    if results is None:
+        return 1
+    table(options.model, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
