@@ -22,6 +22,7 @@ before they do. It must be 1 on a CPU, where the weights are fp32.
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -32,85 +33,20 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from shapes import SHAPES, make_policy
+from transformers import GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import azr
 from report import layout
 from train import CARD, preset
 
-# hidden, layers, heads, key-value heads, intermediate, vocabulary, tied: config.json of Qwen/Qwen2.5-*
-SHAPES = {"0.5B": (896, 24, 14, 2, 4864, 151_936, True), "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
-          "3B": (2048, 36, 16, 2, 11008, 151_936, True), "7B": (3584, 28, 28, 4, 18944, 152_064, False),
-          "14B": (5120, 48, 40, 8, 13824, 152_064, False), "tiny": (64, 2, 4, 2, 128, 1000, True)}
 COLUMNS = ("model weights cap way fits model_gb peak_gb equal tokens_per_second propose estimate solve update "
            "hours note").split()
 BUCKET = 256  # columns of a static cache, and of a padded prompt, come in multiples of it
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY = {"do_sample": False}
-
-
-class NoText:
-    """Stands for a tokenizer: nothing that a random model says is the text `</answer>`."""
-
-    def decode(self, ids, **_):
-        return ""
-
-
-# --- models of real shapes ---------------------------------------------------------------------------
-
-def make_policy(shape, weights, device, dtype=torch.bfloat16, mean_response=300):
-    """A Policy of that shape with random weights, LoRA that is not zero, all else as load_policy does it.
-
-    weights: '4bit' (nf4) or 'bf16' (those of `dtype`). device: also 'meta', whose tensors hold no data.
-    """
-    hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = SHAPES[shape]
-    config = Qwen2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=32768)
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(config).to(dtype)
-    for module in list(model.modules()):  # a module at a time, so that bf16 weights are never there as a whole
-        for name, child in module.named_children():
-            if weights == "4bit" and type(child) is torch.nn.Linear and name != "lm_head":
-                setattr(module, name, _quantized(child, device))
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and not hasattr(parameter, "quant_state"):
-                setattr(module, name, torch.nn.Parameter(_random(parameter, device), requires_grad=False))
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        model.tie_weights()
-        rank = preset(CARD).lora_rank
-        peft_model = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    ends = max(1, round(vocabulary / mean_response))  # logits are nearly uniform
-    model.generation_config = GenerationConfig(eos_token_id=list(range(ends)), pad_token_id=vocabulary - 1)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.set_attn_implementation("grouped_sdpa")
-    return azr.Policy(peft_model, model.eval(), NoText(), frozenset(range(ends)), vocabulary - 1, chat=False)
-
-
-def _random(like, device):
-    fresh = torch.empty(like.shape, dtype=like.dtype, device=device)
-    return fresh.fill_(1.0) if fresh.ndim == 1 else fresh.normal_(std=0.02)
-
-
-def _quantized(linear, device):
-    import bitsandbytes
-    layer = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype,
-        quant_type="nf4", device="meta")
-    layer.weight = bitsandbytes.nn.Params4bit(
-        _random(linear.weight, device), quant_type="nf4", module=layer)._quantize(torch.device(device))
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(linear.weight.dtype)
-    return layer
 
 
 # --- ways to decode: (policy, prompts, max_tokens, copies, greedy) → [response], as azr.generate ---------
@@ -229,9 +165,7 @@ def one_step(policy, way, cfg, prompt_tokens):
 
 def measure(shape, weights, cap, way, options):
     """One row of the table, in a process of its own: a cap holds for the life of a process."""
-    on_gpu, cfg = options.device == "cuda", preset(CARD)
-    if weights == "4bit" and not on_gpu:
-        return {"fits": "–", "note": "needs CUDA: 4-bit layers with biases cannot be trained on a CPU"}
+    on_gpu, cfg, cap = options.device == "cuda", preset(CARD), float(cap)
     torch.manual_seed(0)
     if on_gpu:
         whole = torch.cuda.get_device_properties(0).total_memory
@@ -242,7 +176,7 @@ def measure(shape, weights, cap, way, options):
         torch.set_num_threads(1)
     if shape == "tiny":
         cfg, options.prompt, options.mean_response = preset(CARD, batch=2, samples=2, max_response=32), 32, 16
-    result = {"note": "" if on_gpu or way not in ("static", "paged") else "without CUDA graphs: they need CUDA"}
+    result = {"note": "–" if on_gpu or way not in ("static", "paged") else "without CUDA graphs: they need CUDA"}
     try:
         policy = make_policy(shape, weights, options.device, torch.bfloat16 if on_gpu else torch.float32,
                              options.mean_response)
@@ -258,7 +192,7 @@ def measure(shape, weights, cap, way, options):
 
 
 def _peak_gb(on_gpu):
-    return round(torch.cuda.max_memory_reserved() / 2 ** 30, 2) if on_gpu else None
+    return round(torch.cuda.max_memory_reserved() / 2 ** 30, 2) if on_gpu else "–"
 
 
 def main(arguments=None):
@@ -272,31 +206,34 @@ def main(arguments=None):
     add("--prompt", type=int, default=600, help="tokens of a prompt")
     add("--mean-response", type=int, default=300, help="mean tokens of a response")
     add("--rows", type=int, default=64, help="responses decoded at once")
-    add("--json", action="store_true", help=argparse.SUPPRESS)  # one row, for the process that prints the table
+    add("--row", nargs=4, help=argparse.SUPPRESS)  # one, for the process that prints the table
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         print("gpu.py: no CUDA GPU here; --shapes tiny --device cpu checks that every way runs", file=sys.stderr)
         return 2
-    caps = options.caps if options.device == "cuda" else [0]
-    rows = [row for shape in options.shapes for weights in options.weights for cap in caps
-            for row in ((shape, weights, cap, way) for way in options.ways)]
-    if options.json:
-        print(json.dumps(measure(*rows[0], options)))
+    if options.row:
+        print(json.dumps(measure(*options.row, options)))
         return 0
-    results = [COLUMNS]
-    for shape, weights, cap, way in rows:
-        child = subprocess.run(
-            [sys.executable, __file__, "--json", "--shapes", shape, "--weights", weights, "--caps", str(cap),
-             "--ways", way, "--device", options.device, "--prompt", str(options.prompt), "--mean-response",
-             str(options.mean_response), "--rows", str(options.rows)], capture_output=True, text=True)
-        result = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else {
-            "fits": "failed", "note": (child.stderr.strip().splitlines() or ["?"])[-1]}
-        result |= {"model": shape, "weights": weights, "cap": f"{cap:g}" if cap else "–", "way": way}
-        results.append([result.get(column, "–") for column in COLUMNS])
-        print(" ".join(f"{column}={value}" for column, value in zip(COLUMNS, results[-1])), file=sys.stderr)
-    print(torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread")
-    print(layout(results, True))
+    rows = [COLUMNS]
+    for shape, weights, cap, way in itertools.product(
+            options.shapes, options.weights, options.caps if on_gpu else [0], options.ways):
+        result = {"note": "needs CUDA: 4-bit layers with biases cannot be trained on a CPU"}
+        if on_gpu or weights == "bf16":
+            result = in_own_process([*arguments, "--row", shape, weights, str(cap), way])
+        result |= {"model": shape, "weights": weights, "cap": f"{cap:g}" if on_gpu else "–", "way": way}
+        rows.append([result.get(column, "–") for column in COLUMNS])
+        print(*rows[-1], file=sys.stderr)
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU, one thread'}\n\n{layout(rows, True)}")
     return 0
+
+
+def in_own_process(arguments):
+    child = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    return {"fits": "failed", "note": (child.stderr.strip().splitlines() or ["killed"])[-1]}
 
 
 if __name__ == "__main__":

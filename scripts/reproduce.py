@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from azr import SHIPPED
-from gpu import SHAPES
 from judges import BENCHMARKS
 from report import layout
+from shapes import SHAPES
 from tasks import UsageError
 from train import KEPT, configure, flag, parse
 
