@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 from azr import SHIPPED
 from judges import BENCHMARKS
 from report import layout
-from shapes import SHAPES
+from shapes import SHAPES, make_policy
 from tasks import UsageError
-from train import KEPT, configure, flag, parse
+from train import KEPT, configure, flag, forecast, parse
 
 SOURCE = "README of the official repository, LeapLabTHU/Absolute-Zero-Reasoner"
 PAPER = {  # model: (code, math, total) of the base, and of it after the paper's training
@@ -35,10 +35,7 @@ PAPER = {  # model: (code, math, total) of the base, and of it after the paper's
     "Qwen2.5-7B": ((52.0, 27.5, 39.8), (55.2, 38.4, 46.8)),
     "Qwen2.5-Coder-7B": ((56.6, 23.9, 40.2), (61.6, 39.1, 50.4)),
     "Qwen2.5-Coder-14B": ((60.0, 20.2, 40.1), (63.6, 43.0, 53.3))}
-# Of a step, estimated and not measured (docs/speed.md): host time to launch a layer's kernels for one token of all
-# rows; mean tokens of a prompt and a response; tokens that all rows decode while the longest response goes on;
-# floating-point operations a second that a 24 GB card sustains in the update
-LAUNCH, PROMPT, RESPONSE, DECODED, SUSTAINED = 1.25e-3, 700, 300, 4100, 60e12
+CARD_GB = 24  # of --dry-run
 
 
 def plan(options):
@@ -136,15 +133,11 @@ def describe(cfg, options, run, out):
     print(f"on disk in {options.out}: " + (f"step {step} of {cfg.steps}" if step is not None else "no step yet")
           + ", results of eval.py" * (out / "results.json").exists())
     size = cfg.model.split("-")[-1]
-    if not cfg.model.split("/")[-1].startswith("Qwen2.5") or size not in SHAPES:
-        print("hours: not estimated; only for Qwen2.5 on one 24 GB card")
-        return
-    hidden, layers, _, _, intermediate, vocabulary, _ = SHAPES[size]
-    weights = layers * hidden * (2.3 * hidden + 3 * intermediate) + hidden * vocabulary  # that a token passes
-    sampling = layers * LAUNCH * DECODED
-    update = rollouts * (PROMPT + RESPONSE) * 6 * weights / SUSTAINED  # forward, recomputed, and to the inputs
-    print(f"hours: about {(sampling + update) * cfg.steps / 3600:.0f} of training on one 24 GB card (estimated, not "
-          f"measured: {sampling:.0f} s of sampling and {update:.0f} s of update a step)")
+    if "Qwen2.5-" in cfg.model and size in SHAPES:
+        policy = make_policy(size, "4bit" if cfg.lora_rank else "bf16", "meta")
+        print(f"on a card of {CARD_GB} GB: {forecast(policy, cfg, CARD_GB * 2 ** 30)}")
+    else:
+        print("hours: unknown; only those of Qwen2.5 are estimated")
 
 
 def main(arguments=None):

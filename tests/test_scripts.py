@@ -1,6 +1,7 @@
 """scripts/: the simulation against a real run, ways to decode against plain greedy, the paper's experiment whole."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import gpu
 import memory
 import reproduce
 from shapes import SHAPES, make_policy
+from train import CARD, forecast, preset
 
 
 # --- memory.py ---------------------------------------------------------------------------------------
@@ -65,6 +67,16 @@ def test_the_simulated_sampling_takes_what_a_real_one_takes(small, rows, prompt)
     with memory.simulated("small", "bf16", torch.float32) as (policy, _, peak):
         before = peak.live
         assert max(memory.sampling_peaks(policy, peak, rows, prompt)) - before == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("gigabytes, fits", [(4, False), (24, True)])
+def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds(gigabytes, fits):
+    cfg = preset(CARD)
+    with memory.simulated("1.5B", "4bit") as (policy, optimizer, peak):
+        line = forecast(policy, cfg, gigabytes * memory.GB)
+        assert (policy.micro_tokens == cfg.micro_tokens) == fits
+        taken = memory.update_peak(policy, optimizer, peak, int(policy.micro_tokens), 1024) / memory.GB + memory.CONTEXT
+    assert taken <= gigabytes and float(re.search(r"(\d+) GB", line)[1]) == pytest.approx(taken, abs=1)
 
 
 # --- gpu.py ------------------------------------------------------------------------------------------
@@ -136,6 +148,6 @@ def test_a_dry_run_says_steps_sizes_and_hours_and_writes_nothing(tmp_path, capsy
     out = tmp_path / "out"
     assert reproduce.main(["--model", "Qwen2.5-3B", "--out", str(out), "--dry-run", "--", "--steps", "100"]) == 0
     text = capsys.readouterr().out
-    assert "100 steps" in text and "2048 tokens" in text and "hours: about 9 " in text and "not measured" in text
+    assert "100 steps" in text and "2048 tokens" in text and " 9 hours in all" in text and "not measured" in text
     assert not out.exists()
     assert reproduce.main(["--model", "tiny", "--dry-run", "--", "--steps", "0"]) == 2
