@@ -76,7 +76,8 @@ def _without_data(function, args, kwargs):
     if function is aten._local_scalar_dense.default:
         return args[0].dtype.is_floating_point and 1.0 or 1
     if function in (aten.multinomial.default, aten.argmax.default):
-        return torch.ones(function(*args, **kwargs).shape, dtype=torch.long)  # the sampled token
+        shape = function(*args, **kwargs).shape
+        return torch.full(shape, args[0].shape[-1] // 2)  # the sampled token: one that ends nothing
     if function is aten._to_copy.default:  # to the CPU, where the ids are: it stays without data
         kwargs = kwargs | {"device": None}
     if function is aten.index.Tensor:  # how many are chosen is known of a real mask
