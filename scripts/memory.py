@@ -1,6 +1,6 @@
 """What a card needs, by simulation: peak memory of prompt pass, sampling and update at real model shapes.
 
-    python scripts/memory.py                     # all sizes: about ten minutes on one core, a GB of memory
+    python scripts/memory.py                     # all sizes: about twenty minutes of one core
     python scripts/memory.py --shapes 3B         # one size
 
 azr's own code runs on meta tensors, which have shapes and no data, and every storage that it makes is counted
@@ -187,7 +187,7 @@ def main(arguments=None):
     add("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "3B", "7B", "14B"])
     add("--weights", nargs="+", choices=("4bit", "bf16"), default=["4bit", "bf16"])
     add("--cards", nargs="+", type=int, default=[12, 16, 24], help="their memory in GB")
-    add("--micro-tokens", nargs="+", type=int, default=[2048, 8192, 16384], help="of the update's peaks")
+    add("--micro-tokens", nargs="+", type=int, default=[8192, 16384], help="of the update's peaks")
     add("--length", type=int, default=1024, help="tokens of a row in the update")
     add("--prompts", type=int, default=48, help="prompts of the prompt pass")
     add("--prompt", type=int, default=1430, help="tokens of each")
