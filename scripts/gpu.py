@@ -108,7 +108,7 @@ def paged(policy, prompts, max_tokens, copies=1, greedy=False):
 
 
 def fused(policy, prompts, max_tokens, copies=1, greedy=False):
-    """azr.generate; a LoRA layer is base(x) + (x Aᵀ) (α/r · B)ᵀ in two products, where peft takes eight kernels."""
+    """azr.generate, with a LoRA layer as base(x) + (x Aᵀ) (α/r · B)ᵀ: two products, no casts."""
     with contextlib.ExitStack() as stack:
         for layer in [m for m in policy.causal.modules() if isinstance(m, LoraLayer)]:
             stack.enter_context(mock.patch.object(layer, "forward", _two_products(layer, policy.causal.dtype)))
@@ -131,11 +131,11 @@ WAYS = {"azr": azr.generate, "plain": plain, "static": static, "paged": paged, "
 # --- what is measured --------------------------------------------------------------------------------
 
 def share_equal(policy, way):
-    """Share of the greedy tokens of `plain` that the way gives, up to the first difference of each response."""
+    """Share of the greedy tokens of `plain` that the way gives, up to each response's first difference."""
     low, generator = len(policy.end_ids), torch.Generator().manual_seed(0)
     prompts = [torch.randint(low, policy.pad_id, (length,), generator=generator).tolist()
                for length in (40, 7, 300, 23, 64)]  # uneven, so that padding matters
-    pairs = [(ours, theirs) for ours, theirs in zip(way(policy, prompts, 32, 1, True), plain(policy, prompts, 32, 1, True))]
+    pairs = list(zip(way(policy, prompts, 32, 1, True), plain(policy, prompts, 32, 1, True)))
     alike = [next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair))) for pair in pairs]
     return sum(alike) / sum(max(map(len, pair)) for pair in pairs)
 
@@ -155,7 +155,8 @@ def one_step(policy, way, cfg, prompt_tokens):
 
     sampled = {name: timed(name, lambda: way(policy, prompts, cfg.max_response, copies))
                for name, copies in (("propose", 1), ("estimate", cfg.samples), ("solve", 1))}
-    rollouts = [azr.Rollout("solve", "deduction", prompts[i * len(prompts) // len(responses)], ids, "", advantage=(-1.0) ** i)
+    rollouts = [azr.Rollout("solve", "deduction", prompts[i * len(prompts) // len(responses)], ids, "",
+                            advantage=(-1.0) ** i)
                 for responses in sampled.values() for i, ids in enumerate(responses)]
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     speed = sum(len(r.response_ids) for r in rollouts) / sum(clock.values())

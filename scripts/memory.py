@@ -5,11 +5,11 @@
 
 azr's own code runs on meta tensors, which have shapes and no data, and every storage that it makes is counted
 until it is freed. Token ids are real, so that masks and lengths are; sampled tokens are all the same. What the
-CUDA kernels allocate inside is added by hand (`_inside`); the CUDA context and what fragmentation
-takes are not simulated: CONTEXT is kept free for them. tests/test_scripts.py holds the method against a real run.
+CUDA kernels take for themselves is added by hand (`_inside`). The CUDA context and fragmentation are not
+simulated: CONTEXT is kept free for them. tests/test_scripts.py holds the method against real runs on a CPU.
 
-The update is of two micro-batches, with AdamW's moments there, at --lengths tokens a row; sampling is at its
-last column, with the cache grown. Both are linear in their tokens, and what fits is read off the lines.
+The update has two micro-batches of rows of --length tokens, and AdamW has its moments; sampling is at its last
+column, with the cache grown. Both are linear in their tokens, and what fits is read off the lines.
 """
 
 import argparse
@@ -74,23 +74,25 @@ class Peak(TorchDispatchMode):
 def _without_data(function, args, kwargs):
     """An operation of which some tensor is meta. Those that must have a value get one."""
     if function is aten._local_scalar_dense.default:
-        return args[0].dtype.is_floating_point and 1.0 or 1
+        return 1.0 if args[0].is_floating_point() else 1
     if function in (aten.multinomial.default, aten.argmax.default):
         shape = function(*args, **kwargs).shape
         return torch.full(shape, args[0].shape[-1] // 2)  # the sampled token: one that ends nothing
     if function is aten._to_copy.default:  # to the CPU, where the ids are: it stays without data
         kwargs = kwargs | {"device": None}
     if function is aten.index.Tensor:  # how many are chosen is known of a real mask
-        chosen = [index.nonzero(as_tuple=True) if index is not None and index.dtype == torch.bool else (index,)
-                  for index in args[1]]
-        args = args[0], [index for indices in chosen for index in indices]
+        chosen = []
+        for index in args[1]:
+            is_mask = index is not None and index.dtype == torch.bool
+            chosen += index.nonzero(as_tuple=True) if is_mask else [index]
+        args = args[0], chosen
     args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
     return function(*args, **kwargs)
 
 
 def _inside(function, args):
     """Bytes that the CUDA kernel of an operation takes for itself while it runs."""
-    if function is torch.ops.bitsandbytes.gemm_4bit.default:  # over a few hundred rows the weights are unpacked
+    if function is torch.ops.bitsandbytes.gemm_4bit.default:  # the weights unpacked, for many rows
         return args[2][0] * args[2][1] * args[0].element_size()
     if function is aten.multinomial.default:  # a random number for each probability
         return args[0].nbytes
@@ -100,16 +102,16 @@ def _inside(function, args):
     return 0
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Stands for scaled_dot_product_attention of meta tensors, as on CUDA: flash, or with a mask memory-efficient."""
+def attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
+    """scaled_dot_product_attention as CUDA does it: flash, or with a mask the memory-efficient kernel."""
     if attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
     columns = attn_mask.shape[-1]
     bias = functional.pad(attn_mask, (0, -columns % 16))[..., :columns]  # its kernel wants rows of 16
     return aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias.expand(*query.shape[:3], columns), query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+        query, key, value, bias.expand(*query.shape[:3], columns), query.requires_grad, scale=scale)[0]
 
 
 class OnMeta(azr.Policy):
@@ -133,10 +135,10 @@ def simulated(shape, weights, dtype=torch.bfloat16):
 
 
 def update_peak(policy, optimizer, peak, micro_tokens, length):
-    """Bytes at most of an update of two micro-batches, in rows of `length` tokens of which two fifths are response."""
+    """Bytes at most of an update of two micro-batches, in rows of `length` tokens, two fifths of it response."""
     response = length * 2 // 5
-    rollouts = [azr.Rollout("solve", "deduction", [7] * (length - response), [7] * response, "", advantage=1.0)
-                for _ in range(2 * max(1, micro_tokens // length))]
+    rollout = azr.Rollout("solve", "deduction", [7] * (length - response), [7] * response, "", advantage=1.0)
+    rollouts = [rollout] * (2 * max(1, micro_tokens // length))
     peak.begin("update")
     azr.trr_update(policy, optimizer, rollouts, replace(preset(CARD), micro_tokens=micro_tokens))
     return peak.peaks["update"]
@@ -167,7 +169,8 @@ def measure(shape, weights, options):
     """Two tables' rows: [one with the peaks], [one a card with what fits it]."""
     with simulated(shape, weights) as (policy, optimizer, peak):
         model, moments = peak.live, sum(2 * p.nbytes for p in policy.trainable().values())
-        updates = [(tokens, update_peak(policy, optimizer, peak, tokens, options.length)) for tokens in options.micro_tokens]
+        updates = [(tokens, update_peak(policy, optimizer, peak, tokens, options.length))
+                   for tokens in options.micro_tokens]
         prompts, _ = sampling_peaks(policy, peak, options.prompts, options.prompt)
         decoding = [(rows * 1024, sampling_peaks(policy, peak, rows, 1024)[1]) for rows in (8, 32)]
     per_token = (decoding[1][1] - decoding[0][1]) / (decoding[1][0] - decoding[0][0])
@@ -191,7 +194,8 @@ def main(arguments=None):
     add("--length", type=int, default=1024, help="tokens of a row in the update")
     add("--prompts", type=int, default=48, help="prompts of the prompt pass")
     add("--prompt", type=int, default=1430, help="tokens of each")
-    add("--longest", type=int, default=preset(CARD).max_prompt + preset(CARD).max_response, help="tokens of the longest row")
+    add("--longest", type=int, default=preset(CARD).max_prompt + preset(CARD).max_response,
+        help="tokens of the longest row")
     options = parser.parse_args(arguments)
     peaks = [["GB at most", "weights", "model", *(f"update, {n} tokens" for n in options.micro_tokens),
               f"{options.prompts} prompts of {options.prompt}", "KB a cached token"]]

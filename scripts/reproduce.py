@@ -1,12 +1,12 @@
-"""The paper's experiment from one command: train, evaluate base and trained model, print both beside the paper.
+"""The paper's experiment: train, evaluate the base and the trained model, print them beside the paper's figures.
 
-    python scripts/reproduce.py --model Qwen2.5-Coder-3B              # train.py's values for a card; days, not hours
-    python scripts/reproduce.py --model Qwen2.5-Coder-3B --dry-run    # only says what it would do, and for how long
-    python scripts/reproduce.py --model tiny -- --steps 2 --batch 2   # minutes on a CPU; what follows -- is train.py's
+    python scripts/reproduce.py --model Qwen2.5-Coder-3B              # with train.py's values for a card
+    python scripts/reproduce.py --model Qwen2.5-Coder-3B --dry-run    # only say what it takes
+    python scripts/reproduce.py --model tiny -- --steps 2 --batch 2   # minutes on a CPU; flags of train.py after --
 
-Stopped or killed at any point, the same command goes on: a run folder is resumed, and eval.py keeps its answers
-as they come. It calls train.py and eval.py as a user would; everything lies in --out. Benchmarks come from the Hugging Face
-hub or from --data DIR; for the shipped models without --data, the held-out tasks take their place.
+Stopped or killed at any point, the same command goes on: the run is resumed, and eval.py keeps its answers as
+they come. It calls train.py and eval.py as a user would; all files are in --out. Benchmarks come from the
+Hugging Face hub or --data DIR; for the shipped models without --data, the held-out tasks take their place.
 """
 
 import argparse
@@ -102,8 +102,9 @@ def table(model, results):
         if means["base"][name] is not None:
             theirs = [before_after[place] for before_after in paper] if paper else ["–", "–"]
             rows.append([name, *(f"{means[column][name]:.1f}" for column in ("base", "trained")), *theirs])
-    rows += [[name, *(f"{100 * results['results'][column][name]['accuracy']:.1f}" for column in means), "–", "–"]
-             for name in results["results"]["base"]]
+    base, trained = results["results"].values()
+    rows += [[name, *(f"{100 * scores[name]['accuracy']:.1f}" for scores in (base, trained)), "–", "–"]
+             for name in base]
     print("\n" + layout(rows, True))
     print(f"\nPaper: {SOURCE}." if paper else "\nThe paper has no figures for this model.")
     if results["missing"]:
@@ -114,10 +115,11 @@ def table(model, results):
 
 def averages(scores):
     """{code, math, total}: means over benchmarks, and the mean of both groups; None where there are none."""
-    groups = {group: [100 * score["accuracy"] for name, score in scores.items() if BENCHMARKS[name].group == group]
-              for group in ("code", "math")}
-    means = {group: fmean(members) if members else None for group, members in groups.items()}
-    return means | {"total": fmean(means.values()) if all(groups.values()) else None}
+    groups = {"code": [], "math": [], "heldout": [], "io": []}
+    for name, score in scores.items():
+        groups[BENCHMARKS[name].group].append(100 * score["accuracy"])
+    code, math = (fmean(groups[name]) if groups[name] else None for name in ("code", "math"))
+    return {"code": code, "math": math, "total": None if code is None or math is None else (code + math) / 2}
 
 
 def describe(cfg, options, run, out):
