@@ -249,8 +249,8 @@ def seed_buffers(policy, executor, buffer, cfg, asked):
 def forecast(policy, cfg, memory):
     """Keep micro-batches to what a card of `memory` bytes holds. → a line that says what to expect there
 
-    Memory is a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients and AdamW. Seconds are an estimate for a
-    24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a layer to launch its kernels; an update
+    Memory is a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients and AdamW. Seconds are estimates for
+    a 24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a layer to launch its kernels; an update
     of 1,000 tokens a rollout, at 60 TFLOP/s.
     """
     config = policy.causal.config.get_text_config()

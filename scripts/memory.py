@@ -137,7 +137,8 @@ def simulated(shape, weights, dtype=torch.bfloat16):
 def update_peak(policy, optimizer, peak, micro_tokens, length):
     """Bytes at most of an update of two micro-batches, in rows of `length` tokens, two fifths of it response."""
     response = length * 2 // 5
-    rollout = azr.Rollout("solve", "deduction", [7] * (length - response), [7] * response, "", advantage=1.0)
+    word = [policy.pad_id - 1]  # no end token
+    rollout = azr.Rollout("solve", "deduction", word * (length - response), word * response, "", advantage=1.0)
     rollouts = [rollout] * (2 * max(1, micro_tokens // length))
     peak.begin("update")
     azr.trr_update(policy, optimizer, rollouts, replace(preset(CARD), micro_tokens=micro_tokens))
