@@ -222,6 +222,23 @@ def plan_update(policy):
           f"{policy.micro_tokens:,} tokens at once", file=sys.stderr)
 
 
+def forecast(policy, cfg, memory):
+    """Keep micro-batches to what a card of `memory` bytes holds. → a line that says what to expect there
+
+    Memory is a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients and AdamW. Seconds are estimates for
+    a 24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a layer to launch its kernels; an update
+    of 1,000 tokens a rollout, at 60 TFLOP/s.
+    """
+    config = policy.causal.config.get_text_config()
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    a_token = (2 * layers + 50) * width + 14 * inner  # bytes: the inputs of all layers, and all of one layer
+    held = policy.causal.get_memory_footprint() + 2.2e9
+    policy.micro_tokens = max(1, min(cfg.micro_tokens, (memory - held) // a_token))
+    seconds = layers * (5 + 1.1e-9 * cfg.batch * (2 + cfg.samples) * width * inner)
+    return (f"expected, not measured: {(held + a_token * policy.micro_tokens) / 2 ** 30:.0f} GB, "
+            f"{seconds:.0f} seconds a step, {seconds * cfg.steps / 3600:.0f} hours in all")
+
+
 def _load_base(name, dtype, in_4bit, device):
     """→ (tokenizer, transformers model). Raises UsageError."""
     source = resolve_model(name)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 from matplotlib.figure import Figure
 
+from rewards import Verdict
 from tasks import UsageError
 
 TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
@@ -158,6 +159,30 @@ HELDOUT_ADVICE = (
     "as well; lower --lr",
     "training accuracy holds while held-out accuracy falls: read samples with reward 1 to see what the judge "
     "lets pass; lower --lr or raise --batch")
+
+
+def seeding_figures(drafts, clock):
+    """What the bar says beside seconds gone and left."""
+    return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
+            f"{average(r.task is not None for r in drafts):.0%} valid, "
+            f"{clock['tokens'] / clock['generate']:.0f} tokens/s")
+
+
+WHAT_TO_TRY = {
+    Verdict.TRUNCATED: "a higher --max-response; --frame examples, which shows how short an answer can be",
+    Verdict.MALFORMED: "--frame examples, which shows the format; --frame long if it follows long "
+                       "instructions;\na larger or an instruct model",
+    Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred do; a larger model",
+    Verdict.UNSAFE: "waiting: the format is right, but programs may not reach outside; another model"}
+
+
+def why_none_is_valid(drafts):
+    """The commonest reason why proposals are no valid tasks, one such response whole, and what to try."""
+    (verdict, reason), count = Counter((r.verdict, r.reason) for r in drafts).most_common(1)[0]
+    response = next(r.response for r in drafts if (r.verdict, r.reason) == (verdict, reason))
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in response)
+    return (f"no valid task in {len(drafts)} proposals; {count} of them are {verdict.value} {reason}\n"
+            f"--- one whole response ---\n{shown}\n--- what to try ---\n{WHAT_TO_TRY[verdict]}")
 
 
 def alarms(metrics):

@@ -30,9 +30,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import parallel
-from azr import HELDOUT, SHIPPED, draft, heldout_accuracy, load_policy, propose, solve, trr_update
+from azr import (HELDOUT, SHIPPED, draft, forecast, heldout_accuracy, load_policy, propose, solve,
+                 trr_update)
 from executor import Executor
-from report import alarms, average, draw_curves, mean_score, read_rows, screen, table, write_page
+from report import (alarms, average, draw_curves, mean_score, read_rows, screen, seeding_figures, table,
+                    why_none_is_valid, write_page)
 from rewards import Verdict, load_heldout, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
@@ -137,6 +139,8 @@ def train(cfg, run):
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
                          rows=cfg.generate_batch, frame=cfg.frame)
+    if policy.device.type == "cuda" and parallel.is_first():
+        print(forecast(policy, cfg, torch.cuda.get_device_properties(policy.device).total_memory))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
@@ -255,30 +259,6 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
     bar.close()
     buffer.protect()
     return drafts
-
-
-def seeding_figures(drafts, clock):
-    """What the bar says beside seconds gone and left."""
-    return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
-            f"{average(r.task is not None for r in drafts):.0%} valid, "
-            f"{clock['tokens'] / clock['generate']:.0f} tokens/s")
-
-
-WHAT_TO_TRY = {
-    Verdict.TRUNCATED: "a higher --max-response; --frame examples, which shows how short an answer can be",
-    Verdict.MALFORMED: "--frame examples, which shows the format; --frame long if it follows long "
-                       "instructions;\na larger or an instruct model",
-    Verdict.INVALID: "waiting: the format is right, and a few valid tasks in a hundred do; a larger model",
-    Verdict.UNSAFE: "waiting: the format is right, but programs may not reach outside; another model"}
-
-
-def why_none_is_valid(drafts):
-    """The commonest reason why proposals are no valid tasks, one such response whole, and what to try."""
-    (verdict, reason), count = Counter((r.verdict, r.reason) for r in drafts).most_common(1)[0]
-    response = next(r.response for r in drafts if (r.verdict, r.reason) == (verdict, reason))
-    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in response)
-    return (f"no valid task in {len(drafts)} proposals; {count} of them are {verdict.value} {reason}\n"
-            f"--- one whole response ---\n{shown}\n--- what to try ---\n{WHAT_TO_TRY[verdict]}")
 
 
 # --- what is measured -------------------------------------------------------------------------------

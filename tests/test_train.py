@@ -495,9 +495,9 @@ def test_of_invalid_seeds_the_commonest_reason_is_named_with_a_whole_response():
     verdicts = train.Verdict
     drafts = [Rollout("propose", "deduction", [1], response=text, verdict=verdict, reason=reason) for text, verdict, reason in [
         ("one", verdicts.MALFORMED, ""), ("two\n\x1b[2J", verdicts.INVALID, "error: NameError: y"), ("three", verdicts.INVALID, "error: NameError: y")]]
-    said = train.why_none_is_valid(drafts)
+    said = report.why_none_is_valid(drafts)
     assert "3 proposals; 2 of them are invalid error: NameError: y" in said and "two\n?[2J\n" in said and "\x1b" not in said
-    assert train.WHAT_TO_TRY.keys() == {verdicts.TRUNCATED, verdicts.MALFORMED, verdicts.INVALID, verdicts.UNSAFE}
+    assert report.WHAT_TO_TRY.keys() == {verdicts.TRUNCATED, verdicts.MALFORMED, verdicts.INVALID, verdicts.UNSAFE}
 
 
 @pytest.mark.parametrize("room", [4_000, 30_000])
