@@ -134,7 +134,7 @@ def measure(size, quantize, cap, options):
     if device == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
-        free = lambda: (max(0, int(cap * 2 ** 30) - torch.cuda.memory_reserved()), int(cap * 2 ** 30))  # noqa: E731
+        free = lambda *_: (max(0, int(cap * 2 ** 30) - torch.cuda.memory_reserved()), int(cap * 2 ** 30))  # noqa: E731
         torch.cuda.mem_get_info = free  # the driver does not know of the cap
     cfg = preset(CARD)
     if size == "smoke":
