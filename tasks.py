@@ -61,13 +61,13 @@ ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'H
 # held-out or public task.
 EXAMPLES = {
     Task("deduction", "def f(hours, minutes):\n    return hours * 60 + minutes", "2, 15", "135",
-         ("2, 15", "0, 5", "1, 0", "3, 3"), ("135", "5", "60", "183"), "The minutes since midnight."):
+         ("2, 15", "1, 0", "0, 5"), ("135", "60", "5"), "The minutes since midnight."):
     "f(2, 15) is 2 * 60 + 15.",
     Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
-         ("13", "5", "12", "40"), ("'adult'", "'child'", "'child'", "'adult'"), "Who pays the full price?"):
+         ("13", "5", "40"), ("'adult'", "'child'", "'adult'"), "Who pays the full price?"):
     "f(13) is 'adult', as 13 < 13 is false.",
     Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
-         ("[4, 9, 6]", "[7]", "[1, 2]", "[3, 3, 8]"), ("5", "0", "1", "5"), "How far the prices lie apart."):
+         ("[4, 9, 6]", "[7]", "[1, 2]"), ("5", "0", "1"), "How far the prices lie apart."):
     "f([4, 9, 6]) is 9 - 4.",
 }
 SHOTS = 3  # earlier responses that a proposer is shown at least
@@ -361,11 +361,11 @@ Write inputs for f, and a message that helps to find f.
 ### Response
 <think>This is new.</think>
 <answer>
-```input
-{inputs}
-```
 ```message
 {message}
+```
+```input
+{inputs}
 ```
 </answer>""",
         solve_example="""\
