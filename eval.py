@@ -360,6 +360,7 @@ def fill_in(options):
             raise UsageError(f"{run} has no trained weights yet: there is no folder adapter or model in it")
     for name in CONFIG:
         setattr(options, name, getattr(options, name) or config.get(name))
+    options.template = options.template or ("examples" if config.get("frame") == "examples" else "azr")
     options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
 
 
@@ -386,9 +387,9 @@ def parse(arguments):
     add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
     add("--judge", metavar="FILE", help='judge the answers in it: lines of {"benchmark", "id", "response"}')
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
-    add("--template", choices=("azr", "examples", "plain", "chat"), default="azr",
-        help="azr: training's --frame long (default); examples: its --frame examples;\n"
-             "plain: the question alone; chat: the model's template")
+    add("--template", choices=("azr", "examples", "plain", "chat"),
+        help="azr: training's --frame long (default); examples: its --frame examples (default for a run that "
+             "had it); plain: the question alone; chat: the model's template")
     add("--samples", type=int, default=1, help="answers to each task (1)")
     add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
     add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")

@@ -82,24 +82,41 @@ def _equal(output, expected):
         return False
 
 
-def load_heldout(path, limit=None, executor=None):
-    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task.
+def load_heldout(source, limit=None, executor=None):
+    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task, or with the fields of
+    CRUXEval; "cruxeval" takes these from the Hugging Face hub.
 
     limit: at most so many tasks of each type and split, the first ones. executor: run each task's program
     and compare with its outputs. Raises UsageError with the line's number.
     """
     splits, where = defaultdict(list), ""
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        for number, row in _heldout_rows(source):
             where = f"line {number}: "
-            split, task = _heldout_task(json.loads(line), executor)
+            split, task = _heldout_task(row, executor)
             if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
                 splits[split].append(task)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"cannot read the held-out tasks {path} (JSON lines with split, type and the "
+        raise UsageError(f"cannot read the held-out tasks {source} (JSON lines with split, type and the "
                          f"fields of a task): {where}{what}") from error
     return dict(splits)
+
+
+def _heldout_rows(source):
+    """Yields (line's number, row); a row of CRUXEval is a task of each type that a triplet can be."""
+    if source == "cruxeval":
+        from datasets import load_dataset  # slow to import
+        rows = load_dataset("cruxeval-org/cruxeval", split="test",
+                            revision="e536997e8381421cb107d285b4ae542aa12c6c31")
+    else:
+        rows = map(json.loads, Path(source).read_bytes().splitlines())
+    for number, row in enumerate(rows, 1):
+        kinds = [kind for kind in KINDS if KINDS[kind].is_triplet and "code" in row]
+        yield from ((number, {"split": "cruxeval", "type": kind, "program": row["code"], **row})
+                    for kind in kinds)
+        if not kinds:
+            yield number, row
 
 
 def _heldout_task(row, executor):

@@ -83,8 +83,10 @@ class Config:
 
     eval_every: int = setting("steps between held-out evaluations; 0: only before and after", 10, 20, 20)
     save_every: int = setting("steps between checkpoints", 5, low=1)
-    heldout: str = setting("JSON lines of held-out tasks; default: the tiny model's", "")
-    heldout_limit: int | None = setting("most held-out tasks a type and split; default: all", None, low=1)
+    heldout: str = setting("held-out tasks: a file of JSON lines, tiny, or cruxeval (from the hub, if it can "
+                           "be had)", "tiny", "cruxeval", "cruxeval")
+    heldout_limit: int | None = setting("most held-out tasks a type and split; default: all", None, 100, None,
+                                        low=1)
     heldout_splits: str = setting("splits of that file to measure, with commas; default: easy, or all", "")
 
     seed: int = setting("random seed", 0, high=2 ** 63 - 1)
@@ -265,8 +267,8 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
 
 def heldout_tasks(cfg, executor):
     """{"": [Task]} of the first split to measure, and {"<split>/": [Task]} of others. Raises UsageError."""
-    path = cfg.heldout or HELDOUT
-    splits = load_heldout(path, cfg.heldout_limit, executor if cfg.heldout else None)
+    path = HELDOUT if cfg.heldout == "tiny" else cfg.heldout
+    splits = load_heldout(path, cfg.heldout_limit, None if cfg.heldout in ("tiny", "cruxeval") else executor)
     default = "easy" if "easy" in splits else ",".join(splits)
     names = (cfg.heldout_splits or default).split(",")
     for name in names:
@@ -286,7 +288,7 @@ def measure(policy, executor, heldout, cfg):
     return metrics
 
 
-def heldout_tables(metrics):
+def heldout_tables(metrics, name):
     """What `measure` found first and last, as text: a table for each split."""
     measured = [row for row in metrics if "heldout/mean" in row]
     tables = []
@@ -294,7 +296,8 @@ def heldout_tables(metrics):
         columns = {f"step {row['step']}": {
             kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
             for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
-        tables.append(table(columns, f"held-out accuracy, {split}".strip(", /")))
+        title = "held-out accuracy" + f", {Path(name).name}" * (name != "tiny")
+        tables.append(table(columns, f"{title}, {split}".strip(", /")))
     return "\n\n".join(tables)
 
 
@@ -413,7 +416,7 @@ class Run:
 
         Nothing is written before all has been read. Raises UsageError.
         """
-        step, logs = None, dict.fromkeys(self.LOGS, [])
+        step, logs, self.heldout = None, dict.fromkeys(self.LOGS, []), cfg.heldout
         content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
         if content:
             step, counts = load(content, *state)
@@ -528,7 +531,7 @@ class Run:
             print(f"stopped after step {self.metrics[-1]['step']}{reason}; go on with: "
                   f"python train.py --resume {self.folder}" + " --max-flags N" * self.flagged())
             return 3 * self.flagged()
-        print(f"\n{heldout_tables(self.metrics)}\n\nrun folder  {self.folder}\n"
+        print(f"\n{heldout_tables(self.metrics, self.heldout)}\n\nrun folder  {self.folder}\n"
               f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html")
         if count:
             print(f"flags       {count}, in {flags}")
@@ -670,13 +673,20 @@ def configure(given):
         raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
     for name in {"model", "heldout"} & changes.keys():  # paths hold from any folder
-        if changes[name] not in SHIPPED and Path(changes[name]).exists():
+        if changes[name] not in (*SHIPPED, "cruxeval") and Path(changes[name]).exists():
             changes[name] = os.path.abspath(changes[name])
     if "resume" in given:
         run = Run(given["resume"], max_flags)
         return run.config(changes), run
     column = PAPER if "paper" in given else TINY if given.get("model", "tiny") in SHIPPED else CARD
     cfg = preset(column, **changes)
+    if cfg.heldout == "cruxeval" and "heldout" not in changes:
+        try:
+            load_heldout("cruxeval")
+        except UsageError as error:
+            print(f"{error}\nheld-out tasks are the tiny model's, which say little of another",
+                  file=sys.stderr)
+            cfg = replace(cfg, heldout="tiny")
     run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
     run.create(cfg)
     return cfg, run

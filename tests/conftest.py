@@ -1,5 +1,6 @@
 """What the tests share: the repository on the import path, a random model, one sandbox."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # else each run of a model that is not shipped asks for CRUXEval
 
 import torch  # noqa: E402
 

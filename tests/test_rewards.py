@@ -193,3 +193,16 @@ def test_a_limit_takes_the_first_of_each_type_and_split(tmp_path, executor):
     splits = load_heldout(path, limit=1, executor=executor)
     assert {name: [task.type for task in tasks] for name, tasks in splits.items()} == {
         "a": ["deduction", "induction"], "b": ["deduction", "induction"]}
+
+
+@pytest.mark.parametrize("source", ["file", "cruxeval"])
+def test_a_row_of_cruxeval_is_a_deduction_and_an_abduction_task(tmp_path, monkeypatch, executor, source):
+    rows = [{"code": DOUBLE, "input": "2", "output": "4", "id": "sample_0"}]
+    if source == "file":
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        import datasets
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: rows)
+    assert load_heldout(source, executor=executor) == {
+        "cruxeval": [Task(kind, DOUBLE, "2", "4") for kind in ("deduction", "abduction")]}

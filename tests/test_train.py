@@ -462,7 +462,7 @@ def test_damaged_model_files_are_one_line(capsys, tmp_path, damage):
 
 
 def test_a_run_moves_with_its_checkout_and_paths_hold_from_any_folder(tmp_path, monkeypatch, whole_run):
-    assert json.loads((whole_run.folder / "config.json").read_text())["heldout"] == ""
+    assert json.loads((whole_run.folder / "config.json").read_text())["heldout"] == "tiny"
     monkeypatch.chdir(ROOT.parent)
     given = ["--model", f"{ROOT.name}/tiny", "--heldout", f"{ROOT.name}/tiny/heldout.jsonl", "--out", str(tmp_path / "run")]
     cfg, run = train.configure(train.parse(given))
@@ -508,3 +508,22 @@ def test_a_disk_that_fills_during_seeding_is_one_line(tmp_path, room):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and f"--resume {run}" in err and "Traceback" not in err
     finish(command("--resume", run))  # the same command goes on once there is room
+
+
+def test_a_real_model_is_measured_on_cruxeval_or_says_why_not(capsys, tmp_path, monkeypatch, random_model):
+    import datasets
+    rows = [{"code": "def f(x):\n    return x * 2", "input": "2", "output": "4"}]
+    for name, found in {"hub": lambda *_, **__: rows, "offline": None}.items():
+        if found:
+            monkeypatch.setattr(datasets, "load_dataset", found)
+        else:
+            monkeypatch.undo()
+        cfg, run = train.configure(train.parse(["--model", random_model, "--out", str(tmp_path / name)]))
+        run.close()
+        assert cfg.heldout == json.loads((tmp_path / name / "config.json").read_text())["heldout"]
+        assert cfg.heldout == ("cruxeval" if found else "tiny")
+    assert "cannot read the held-out tasks cruxeval" in capsys.readouterr().err
+    metrics = [{"step": 0} | {f"heldout{key}": 0.5 for key in (
+        "/mean", "_stderr/mean", "/deduction", "_stderr/deduction")}]
+    assert train.heldout_tables(metrics, "cruxeval").startswith("held-out accuracy, cruxeval")
+    assert train.heldout_tables(metrics, "tiny").startswith("held-out accuracy  ")
