@@ -417,8 +417,8 @@ class Run:
         Nothing is written before all has been read. Raises UsageError.
         """
         step, logs, self.heldout = None, dict.fromkeys(self.LOGS, []), cfg.heldout
-        content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
-        if content:
+        content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else None)
+        if content is not None:
             step, counts = load(content, *state)
             logs = {name: self.read_log(name, step, counts[name]) for name in self.LOGS}
             if cfg.steps < step:
@@ -575,7 +575,7 @@ class Follower:
 
     def restore(self, cfg, *state):
         content = parallel.of_first(None)
-        return load(content, *state)[0] if content else None
+        return None if content is None else load(content, *state)[0]
 
     def __getattr__(self, name):
         return lambda *arguments: None

@@ -54,7 +54,7 @@ class Nothing:
         pass
 
 
-@pytest.mark.parametrize("micro_tokens", [1024, 4096])
+@pytest.mark.parametrize("micro_tokens", [1024])
 def test_the_simulated_update_takes_what_a_real_one_takes(small, micro_tokens):
     memory.update_peak(*small, Nothing(), 256, 128)  # once before, so that AdamW has its moments
     real = allocated(lambda: memory.update_peak(*small, Nothing(), micro_tokens, 256))
@@ -71,12 +71,13 @@ def test_the_simulated_sampling_takes_what_a_real_one_takes(small, rows, prompt)
         assert max(memory.sampling_peaks(policy, peak, rows, prompt)) - before == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("gigabytes, fits", [(4, False), (24, True)])
-def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds(gigabytes, fits):
-    cfg = preset(CARD)
+def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds():
+    cfg, gigabytes = preset(CARD), 4
     with memory.simulated("1.5B", "4bit") as (policy, optimizer, peak):
+        forecast(policy, cfg, 24 * memory.GB)
+        assert policy.micro_tokens == cfg.micro_tokens
         line = forecast(policy, cfg, gigabytes * memory.GB)
-        assert (policy.micro_tokens == cfg.micro_tokens) == fits
+        assert policy.micro_tokens < cfg.micro_tokens
         taken = memory.update_peak(policy, optimizer, peak, int(policy.micro_tokens), 1024) / memory.GB + memory.CONTEXT
     assert taken <= gigabytes and float(re.search(r"(\d+) GB", line)[1]) == pytest.approx(taken, abs=1)
 
