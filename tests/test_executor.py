@@ -949,6 +949,26 @@ def test_rulers_of_comment_signs_are_read_at_once(box, text):
     assert time.process_time() - start < 2
 
 
+@pytest.mark.parametrize("text", [
+    "[" + "(1,), " * 60 + "x]", "(1,)," * 60 + "x", ",)" * 60 + ",x", "[" + "[1,], " * 60 + "0x1]", "{1,}, " * 60 + "# a",
+    "[" * 50_000 + "x", "1, " * 30_000 + "x", "1 " + " " * 90_000 + "x", "1" * 90_000 + "x", "'" + "\\a" * 49_000,
+    ("1" + " " * 99 + ",") * 990 + "x", "1" * 30_000 + "." + "1" * 30_000 + "e" + "1" * 30_000 + "x", "a=" * 49_000 + "1",
+    "'a', " * 19_000 + "x", "(" + "None: " * 16_000 + "x", "x" + "=" * 90_000, "- " * 49_000 + "1"])
+def test_no_text_takes_long_to_be_known_as_no_literal(box, bare, text):
+    """Neither as an input, nor as a report, which the caller reads in its own process."""
+    assert one(box, "def f(*a, **k): return 1", text).seconds < 2
+    start = time.process_time()
+    assert one(bare, FORGE % f"b'ok\\0\\0\\0' + {text.encode()!r}").status in ("unsafe", "syntax")
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("text", ["\n" * 99_000, " \n" * 49_000, "\t\n" * 49_000, "\r\n" * 49_000, "import math\n" + "\n" * 90_000,
+                                  ("import math" + "\n" * 900) * 100, " " * 99_000, "#import\n" * 12_000, "pass#" + "import" * 16_000])
+def test_long_programs_are_looked_through_in_time(box, text):
+    run = one(box, text + "\ndef f(): return 1")
+    assert run.seconds < 2 and (run.ok or run.status == "syntax"), run
+
+
 def test_read_gives_canonical_literals_of_literals_alone(box):
     texts = ["[1,2,]", " {2, 1}  # a comment", "'a' 'b'", "-0x10", "1, 2", "{1: {2: (3,)}}"]
     assert [read.output for read in box.read(texts)] == [
