@@ -212,8 +212,9 @@ _STATUSES = "ok syntax error memory unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
          "module = util.module_from_spec(spec); spec.loader.exec_module(module); module._work(sys.argv[2])")
-# Literals alone, near enough to the canonical form: no names, no calls, no comments.
-_LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:,?[)}\]]|set\(\)|None|True|False
+# Literals alone, near enough to the canonical form: no names, no calls, no comments. Each text has one way to
+# match, so that none takes long.
+_LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
 
@@ -605,7 +606,7 @@ _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loade
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
 # An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
-_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?!\s*(?:import|from) (?:%s)(?: import [A-Z]\w*)?\s*$).*import"
+_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?![ \t]*(?:import|from) (?:%s)(?: import [A-Z]\w*)?[ \t]*$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
