@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,62 +38,76 @@ from report import layout, mean_error  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import Config, flag  # noqa: E402
 
-MAKING = {None: Lock(), 1: Lock(), 2: Lock()}  # of two jobs on one base, one makes it
+MAKING = defaultdict(Lock)  # of two jobs on one base, one makes it
 KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
-ROWS = {  # name: (changes of the recipe, seeds); None: of a feature that was taken out after commit 09afc7c
-    "self-play": ("", range(10)),
-    "shuffled rewards": ("--shuffle-rewards", range(2)),
-    "proposer not trained": ("--no-train-proposer", range(2)),
-    "no references": ("--references 0", range(2)),
-    "no deduction": ("--types abduction,induction", range(2)),
-    "no abduction": ("--types deduction,induction", range(2)),
-    "no induction": ("--types deduction,abduction", range(2)),
-    "six-group baseline": ("--baseline group", range(2)),
-    "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
-    "no deduplication": ("--no-dedup", range(2)),
-    "rejection sampling": (None, range(2)),
-    "padding is a repeat": (None, range(2)),
-    "messages must help": (None, range(2)),
-    "another base (1)": ("", range(2)),
-    "another base (2)": ("", range(2)),
+# a constant rate: so two runs can be compared at any step, and a run can go on later with more steps
+LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --steps 80 --eval-every 20 --heldout-splits 1,2,3,4,5,6 "
+        "--heldout-limit 50")
+
+
+class Row(NamedTuple):
+    """changes: of the recipe; None: of a feature that was taken out after commit 09afc7c. base: a folder in --out."""
+
+    changes: str | None
+    seeds: range
+    base: str = BASE
+
+
+ROWS = {
+    "self-play": Row("", range(10)),
+    "shuffled rewards": Row("--shuffle-rewards", range(2)),
+    "proposer not trained": Row("--no-train-proposer", range(2)),
+    "no references": Row("--references 0", range(2)),
+    "no deduction": Row("--types abduction,induction", range(2)),
+    "no abduction": Row("--types deduction,induction", range(2)),
+    "no induction": Row("--types deduction,abduction", range(2)),
+    "six-group baseline": Row("--baseline group", range(2)),
+    "estimates not trained on": Row("--no-train-on-estimates", range(2)),  # beside the row above: no two tries of a task
+    "no deduplication": Row("--no-dedup", range(2)),
+    "rejection sampling": Row(None, range(2)),
+    "padding is a repeat": Row(None, range(2)),
+    "messages must help": Row(None, range(2)),
+    "another base (1)": Row("", range(2), "base-1/longer"),
+    "another base (2)": Row("", range(2), "base-2/longer"),
 }
+# A base that seldom proposes what is hard for it, made with seed 0, 1 or 2
+ROWS |= {f"scarce{name} ({base})": Row(f"{LONG} {changes}".strip(), range(5), f"scarce-{base}") for base in range(3)
+         for name, changes in {"": "", ", proposer not trained": "--no-train-proposer"}.items()}
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
-KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
+KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags", "seconds/total")
 STARTS = ("heldout", "response_tokens/solve")
-
-
-def other_base(name):
-    """The seed of tiny/make.py for the rows on another base, else None."""
-    return int(name[-2]) if name.startswith("another base") else None
 
 
 def commands():
     """The rows that this version of train.py can run."""
-    return [name for name, (changes, _) in ROWS.items() if changes is not None]
+    return [name for name, row in ROWS.items() if row.changes is not None]
 
 
 def flags_of(name, seed, out):
-    changes = ROWS[name][0]
+    row = ROWS[name]
     recipe = list(RECIPE)
     if name not in CURVES:
-        recipe[recipe.index("--eval-every") + 1] = "0"
-    if changes.startswith("without "):
-        recipe.remove(changes.removeprefix("without "))
-        changes = ""
-    if other_base(name):  # a folder: the shipped models' defaults have to be spelled out
+        recipe += ["--eval-every", "0"]
+    if row.base != BASE:  # a folder: the shipped models' defaults have to be spelled out
         presets = {knob.name: knob.metadata["presets"] for knob in fields(Config)}
         recipe = [*(f"{flag(knob)}={tiny}" for knob, (tiny, card, _) in presets.items()
                     if tiny != card and not isinstance(tiny, bool)), *recipe]
-        recipe[recipe.index(BASE)] = str(out / f"base-{other_base(name)}" / "longer")
-        recipe += ["--heldout", str(out / f"base-{other_base(name)}" / "heldout.jsonl")]
-    return [*recipe, *changes.split(), "--seed", str(seed)]
+        recipe += ["--model", str(out / row.base), "--heldout", str(heldout_of(row.base, out))]
+    return [*recipe, *row.changes.split(), "--seed", str(seed)]
+
+
+def heldout_of(base, out):
+    """The file of the held-out tasks that lie beside a base."""
+    if base == BASE:
+        return HELDOUT
+    return out / base.removesuffix("longer") / "heldout.jsonl"
 
 
 def slug(name, seed):
-    return f"{name.replace(' ', '-').replace('(', '').replace(')', '')}-{seed}"
+    return f"{name.translate(str.maketrans(' ', '-', '(),'))}-{seed}"
 
 
 def rows_of(path):
@@ -106,48 +121,66 @@ def call(script, *arguments):
                    stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def answer(model, folder, heldout=HELDOUT):
+def answer(model, folder, heldout, length):
     """Greedy answers to both splits and eight samples of the harder one, by eval.py; what is there is not done again."""
-    length = RECIPE[RECIPE.index("--max-response") + 1]
     for name, flags in {"hard": [], "easy": [], "samples": ["--samples", "8", "--temperature", "1"]}.items():
         if not (folder / name / "results.json").exists():
             call("eval.py", "--model", model, "--split", "easy" if name == "easy" else "hard", "--max-response", length,
                  "--heldout", heldout, "--workers", "1", "--out", folder / name, *flags)
 
 
+def answer_length(base):
+    return 208 if base.startswith("scarce") else 112
+
+
 def do(name, seed, out):
     """One run, its answers, and its file in docs/evidence/."""
-    folder = out / slug(name, seed)
-    base = do_base(other_base(name), out)
+    folder, base = out / slug(name, seed), ROWS[name].base
+    do_base(base, out)
     if not (folder / "evidence").exists():
         begun = (folder / "config.json").exists()
         call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
         done = rows_of(folder / "metrics.jsonl")[-1]["step"]
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
-    answer(folder / "model", folder / "evidence", base / "heldout.jsonl")
-    keep(name, seed, folder, base / "heldout.jsonl")
+    answer(folder / "model", folder / "evidence", heldout_of(base, out), answer_length(base))
+    keep(name, seed, folder, heldout_of(base, out))
 
 
-def do_base(seed, out):
-    """The folder of a base's first model and held-out tasks; its answers are kept in docs/evidence/."""
-    base, kept = (out / f"base-{seed}", KEPT / f"base-{seed}.jsonl") if seed else (TINY, KEPT / "base.jsonl")
-    with MAKING[seed]:
-        if not (base / "longer").exists():
-            call("tiny/make.py", "--seed", seed, "--out", base)
-        answer(base / "longer", out / f"{kept.stem}-answers", base / "heldout.jsonl")
+def kept_base(base):
+    return KEPT / f"{'base' if base == BASE else base.removesuffix('/longer')}.jsonl"
+
+
+def do_base(base, out):
+    """Make a base that is not shipped; what each base answers is kept in docs/evidence/."""
+    with MAKING[base]:
+        if base != BASE and not (out / base).exists():
+            kind, seed = base.removesuffix("/longer").split("-")
+            if kind == "base":
+                call("tiny/make.py", "--seed", seed, "--out", out / f"base-{seed}")
+            else:
+                source = TINY if seed == "0" else do_base(f"base-{seed}/longer", out).parent
+                call("tiny/make.py", "--seed", seed, "--out", source, "--scarce", out / base)
+        folder, heldout, kept = TINY / "longer" if base == BASE else out / base, heldout_of(base, out), kept_base(base)
+        answer(folder, out / f"{kept.stem}-answers", heldout, answer_length(base))
+        statements = {split: {kind: "".join(str(statements_of(task.program)) for task in tasks if task.type == kind)
+                              for kind in TASK_TYPES} for split, tasks in load_heldout(heldout).items()}
         KEPT.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers")}) + "\n")
-    return base
+        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers"), "statements": statements}) + "\n")
+    return folder
 
 
-def keep(name, seed, folder, heldout=HELDOUT):
+def statements_of(program):
+    return program.count("\n") - 1
+
+
+def keep(name, seed, folder, heldout):
     """docs/evidence/<run>.jsonl: a line a step; the last one says what the trained model answered right, and which of the
     harder tasks' programs the run proposed itself (which then do not count)."""
     lengths, rates = defaultdict(list), defaultdict(Counter)
     for task in rows_of(folder / "tasks.jsonl"):
         if task["type"] != "induction":  # whose programs are those of the others
-            lengths[task["step"]].append(task["program"].count("\n") - 1)
+            lengths[task["step"]].append(statements_of(task["program"]))
         if task["solve_rate"] is not None:
             rates[task["step"]][f"{task['solve_rate']:g}"] += 1
     rows = []
@@ -300,7 +333,8 @@ def main():
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
     options = parser.parse_args()
     if not options.draw:
-        jobs = [(name, seed) for name in options.only for seed in ROWS[name][1] if seed < options.seeds]
+        # seed by seed, so that what is compared is complete early
+        jobs = [(name, seed) for seed in range(options.seeds) for name in options.only if seed in ROWS[name].seeds]
         for name, seed in jobs:
             print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed, options.out))}", flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
