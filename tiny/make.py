@@ -61,7 +61,8 @@ ZERO_SHARE = 0.04         # of the shown tasks are the zero triplet, from which 
 ALL_NAMED = 0.35          # of the induction tasks whose message leaves nothing open are kept
 PAIRS = {6: 0.8, 4: 0.05, 5: 0.05, 8: 0.05, 10: 0.05}   # N, the inputs of an induction task
 HELDOUT = {"easy": (200, {1: 0.10, 2: 0.40, 3: 0.50}), "hard": (150, {4: 1.0})}   # tasks a type
-FURTHER = [{"hard": (100, {n: 1.0})} for n in (5, 6)]   # more of them, for the third model
+FURTHER = [{"hard": (60, {5: 1.0})}, {"hard": (40, {6: 1.0})}]   # more of them, for the third model
+SHORT = 50                # tasks a type and number of statements at most, for the curves of a run
 LARGEST, LONGEST = 99, 6  # bounds of ints, and of the lengths of lists and strings, on the way
 
 # --- grammar: programs that change one value in one to five statements ------------------------------
@@ -482,8 +483,16 @@ def make_heldout(seed, splits=HELDOUT, stream="held-out", sizes=None):
 
 
 def by_statements(rows):
-    """The same tasks, in splits named by the number of statements."""
-    return [row | {"split": str(row["program"].count("\n") - 1)} for row in rows]
+    """The first SHORT of the same tasks, of each type, in splits named by the number of statements."""
+    splits = {}
+    for row in rows:
+        split = str(row["program"].count("\n") - 1)
+        splits.setdefault((split, row["type"]), []).append(row | {"split": split})
+    return [row for key in sorted(splits) for row in splits[key][:SHORT]]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_heldout(rows, executor):
@@ -581,7 +590,6 @@ def main():
     if arguments.scarce:
         for splits in FURTHER:
             rows += make_heldout(arguments.seed, splits, f"held-out {splits}", sizes)
-        rows += by_statements(rows)
     excluded = frozenset(row["program"] for row in rows)
     with Executor() as executor:
         check_heldout(rows, executor)
@@ -600,7 +608,9 @@ def main():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if phase["name"] != "longer":
-                (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                write_rows(folder / "heldout.jsonl", rows)
+            if phase["name"] == "scarce":
+                write_rows(folder / "statements.jsonl", by_statements(rows))
             print(f"written to {folder} after {(time.monotonic() - start) / 60:.1f} minutes")
             limit = 8 if arguments.smoke else 160
             if phase["name"] != "scarce":  # which is chosen by what it proposes, not by what it solves
