@@ -587,10 +587,10 @@ def main():
     elif arguments.longer:
         names, source = ["longer"], folders["direct"]
     rows = make_heldout(arguments.seed, HELDOUT, "held-out", sizes)
-    if arguments.scarce:
-        for splits in FURTHER:
-            rows += make_heldout(arguments.seed, splits, f"held-out {splits}", sizes)
     excluded = frozenset(row["program"] for row in rows)
+    if arguments.scarce:
+        for splits in FURTHER:  # not excluded: no model is shown how programs of this length are solved
+            rows += make_heldout(arguments.seed, splits, f"held-out {splits}", sizes)
     with Executor() as executor:
         check_heldout(rows, executor)
         tokenizer = make_tokenizer()
