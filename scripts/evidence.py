@@ -376,7 +376,7 @@ def harder(row):
 
 
 def learnable(row):
-    """Share of a step's proposals that its solver solves sometimes, in percent."""
+    """Share of a step's proposals that are new and solved sometimes, in percent."""
     return 100 * sum(count for rate, count in row["rates"].items() if 0 < float(rate) < 1) / PROPOSALS
 
 
@@ -398,7 +398,11 @@ def progress(rows, spent):
     return tuple(zip(*points))
 
 
-LATE = ((learnable, 0), (lambda row: row.get("statements"), 1))  # what is proposed at the end, and its digits
+PROPOSED = {  # what a step's proposals were: the panels of the picture, columns of the table
+    "learnable proposals, %": learnable,
+    "new programs, %": lambda row: 100 * row["diversity/unique_ast"],
+    "statements of new programs": lambda row: row.get("statements"),
+}
 
 
 def advantage(trained, untrained, spent):
@@ -427,8 +431,8 @@ def proposer_table(runs):
     def levels(label, runs, ends, measured=-2):
         scores = [statistics.mean(greedy(rows[measured], n)[0] for rows in runs) for n in range(1, 7)]
         scores += [100 * statistics.mean(statistics.mean(means_of(ends, name, kind)) for kind in TASK_TYPES) for name in sampled]
-        proposed = ["", ""] if measured == 0 else [
-            f"{statistics.mean(late(rows, value) for rows in runs):.{digits}f}" for value, digits in LATE]
+        proposed = [""] * len(PROPOSED) if measured == 0 else [
+            f"{statistics.mean(late(rows, value) for rows in runs):.1f}" for value in PROPOSED.values()]
         return [label, *(f"{score:.0f}" for score in scores), *proposed]
 
     def gaps(label, trained, untrained):
@@ -439,10 +443,10 @@ def proposer_table(runs):
             cells.append((gap, sum(error ** 2 for side in found for _, error in side) ** 0.5 / len(trained)))
         cells += [difference([rows[-1] for rows in untrained], [rows[-1] for rows in trained], name) for name in sampled]
         return [label, *("{:+.1f} ± {:.1f}".format(*cell) for cell in cells), *(
-            f"{statistics.mean(late(a, value) - late(b, value) for a, b in zip(trained, untrained)):+.{digits}f}"
-            for value, digits in LATE)]
+            f"{statistics.mean(late(a, value) - late(b, value) for a, b in zip(trained, untrained)):+.1f}"
+            for value in PROPOSED.values())]
 
-    table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", "learnable, %", "statements"]]
+    table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", *PROPOSED]]
     for base, pairs in pairs_of(runs).items():
         trained, untrained = zip(*pairs.values())
         table.append(levels(f"base {base}", trained[:1], rows_of(kept_base(f"scarce-{base}")), measured=0))
@@ -457,22 +461,21 @@ def proposer_table(runs):
 def proposer_picture(runs):
     """docs/proposer.png: trained − untrained on harder tasks when both have spent the same; what was proposed."""
     pairs = [pair for found in pairs_of(runs).values() for pair in found.values()]
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, ((gap, *others), lower) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for (name, spent), color in zip(SPENT.items(), ("tab:blue", "tab:orange", "tab:green")):
         found = [advantage(*pair, spent) for pair in pairs]
         count = min(len(steps) for steps, _, _ in found)
-        gaps = sum(gap[:count] for _, gap, _ in found) / len(found)
-        errors = sum(error[:count] ** 2 for _, _, error in found) ** 0.5 / len(found)
-        axes[0].errorbar(found[0][0][:count], gaps, errors, color=color, label=f"at equal {name}", capsize=3)
-    axes[0].axhline(0, color="black", linewidth=0.8)
-    axes[0].set(title="4 to 6 statements, greedy: trained − untrained proposer, points", xlabel="step of the trained proposer's run")
-    for label, color, side in ("trained", "tab:blue", 0), ("not trained", "tab:gray", 1):
-        rows = [[row | {"learnable": learnable(row)} for row in pair[side][1:-1]] for pair in pairs]
-        curve(axes[1], rows, "learnable", color, f"proposer {label}")
-        curve(axes[2], rows, "statements", color, f"proposer {label}")
-    axes[1].set(title="proposals that are solved sometimes, %", xlabel="step", ylim=(0, None))
-    axes[2].set(title="statements of the new programs", xlabel="step", ylim=(0, None))
-    for axis in axes:
+        points = sum(points[:count] for _, points, _ in found) / len(found)
+        errors = sum(errors[:count] ** 2 for _, _, errors in found) ** 0.5 / len(found)
+        gap.errorbar(found[0][0][:count], points, errors, color=color, label=f"at equal {name}", capsize=3)
+    gap.axhline(0, color="black", linewidth=0.8)
+    gap.set(title="trained − untrained proposer, points\n(greedy, 4 to 6 statements)", xlabel="step of the run that trains it")
+    for axis, (title, value) in zip([*others, *lower], PROPOSED.items()):
+        for label, color, side in ("trained", "tab:blue", 0), ("not trained", "tab:gray", 1):
+            curve(axis, [[row | {title: value(row)} for row in pair[side][1:-1]] for pair in pairs], title, color,
+                  f"proposer {label}")
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "proposer.png", dpi=110)
