@@ -1,4 +1,4 @@
-"""docs/evidence.md's runs, tables and pictures: does self-play go past its base?
+"""docs/evidence.md's runs, tables and pictures: does self-play go past its base? Does it pay to train the proposer?
 
     python scripts/evidence.py                    # every run, one after the other: hours
     python scripts/evidence.py --only self-play   # some rows of the table
@@ -6,10 +6,12 @@
     python scripts/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
 
 A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
-nothing with `tiny/make.py` (half an hour each). Each is `train.py` with the flags that are
-printed; then `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at
-temperature 1. Differences to the base are paired by task, and their standard errors are over tasks. What is kept
-of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
+nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
+base that seldom proposes what is hard for it; the row with "proposer not trained" makes pairs with it, seed by seed.
+
+Each run is `train.py` with the flags that are printed; then `eval.py` answers the held-out tasks of both splits, greedy,
+and the harder split eight times at temperature 1. Differences are paired by task, and their standard errors are over
+tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
 """
 
 import argparse
@@ -46,7 +48,7 @@ BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
 # a constant rate: so two runs can be compared at any step, and a run can go on later with more steps
-LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --steps 80 --eval-every 20 --heldout-splits 1,2,3,4,5,6")
+LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --steps 100 --eval-every 20 --heldout-splits 1,2,3,4,5,6")
 
 
 class Row(NamedTuple):
