@@ -4,6 +4,7 @@ import importlib.util
 import random
 import re
 import statistics
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -46,10 +47,13 @@ def test_every_row_is_a_command_that_train_accepts(tmp_path):
         assert cfg.train_proposer == ("proposer not trained" not in name)
 
 
-def test_only_the_proposer_tells_the_runs_of_a_pair_apart(tmp_path):
+def test_the_proposer_and_the_steps_tell_the_runs_of_a_pair_apart(tmp_path):
+    from train import configure, parse
     for base in range(3):
-        trained, untrained = (evidence.flags_of(f"scarce{name} ({base})", 4, tmp_path) for name in ("", ", proposer not trained"))
-        assert [flag for flag in untrained if flag != "--no-train-proposer"] == trained != untrained
+        names = f"scarce ({base})", f"scarce, proposer not trained ({base})"
+        trained, untrained = (asdict(configure(parse([*evidence.flags_of(name, 4, tmp_path), "--out", str(tmp_path / name)]))[0])
+                              for name in names)
+        assert {key for key in trained if trained[key] != untrained[key]} == {"train_proposer", "steps"}
 
 
 def curve(scores, tried):
