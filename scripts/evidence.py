@@ -475,9 +475,9 @@ def proposer_picture(runs):
     gap.set(title="trained − untrained proposer, points\n(greedy, 4 to 6 statements)", xlabel="step of the run that trains it")
     for axis, (title, value) in zip([*others, *lower], PROPOSED.items()):
         for label, color, side in ("trained", "tab:blue", 0), ("not trained", "tab:gray", 1):
-            curve(axis, [[row | {title: value(row)} for row in pair[side][1:-1]] for pair in pairs], title, color,
-                  f"proposer {label}")
-        axis.set(title=title, xlabel="step", ylim=(0, None))
+            fives = [[{"step": -(-row["step"] // 5) * 5, title: value(row)} for row in pair[side][1:-1]] for pair in pairs]
+            curve(axis, fives, title, color, f"proposer {label}")
+        axis.set(title=f"{title} (five steps together)", xlabel="step", ylim=(0, None))
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
