@@ -1,4 +1,4 @@
-"""docs/evidence.md's runs, tables and pictures: does self-play go past its base?
+"""docs/evidence.md's runs, tables and pictures: does self-play go past its base? Does it pay to train the proposer?
 
     python scripts/evidence.py                    # every run, one after the other: hours
     python scripts/evidence.py --only self-play   # some rows of the table
@@ -6,15 +6,18 @@
     python scripts/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
 
 A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
-nothing with `tiny/make.py` (half an hour each). Each is `train.py` with the flags that are
-printed; then `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at
-temperature 1. Differences to the base are paired by task, and their standard errors are over tasks. What is kept
-of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
+nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
+base that seldom proposes what is hard for it; the row with "proposer not trained" makes pairs with it, seed by seed.
+
+Each run is `train.py` with the flags that are printed; then `eval.py` answers the held-out tasks of both splits, greedy,
+and the harder split eight times at temperature 1. Differences are paired by task, and their standard errors are over
+tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -22,11 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import matplotlib  # noqa: E402
+import numpy  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -38,62 +43,84 @@ from rewards import load_heldout  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import Config, flag  # noqa: E402
 
-MAKING = {None: Lock(), 1: Lock(), 2: Lock()}  # of two jobs on one base, one makes it
+MAKING = defaultdict(Lock)  # of two jobs on one base, one makes it
 KEPT = ROOT / "docs" / "evidence"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
-ROWS = {  # name: (changes of the recipe, seeds); None: of a feature that was taken out after commit 09afc7c
-    "self-play": ("", range(10)),
-    "shuffled rewards": ("--shuffle-rewards", range(2)),
-    "proposer not trained": ("--no-train-proposer", range(2)),
-    "no references": ("--references 0", range(2)),
-    "no deduction": ("--types abduction,induction", range(2)),
-    "no abduction": ("--types deduction,induction", range(2)),
-    "no induction": ("--types deduction,abduction", range(2)),
-    "six-group baseline": ("--baseline group", range(2)),
-    "estimates not trained on": ("without --train-on-estimates", range(2)),  # beside the row above: no two tries of a task
-    "no deduplication": ("--no-dedup", range(2)),
-    "rejection sampling": (None, range(2)),
-    "padding is a repeat": (None, range(2)),
-    "messages must help": (None, range(2)),
-    "another base (1)": ("", range(2)),
-    "another base (2)": ("", range(2)),
+# a constant rate: so two runs can be compared at any step, and a run can go on later with more steps
+LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --eval-every 20 --heldout-splits 1,2,3,4,5,6")
+
+
+class Row(NamedTuple):
+    """changes: of the recipe; None: of a feature that was taken out after commit 09afc7c. base: a folder in --out."""
+
+    changes: str | None
+    seeds: range
+    base: str = BASE
+
+
+ROWS = {
+    "self-play": Row("", range(10)),
+    "shuffled rewards": Row("--shuffle-rewards", range(2)),
+    "proposer not trained": Row("--no-train-proposer", range(2)),
+    "no references": Row("--references 0", range(2)),
+    "no deduction": Row("--types abduction,induction", range(2)),
+    "no abduction": Row("--types deduction,induction", range(2)),
+    "no induction": Row("--types deduction,abduction", range(2)),
+    "six-group baseline": Row("--baseline group", range(2)),
+    "estimates not trained on": Row("--no-train-on-estimates", range(2)),  # beside the row above: no two tries of a task
+    "no deduplication": Row("--no-dedup", range(2)),
+    "rejection sampling": Row(None, range(2)),
+    "padding is a repeat": Row(None, range(2)),
+    "messages must help": Row(None, range(2)),
+    "another base (1)": Row("", range(2), "base-1/longer"),
+    "another base (2)": Row("", range(2), "base-2/longer"),
 }
+# Pairs from bases that seldom propose what is hard for them, made with seeds 0, 1 and 2. A step with an untrained proposer tries
+# fewer new tasks, and shorter ones: with more steps both sample about as many tokens.
+ROWS |= {f"scarce{name} ({base})": Row(f"{LONG} {changes}", range(5), f"scarce-{base}") for base in range(3)
+         for name, changes in {"": "--steps 140", ", proposer not trained": "--steps 270 --no-train-proposer"}.items()}
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
-KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags")
+HARDER = (4, 5, 6)  # statements
+TRIES, PROPOSALS = 8, 3 * 16  # of a task, and of a step, in the recipe
+KEYS = ("step", "entropy", "truncated", "diversity/unique_ast", "lr", "flags", "seconds/total")
 STARTS = ("heldout", "response_tokens/solve")
-
-
-def other_base(name):
-    """The seed of tiny/make.py for the rows on another base, else None."""
-    return int(name[-2]) if name.startswith("another base") else None
 
 
 def commands():
     """The rows that this version of train.py can run."""
-    return [name for name, (changes, _) in ROWS.items() if changes is not None]
+    return [name for name, row in ROWS.items() if row.changes is not None]
 
 
 def flags_of(name, seed, out):
-    changes = ROWS[name][0]
+    row = ROWS[name]
     recipe = list(RECIPE)
     if name not in CURVES:
-        recipe[recipe.index("--eval-every") + 1] = "0"
-    if changes.startswith("without "):
-        recipe.remove(changes.removeprefix("without "))
-        changes = ""
-    if other_base(name):  # a folder: the shipped models' defaults have to be spelled out
+        recipe += ["--eval-every", "0"]
+    if row.base != BASE:  # a folder: the shipped models' defaults have to be spelled out
         presets = {knob.name: knob.metadata["presets"] for knob in fields(Config)}
         recipe = [*(f"{flag(knob)}={tiny}" for knob, (tiny, card, _) in presets.items()
                     if tiny != card and not isinstance(tiny, bool)), *recipe]
-        recipe[recipe.index(BASE)] = str(out / f"base-{other_base(name)}" / "longer")
-        recipe += ["--heldout", str(out / f"base-{other_base(name)}" / "heldout.jsonl")]
-    return [*recipe, *changes.split(), "--seed", str(seed)]
+        heldout = out / row.base / "statements.jsonl" if scarce(row.base) else heldout_of(row.base, out)
+        recipe += ["--model", str(out / row.base), "--heldout", str(heldout)]
+    return [*recipe, *row.changes.split(), "--seed", str(seed)]
+
+
+def scarce(base):
+    """Whether a base is of the second question."""
+    return base.startswith("scarce")
+
+
+def heldout_of(base, out):
+    """The file of the held-out tasks that lie beside a base."""
+    if base == BASE:
+        return HELDOUT
+    return out / base.removesuffix("longer") / "heldout.jsonl"
 
 
 def slug(name, seed):
-    return f"{name.replace(' ', '-').replace('(', '').replace(')', '')}-{seed}"
+    return f"{name.translate(str.maketrans(' ', '-', '(),'))}-{seed}"
 
 
 def rows_of(path):
@@ -107,48 +134,66 @@ def call(script, *arguments):
                    stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def answer(model, folder, heldout=HELDOUT):
-    """Greedy answers to both splits and eight samples of the harder one, by eval.py; what is there is not done again."""
-    length = RECIPE[RECIPE.index("--max-response") + 1]
+def answer(model, folder, base, out):
+    """Greedy answers to both splits and eight samples of the harder one, by eval.py; what is there is not done again.
+
+    Of the second question's models only the samples: their greedy answers, by statements, are in the curves.
+    """
+    length = 208 if scarce(base) else 112
     for name, flags in {"hard": [], "easy": [], "samples": ["--samples", "8", "--temperature", "1"]}.items():
-        if not (folder / name / "results.json").exists():
+        if not (folder / name / "results.json").exists() and (name == "samples" or not scarce(base)):
             call("eval.py", "--model", model, "--split", "easy" if name == "easy" else "hard", "--max-response", length,
-                 "--heldout", heldout, "--workers", "1", "--out", folder / name, *flags)
+                 "--heldout", heldout_of(base, out), "--workers", "1", "--out", folder / name, *flags)
 
 
 def do(name, seed, out):
     """One run, its answers, and its file in docs/evidence/."""
-    folder = out / slug(name, seed)
-    base = do_base(other_base(name), out)
+    folder, base = out / slug(name, seed), ROWS[name].base
+    do_base(base, out)
     if not (folder / "evidence").exists():
         begun = (folder / "config.json").exists()
         call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
         done = rows_of(folder / "metrics.jsonl")[-1]["step"]
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
-    answer(folder / "model", folder / "evidence", base / "heldout.jsonl")
-    keep(name, seed, folder, base / "heldout.jsonl")
+    answer(folder / "model", folder / "evidence", base, out)
+    keep(name, seed, folder, heldout_of(base, out))
 
 
-def do_base(seed, out):
-    """The folder of a base's first model and held-out tasks; its answers are kept in docs/evidence/."""
-    base, kept = (out / f"base-{seed}", KEPT / f"base-{seed}.jsonl") if seed else (TINY, KEPT / "base.jsonl")
-    with MAKING[seed]:
-        if not (base / "longer").exists():
-            call("tiny/make.py", "--seed", seed, "--out", base)
-        answer(base / "longer", out / f"{kept.stem}-answers", base / "heldout.jsonl")
+def kept_base(base):
+    return KEPT / f"{'base' if base == BASE else base.removesuffix('/longer')}.jsonl"
+
+
+def do_base(base, out):
+    """Make a base that is not shipped; what each base answers is kept in docs/evidence/."""
+    with MAKING[base]:
+        if base != BASE and not (out / base).exists():
+            kind, seed = base.removesuffix("/longer").split("-")
+            if kind == "base":
+                call("tiny/make.py", "--seed", seed, "--out", out / f"base-{seed}")
+            else:
+                source = TINY if seed == "0" else do_base(f"base-{seed}/longer", out).parent
+                call("tiny/make.py", "--seed", seed, "--out", source, "--scarce", out / base)
+        folder, kept = TINY / "longer" if base == BASE else out / base, kept_base(base)
+        answer(folder, out / f"{kept.stem}-answers", base, out)
+        statements = {split: {kind: "".join(str(statements_of(task.program)) for task in tasks if task.type == kind)
+                              for kind in TASK_TYPES} for split, tasks in load_heldout(heldout_of(base, out)).items()}
         KEPT.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers")}) + "\n")
-    return base
+        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers"), "statements": statements}) + "\n")
+    return folder
 
 
-def keep(name, seed, folder, heldout=HELDOUT):
+def statements_of(program):
+    return program.count("\n") - 1
+
+
+def keep(name, seed, folder, heldout):
     """docs/evidence/<run>.jsonl: a line a step; the last one says what the trained model answered right, and which of the
     harder tasks' programs the run proposed itself (which then do not count)."""
     lengths, rates = defaultdict(list), defaultdict(Counter)
     for task in rows_of(folder / "tasks.jsonl"):
         if task["type"] != "induction":  # whose programs are those of the others
-            lengths[task["step"]].append(task["program"].count("\n") - 1)
+            lengths[task["step"]].append(statements_of(task["program"]))
         if task["solve_rate"] is not None:
             rates[task["step"]][f"{task['solve_rate']:g}"] += 1
     rows = []
@@ -158,6 +203,8 @@ def keep(name, seed, folder, heldout=HELDOUT):
         if lengths[row["step"]]:
             rows[-1]["statements"] = round(sum(lengths[row["step"]]) / len(lengths[row["step"]]), 3)
         rows[-1]["rates"] = rates[row["step"]]
+        if "tokens_per_second" in row:
+            rows[-1]["tokens"] = round(row["tokens_per_second"] * row["seconds/generate"])  # sampled
     hard = load_heldout(heldout)["hard"]
     proposed = {fingerprint(task["program"]) for task in rows_of(folder / "tasks.jsonl")}
     rows.append({"seconds": round(sum(row.get("seconds/total", 0) for row in rows_of(folder / "metrics.jsonl"))),
@@ -172,46 +219,66 @@ def answers_of(folder):
     """{hard | easy | samples: {type: "how many of the task's answers are right", a digit a task}}"""
     return {name: {kind: "".join(str(sum(flags)) for flags in next(iter(json.loads(
         (folder / name / "results.json").read_text())["results"].values()))[f"heldout-{kind}"]["correct"].values())
-        for kind in TASK_TYPES} for name in ("hard", "easy", "samples")}
+        for kind in TASK_TYPES} for name in ("hard", "easy", "samples") if (folder / name).exists()}
 
 
 def measures(answers):
     """{measure: {type: [a number a task]}}, of one model."""
     right = {name: {kind: list(map(int, text)) for kind, text in types.items()} for name, types in answers.items()}
-    return {"hard, greedy": right["hard"],
+    return {"hard, greedy": right.get("hard"),
             "hard, sampled": {kind: [n / 8 for n in counts] for kind, counts in right["samples"].items()},
             "hard, pass@8": {kind: [pass_at_k(8, n, 8) for n in counts] for kind, counts in right["samples"].items()},
-            "easy, greedy": right["easy"]}
+            "easy, greedy": right.get("easy")}
 
 
-def difference(before, after, measure, types):
+def means_of(rows, measure, kind):
+    """The mean of several models for each task. rows: last rows of kept files."""
+    return [sum(task) / len(rows) for task in zip(*(measures(row["answers"])[measure][kind] for row in rows))]
+
+
+def difference(before, after, measure, types=TASK_TYPES, among=None):
     """(mean, standard error) in points of after − before, paired by task; of several models a task's mean is taken first.
 
     Both are lists of last rows of kept files. Harder tasks whose program one of the runs proposed are left out.
+    among: {type: the tasks that count}; default: all.
     """
     parts = []
     for kind in types:
         met = {index for row in before + after for index in row.get("met", {}).get(kind, ()) if measure.startswith("hard")}
-        means = [[sum(task) / len(rows) for task in zip(*(measures(row["answers"])[measure][kind] for row in rows))]
-                 for rows in (before, after)]
-        parts.append(mean_error([100 * (b - a) for index, (a, b) in enumerate(zip(*means)) if index not in met]))
+        pairs = zip(means_of(before, measure, kind), means_of(after, measure, kind))
+        parts.append(mean_error([100 * (b - a) for index, (a, b) in enumerate(pairs)
+                                 if index not in met and (among is None or index in among[kind])]))
     # types weigh the same, whatever their number of tasks
     return sum(mean for mean, _ in parts) / len(parts), sum(error ** 2 for _, error in parts) ** 0.5 / len(parts)
 
 
-def tables():
-    """Write the tables into docs/evidence.md from the kept files. → {row: {seed: [kept line]}}"""
-    bases = {seed: rows_of(KEPT / (f"base-{seed}.jsonl" if seed else "base.jsonl"))[-1:] for seed in (None, 1, 2)}
-    runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in seeds
-                   if (KEPT / f"{slug(name, seed)}.jsonl").exists()} for name, (_, seeds) in ROWS.items()}
-    runs = {name: seeds for name, seeds in runs.items() if seeds}
-    ends = {name: {seed: rows[-1] for seed, rows in seeds.items()} for name, seeds in runs.items()}
+def points(before, after, measure, types=TASK_TYPES, among=None):
+    return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types, among))
+
+
+def kept_runs():
+    """{row: {seed: [kept line]}}"""
+    runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in row.seeds} for name, row in ROWS.items()}
+    return {name: kept for name, seeds in runs.items() if (kept := {seed: rows for seed, rows in seeds.items() if rows})}
+
+
+def write_tables(mark, tables):
+    """Put the tables into docs/evidence.md between two marks."""
+    text = "\n\n".join(layout(lines, True) for lines in tables)
+    page, mark, end = ROOT / "docs" / "evidence.md", f"<!-- {mark}: written by scripts/evidence.py -->\n", f"<!-- end of {mark} -->"
+    top, begin, rest = page.read_text().partition(mark)
+    page.write_text(f"{top}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
+    print(text)
+
+
+def self_play_tables(runs):
+    """Is the base surpassed? The rows on shipped bases, and on others made like them."""
+    runs = {name: seeds for name, seeds in runs.items() if not scarce(ROWS[name].base)}
+    bases = {name: rows_of(kept_base(ROWS[name].base))[-1:] for name in runs}
+    ends = {name: [rows[-1] for rows in seeds.values()] for name, seeds in runs.items()}
     if "self-play" not in runs:
         raise SystemExit("docs/evidence/ holds no run of self-play yet: python scripts/evidence.py --only self-play")
-    ours, names = list(ends["self-play"].values()), list(measures(bases[None][0]["answers"]))
-
-    def points(before, after, measure, types=TASK_TYPES):
-        return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types))
+    ours, names = ends["self-play"], list(measures(bases["self-play"][0]["answers"]))
 
     def levels(label, row):
         return [label, *(" / ".join(f"{100 * mean_error(measures(row['answers'])[measure][kind])[0]:.0f}" for kind in TASK_TYPES)
@@ -221,33 +288,27 @@ def tables():
         grown = [[row["statements"] for row in run if "statements" in row] for run in rows]
         lengths = [sum(run[0] for run in grown) / len(grown), sum(sum(run[-5:]) / 5 for run in grown) / len(grown)]
         after = [run[-1] for run in rows]
-        theirs = "" if before is not bases[None] or after[0] in ours else points(ours, after, names[0])
+        theirs = "" if before != bases["self-play"] or after[0] in ours else points(ours, after, names[0])
         return [label, *(points(before, after, measure) for measure in names), theirs,
                 "{:.1f} → {:.1f}".format(*lengths), f"{sum(row['seconds'] for row in after) / len(after) / 60:.1f}"]
 
-    first = [["deduction / abduction / induction, %", *names], levels("base", bases[None][0])]
+    first = [["deduction / abduction / induction, %", *names], levels("base", bases["self-play"][0])]
     second = [["points against the base", *names, "against self-play, hard, greedy", "statements", "minutes"]]
     third = [["points against the base", *(f"{measure.partition(', ')[2]}: {kind}" for measure in names[:3] for kind in TASK_TYPES)]]
     for name, seeds in runs.items():
-        before = bases[other_base(name)]
-        if other_base(name):
+        before, other = bases[name], ROWS[name].base != BASE
+        if other:
             first.append(levels(name, before[0]))
-        if name == "self-play" or other_base(name):
-            first += [levels(f"{'self-play from it' if other_base(name) else name}, seed {seed}", rows[-1]) for seed, rows in seeds.items()]
+        if name == "self-play" or other:
+            first += [levels(f"{'self-play from it' if other else name}, seed {seed}", rows[-1]) for seed, rows in seeds.items()]
         second += [differences(f"{name}, seed {seed}", before, [rows]) for seed, rows in seeds.items()]
         if len(seeds) > 1:
             second.append(differences(f"{name}, mean of {len(seeds)}", before, list(seeds.values())))
-        third.append([name if other_base(name) else f"{name} ({len(seeds)})", *(
-            points(before, list(ends[name].values()), measure, [kind]) for measure in names[:3] for kind in TASK_TYPES)])
+        third.append([name if other else f"{name} ({len(seeds)})", *(
+            points(before, ends[name], measure, [kind]) for measure in names[:3] for kind in TASK_TYPES)])
     short = [["points against the base, mean of the seeds", "seeds", *(names[i] for i in (0, 2, 3))]]
-    short += [[name, len(seeds), *(points(bases[other_base(name)], list(ends[name].values()), names[i]) for i in (0, 2, 3))]
-              for name, seeds in runs.items()]
-    text = "\n\n".join(layout(lines, True) for lines in (short, first, second, third))
-    page, mark, end = ROOT / "docs" / "evidence.md", "<!-- tables: written by scripts/evidence.py -->\n", "<!-- end of tables -->"
-    top, begin, rest = page.read_text().partition(mark)
-    page.write_text(f"{top}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
-    print(text)
-    return runs
+    short += [[name, len(seeds), *(points(bases[name], ends[name], names[i]) for i in (0, 2, 3))] for name, seeds in runs.items()]
+    write_tables("tables", (short, first, second, third))
 
 
 def curve(axis, runs, key, color, label):
@@ -263,7 +324,7 @@ def curve(axis, runs, key, color, label):
         axis.fill_between(steps, [min(points[s]) for s in steps], [max(points[s]) for s in steps], color=color, alpha=0.2)
 
 
-def pictures(runs):
+def self_play_picture(runs):
     """docs/evidence.png: accuracy by split, length of the invented programs, solve rates over time."""
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for name, color in CURVES.items():
@@ -291,6 +352,140 @@ def pictures(runs):
     pyplot.close(figure)
 
 
+# --- the second question: does it pay to train the proposer? ------------------------------------------------
+
+def pairs_of(runs):
+    """{seed of the base: {seed: (kept lines of the run that trains its proposer, of the one that does not)}}"""
+    found = {}
+    for base in range(3):
+        trained, untrained = (runs.get(f"scarce{name} ({base})", {}) for name in ("", ", proposer not trained"))
+        if both := {seed: (trained[seed], untrained[seed]) for seed in trained if seed in untrained}:
+            found[base] = both
+    return found
+
+
+def greedy(row, statements):
+    """(accuracy, standard error) in points on tasks of so many statements, the mean of the types; None if not measured."""
+    split = "" if statements == 1 else f"/{statements}"  # the first split of a run has no name in its metrics
+    names = f"heldout{split}/mean", f"heldout_stderr{split}/mean"
+    return tuple(100 * row[name] for name in names) if names[0] in row else None
+
+
+def harder(row):
+    """`greedy` over four, five and six statements, which weigh the same."""
+    scores = [greedy(row, statements) for statements in HARDER]
+    if None in scores:
+        return None
+    return sum(score for score, _ in scores) / len(scores), sum(error ** 2 for _, error in scores) ** 0.5 / len(scores)
+
+
+def learnable(row):
+    """Share of a step's proposals that are new and solved sometimes, in percent."""
+    return 100 * sum(count for rate, count in row["rates"].items() if 0 < float(rate) < 1) / PROPOSALS
+
+
+def rollouts(row):
+    """Of a step: proposals, as many solutions, and the tries of each new task."""
+    return 2 * PROPOSALS + TRIES * sum(row["rates"].values())
+
+
+SPENT = {"steps": lambda row: 1, "rollouts": rollouts, "sampled tokens": lambda row: row["tokens"]}
+
+
+def progress(rows, spent):
+    """([what was spent until each evaluation], [its step], [accuracy on harder tasks], [standard error])"""
+    total, points = 0, []
+    for row in rows[:-1]:
+        total += spent(row) if row["step"] else 0
+        if score := harder(row):
+            points.append((total, row["step"], *score))
+    return tuple(zip(*points))
+
+
+PROPOSED = {  # what a step's proposals were: the panels of the picture, columns of the table
+    "learnable proposals, %": learnable,
+    "new programs, %": lambda row: 100 * row["diversity/unique_ast"],
+    "statements of new programs": lambda row: row.get("statements"),
+}
+
+
+def advantage(trained, untrained, spent):
+    """([step of the run with the trained proposer], [points trained − untrained], [standard error]), when both spent the same.
+
+    The other run is read on the straight line between two evaluations. The errors are those of two runs on different
+    tasks: too wide, since the tasks are the same.
+    """
+    total, steps, scores, errors = progress(trained, spent)
+    other, _, other_scores, other_errors = progress(untrained, spent)
+    both = sum(mark <= other[-1] for mark in total)
+    gaps = numpy.array(scores[:both]) - numpy.interp(total[:both], other, other_scores)
+    return steps[:both], gaps, numpy.hypot(errors[:both], numpy.interp(total[:both], other, other_errors))
+
+
+def late(rows, value):
+    """The mean of a value over the last 20 steps."""
+    values = [value(row) for row in rows[:-1][-20:]]
+    return statistics.mean(found for found in values if found is not None)
+
+
+def proposer_table(runs):
+    """Accuracy in %, and trained − untrained in points, at equal steps."""
+    sampled = "hard, sampled", "hard, pass@8"
+
+    def levels(label, runs, ends, measured=-2):
+        scores = [statistics.mean(greedy(rows[measured], n)[0] for rows in runs) for n in range(1, 7)]
+        scores += [100 * statistics.mean(statistics.mean(means_of(ends, name, kind)) for kind in TASK_TYPES) for name in sampled]
+        proposed = [""] * len(PROPOSED) if measured == 0 else [
+            f"{statistics.mean(late(rows, value) for rows in runs):.1f}" for value in PROPOSED.values()]
+        return [label, *(f"{score:.0f}" for score in scores), *proposed]
+
+    def gaps(label, trained, untrained):
+        cells = []
+        for n in range(1, 7):
+            found = [[greedy(rows[-2], n) for rows in side] for side in (trained, untrained)]
+            gap = statistics.mean(a - b for (a, _), (b, _) in zip(*found))
+            cells.append((gap, sum(error ** 2 for side in found for _, error in side) ** 0.5 / len(trained)))
+        cells += [difference([rows[-1] for rows in untrained], [rows[-1] for rows in trained], name) for name in sampled]
+        return [label, *("{:+.1f} ± {:.1f}".format(*cell) for cell in cells), *(
+            f"{statistics.mean(late(a, value) - late(b, value) for a, b in zip(trained, untrained)):+.1f}"
+            for value in PROPOSED.values())]
+
+    table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", *PROPOSED]]
+    for base, pairs in pairs_of(runs).items():
+        trained, untrained = zip(*pairs.values())
+        table.append(levels(f"base {base}", trained[:1], rows_of(kept_base(f"scarce-{base}")), measured=0))
+        table.append(levels(f"proposer trained, mean of {len(pairs)}", trained, [rows[-1] for rows in trained]))
+        table.append(levels(f"not trained, mean of {len(pairs)}", untrained, [rows[-1] for rows in untrained]))
+        table += [gaps(f"trained − not, seed {seed}", *([rows] for rows in pair)) for seed, pair in pairs.items()]
+        if len(pairs) > 1:
+            table.append(gaps(f"trained − not, mean of {len(pairs)}", trained, untrained))
+    write_tables("proposer", (table,))
+
+
+def proposer_picture(runs):
+    """docs/proposer.png: trained − untrained on harder tasks when both have spent the same; what was proposed."""
+    pairs = [pair for found in pairs_of(runs).values() for pair in found.values()]
+    figure, ((gap, *others), lower) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for (name, spent), color in zip(SPENT.items(), ("tab:blue", "tab:orange", "tab:green")):
+        found = [advantage(*pair, spent) for pair in pairs]
+        count = min(len(steps) for steps, _, _ in found)
+        points = sum(points[:count] for _, points, _ in found) / len(found)
+        errors = sum(errors[:count] ** 2 for _, _, errors in found) ** 0.5 / len(found)
+        gap.errorbar(found[0][0][:count], points, errors, color=color, label=f"at equal {name}", capsize=3)
+    gap.axhline(0, color="black", linewidth=0.8)
+    gap.set(title="trained − untrained proposer, points\n(greedy, 4 to 6 statements)", xlabel="step of the run that trains it")
+    for axis, (title, value) in zip([*others, *lower], PROPOSED.items()):
+        for label, color, side in ("trained", "tab:blue", 0), ("not trained", "tab:gray", 1):
+            fives = [[{"step": -(-row["step"] // 5) * 5, title: value(row)} for row in pair[side][1:-1]] for pair in pairs]
+            curve(axis, fives, title, color, f"proposer {label}")
+        axis.set(title=f"{title} (five steps together)", xlabel="step", ylim=(0, None))
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "proposer.png", dpi=110)
+    pyplot.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
@@ -301,12 +496,18 @@ def main():
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
     options = parser.parse_args()
     if not options.draw:
-        jobs = [(name, seed) for name in options.only for seed in ROWS[name][1] if seed < options.seeds]
+        # seed by seed, so that what is compared is complete early
+        jobs = [(name, seed) for seed in range(options.seeds) for name in options.only if seed in ROWS[name].seeds]
         for name, seed in jobs:
             print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed, options.out))}", flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: do(*job, options.out), jobs))
-    pictures(tables())
+    runs = kept_runs()
+    self_play_tables(runs)
+    self_play_picture(runs)
+    if pairs_of(runs):
+        proposer_table(runs)
+        proposer_picture(runs)
 
 
 if __name__ == "__main__":

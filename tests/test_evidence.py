@@ -4,6 +4,7 @@ import importlib.util
 import random
 import re
 import statistics
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -42,7 +43,37 @@ def test_every_row_is_a_command_that_train_accepts(tmp_path):
         flags = evidence.flags_of(name, 3, tmp_path)
         cfg, _ = configure(parse([*flags, "--out", str(tmp_path / evidence.slug(name, 3))]))
         assert cfg.seed == 3 and cfg.inputs == Config().inputs  # the tiny model's values, also for other bases
-        assert cfg.steps == int(evidence.RECIPE[evidence.RECIPE.index("--steps") + 1])
+        assert (cfg.batch, cfg.samples) == (16, evidence.TRIES) and 3 * cfg.batch == evidence.PROPOSALS
+        assert cfg.train_proposer == ("proposer not trained" not in name)
+
+
+def test_the_proposer_and_the_steps_tell_the_runs_of_a_pair_apart(tmp_path):
+    from train import configure, parse
+    for base in range(3):
+        names = f"scarce ({base})", f"scarce, proposer not trained ({base})"
+        trained, untrained = (asdict(configure(parse([*evidence.flags_of(name, 4, tmp_path), "--out", str(tmp_path / name)]))[0])
+                              for name in names)
+        assert {key for key in trained if trained[key] != untrained[key]} == {"train_proposer", "steps"}
+
+
+def curve(scores, tried):
+    """A kept run that is measured at each step: its accuracy on harder tasks, and how many new tasks a step tries."""
+    lines = [{"step": step, "rates": {"0": tried - 1, "0.5": 1} if step else {}} for step in range(len(scores))]
+    for line, score in zip(lines, scores):
+        line |= {f"heldout{error}/{n}/mean": value for n in (4, 5, 6) for error, value in (("", score), ("_stderr", 0.03))}
+    return [*lines, {"seconds": 1}]
+
+
+def test_two_runs_are_compared_when_both_have_spent_the_same():
+    trained, untrained = curve([0.1, 0.2, 0.4], tried=24), curve([0.1, 0.1, 0.2, 0.2, 0.3], tried=6)
+    assert evidence.rollouts(trained[1]) == 96 + 192 and evidence.rollouts(untrained[1]) == 96 + 48
+    assert evidence.learnable(trained[1]) == pytest.approx(100 / 48)
+    for spent, gaps in (lambda row: 1, [0, 10, 20]), (evidence.rollouts, [0, 0, 10]):
+        steps, found, errors = evidence.advantage(trained, untrained, spent)
+        assert list(steps) == [0, 1, 2] and list(found) == pytest.approx(gaps)
+        assert list(errors) == pytest.approx([3 * (2 / 3) ** 0.5] * 3)
+    steps, _, _ = evidence.advantage(trained, untrained[:3] + untrained[-1:], evidence.rollouts)
+    assert list(steps) == [0, 1]  # the other run never spent what two steps of this one did
 
 
 def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatch):
@@ -51,6 +82,6 @@ def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatc
     for name, text in pages.items():
         (tmp_path / name).write_text(re.sub(r"(?s)(<!-- tables: [^\n]*\n).*?(<!-- end)", r"\1\2", text))
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
-    evidence.tables()
+    evidence.self_play_tables(evidence.kept_runs())
     for name, text in pages.items():
         assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"

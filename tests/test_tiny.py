@@ -200,12 +200,41 @@ def test_model_fits_its_tokenizer(tokenizer, folder):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_smoke_run_makes_a_loadable_folder(tmp_path):
-    run = subprocess.run([sys.executable, TINY / "make.py", "--smoke", "--out", tmp_path],
-                         capture_output=True, text=True, timeout=120)
+def smoke(*flags):
+    run = subprocess.run([sys.executable, TINY / "make.py", "--smoke", *flags], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
+
+
+def test_smoke_run_makes_a_loadable_folder(tmp_path):
+    smoke("--out", tmp_path)
     assert (tmp_path / "longer" / "model.safetensors").exists()
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "tokenizer_config.json", "heldout.jsonl"} <= {path.name for path in tmp_path.iterdir()}
     made = AutoTokenizer.from_pretrained(tmp_path)
     assert len(made) == AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size
+
+
+def test_the_third_model_is_made_from_the_shipped_second_one_and_leaves_it_alone(tmp_path):
+    before = {path: path.read_bytes() for path in TINY.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    smoke("--scarce", tmp_path)
+    assert before == {path: path.read_bytes() for path in before}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    assert {row["program"].count("\n") - 1 for row in rows if row["split"] == "hard"} == {4, 5, 6}
+    rows = [json.loads(line) for line in (tmp_path / "statements.jsonl").read_text().splitlines()]
+    assert all(row["split"] == str(row["program"].count("\n") - 1) for row in rows)
+
+
+def test_the_third_model_is_shown_hardly_any_longer_proposals():
+    rng, lengths = random.Random(3), []
+    while len(lengths) < 400:
+        _, response = make.draw_proposal(rng, "deduction", make.PHASES[3]["propose"])
+        lengths.append(tasks.fenced_blocks(response, "python")[0].count("\n") - 1)
+    assert 0.8 < lengths.count(1) / 400 < 0.9 and 0 < sum(length > 2 for length in lengths) / 400 < 0.06
+
+
+def test_the_curves_have_a_split_for_every_number_of_statements():
+    further = [row for splits in make.FURTHER for row in make.make_heldout(make.SEED, splits, f"held-out {splits}")]
+    rows = make.by_statements(make.make_heldout(make.SEED) + further)
+    count = {key: sum((row["split"], row["type"]) == key for row in rows) for key in itertools.product("123456", TASK_TYPES)}
+    assert sum(count.values()) == len(rows) and 10 < min(count.values()) and max(count.values()) == make.SHORT

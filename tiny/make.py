@@ -49,6 +49,9 @@ PHASES = (                # steps, first and last factor of the rates, share of 
     # a second model, tiny/longer: it always reasons, and proposes longer programs than it was ever shown to solve
     dict(name="longer", steps=600, first=0.4, last=0.03, direct=0.0,
          solve={1: 0.10, 2: 0.28, 3: 0.32, 4: 0.15, 5: 0.15}, propose={1: 0.10, 2: 0.22, 3: 0.26, 4: 0.23, 5: 0.19}),
+    # a third, not shipped: the same solver, but nearly all that it proposes is easy for it
+    dict(name="scarce", steps=400, first=0.3, last=0.03, direct=0.0,
+         solve={1: 0.10, 2: 0.28, 3: 0.32, 4: 0.15, 5: 0.15}, propose={1: 0.85, 2: 0.12, 3: 0.015, 4: 0.01, 5: 0.005}),
 )
 SHOWN = 3                 # lines of a thought at most; of longer programs' solutions the rest is never shown
 BATCH_TOKENS = 4096       # prompt, response and padding of one update
@@ -58,6 +61,8 @@ ZERO_SHARE = 0.04         # of the shown tasks are the zero triplet, from which 
 ALL_NAMED = 0.35          # of the induction tasks whose message leaves nothing open are kept
 PAIRS = {6: 0.8, 4: 0.05, 5: 0.05, 8: 0.05, 10: 0.05}   # N, the inputs of an induction task
 HELDOUT = {"easy": (200, {1: 0.10, 2: 0.40, 3: 0.50}), "hard": (150, {4: 1.0})}   # tasks a type
+FURTHER = [{"hard": (60, {5: 1.0})}, {"hard": (40, {6: 1.0})}]   # more of them, for the third model
+SHORT = 50                # tasks a type and number of statements at most, for the curves of a run
 LARGEST, LONGEST = 99, 6  # bounds of ints, and of the lengths of lists and strings, on the way
 
 # --- grammar: programs that change one value in one to five statements ------------------------------
@@ -463,10 +468,10 @@ def draw_heldout(rng, task_type, statements):
             return program, Task(task_type, program.text, given, returned)
 
 
-def make_heldout(seed, sizes=None):
+def make_heldout(seed, splits=HELDOUT, stream="held-out", sizes=None):
     """[{split, id, and the fields of a Task}]: each program once a type and split."""
-    rng, rows = random.Random(f"{seed} held-out"), []
-    for split, (size, statements) in HELDOUT.items():
+    rng, rows = random.Random(f"{seed} {stream}"), []
+    for split, (size, statements) in splits.items():
         for task_type in TASK_TYPES:
             seen = set()
             while len(seen) < (sizes or size):
@@ -475,6 +480,19 @@ def make_heldout(seed, sizes=None):
                     rows.append({"split": split, "id": f"{split}-{task_type}-{len(seen):03d}", **asdict(task)})
                     seen.add(program.text)
     return rows
+
+
+def by_statements(rows):
+    """The first SHORT of the same tasks, of each type, in splits named by the number of statements."""
+    splits = {}
+    for row in rows:
+        split = str(row["program"].count("\n") - 1)
+        splits.setdefault((split, row["type"]), []).append(row | {"split": split})
+    return [row for key in sorted(splits) for row in splits[key][:SHORT]]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_heldout(rows, executor):
@@ -503,8 +521,8 @@ def generate(model, tokenizer, questions, sample, forbid=(), limit=160, rows=200
     return texts
 
 
-def report(model, tokenizer, rows, executor, proposals=300, limit=160):
-    """Print what the base can do, in both modes, and what it proposes."""
+def report_accuracy(model, tokenizer, rows, executor, limit):
+    """Print what the base can do, in both modes."""
     from rewards import is_correct
     direct = tokenizer.convert_tokens_to_ids(DIRECTLY)
     print(f"{'accuracy':32}" + "".join(f"{task_type:>12}" for task_type in TASK_TYPES))
@@ -522,6 +540,10 @@ def report(model, tokenizer, rows, executor, proposals=300, limit=160):
                 tokens += [len(tokenizer(text).input_ids) for text in texts]
             print(f"{split + ', ' + name:32}{line}   direct {sum(shares) / len(shares):.2f}"
                   f"   tokens {sum(tokens) / len(tokens):.0f}, at most {max(tokens)}", flush=True)
+
+
+def report_proposals(model, tokenizer, executor, limit, proposals):
+    """Print what the base proposes."""
     rng = random.Random("report")
     for task_type in TASK_TYPES:
         questions, programs = [], []
@@ -551,35 +573,49 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: tiny/)")
     parser.add_argument("--seed", type=int, default=SEED, help="another base, other held-out tasks")
     parser.add_argument("--longer", action="store_true", help="only the second model, from the first one in --out")
+    parser.add_argument("--scarce", type=Path, metavar="FOLDER",
+                        help="only the third model and its held-out tasks, from the second one in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps and tasks, for tests")
     arguments = parser.parse_args()
     from executor import Executor  # the sandbox: judges the tasks here and the answers in the report
     torch.set_num_threads(1)
-    start = time.monotonic()
-    rows = make_heldout(arguments.seed, sizes=3 if arguments.smoke else None)
+    start, sizes = time.monotonic(), 3 if arguments.smoke else None
+    folders = {"direct": arguments.out, "longer": arguments.out / "longer", "scarce": arguments.scarce}
+    names, source = ["reason", "direct", "longer"], None
+    if arguments.scarce:
+        names, source = ["scarce"], folders["longer"]
+    elif arguments.longer:
+        names, source = ["longer"], folders["direct"]
+    rows = make_heldout(arguments.seed, HELDOUT, "held-out", sizes)
     excluded = frozenset(row["program"] for row in rows)
+    if arguments.scarce:
+        for splits in FURTHER:  # not excluded: no model is shown how programs of this length are solved
+            rows += make_heldout(arguments.seed, splits, f"held-out {splits}", sizes)
     with Executor() as executor:
         check_heldout(rows, executor)
         tokenizer = make_tokenizer()
-        model = LlamaForCausalLM.from_pretrained(arguments.out) if arguments.longer else make_model(tokenizer, arguments.seed)
-        for phase in PHASES:
-            if arguments.longer and phase["name"] != "longer":
-                continue
+        model = LlamaForCausalLM.from_pretrained(source) if source else make_model(tokenizer, arguments.seed)
+        for phase in (phase for phase in PHASES if phase["name"] in names):
             if arguments.smoke:
                 phase = phase | dict(steps=2)
             stream = batches(f"{arguments.seed} {phase['name']}", tokenizer, phase, excluded,
                              chunk=128 if arguments.smoke else 4096)
             train(model, stream, phase)
-            if phase["name"] == "reason":
+            if phase["name"] not in folders:
                 continue
-            folder = arguments.out / ("longer" if phase["name"] == "longer" else "")
+            folder = folders[phase["name"]]
             folder.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            if phase["name"] == "direct":
-                (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if phase["name"] != "longer":
+                write_rows(folder / "heldout.jsonl", rows)
+            if phase["name"] == "scarce":
+                write_rows(folder / "statements.jsonl", by_statements(rows))
             print(f"written to {folder} after {(time.monotonic() - start) / 60:.1f} minutes")
-            report(model, tokenizer, rows, executor, **(dict(proposals=3, limit=8) if arguments.smoke else {}))
+            limit = 8 if arguments.smoke else 160
+            if phase["name"] != "scarce":  # which is chosen by what it proposes, not by what it solves
+                report_accuracy(model, tokenizer, rows, executor, limit)
+            report_proposals(model, tokenizer, executor, limit, 3 if arguments.smoke else 300)
 
 
 if __name__ == "__main__":
