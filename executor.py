@@ -606,7 +606,8 @@ _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loade
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
 # An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
-_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?![ \t]*(?:import|from) (?:%s)(?: import [A-Z]\w*)?[ \t]*$).*import"
+_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s"
+                         r"|^(?![ \t]*(?:import|from) (?:%s)(?: import [A-Z]\w*)?[ \t]*$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
