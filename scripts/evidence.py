@@ -100,7 +100,7 @@ def flags_of(name, seed, out):
         recipe += ["--eval-every", "0"]
     if row.base != BASE:  # a folder: the shipped models' defaults have to be spelled out
         presets = {knob.name: knob.metadata["presets"] for knob in fields(Config)}
-        recipe = [*(f"{flag(knob)}={tiny}" for knob, (tiny, card, _) in presets.items()
+        recipe = [*(f"{flag(knob)}={10 ** 6 if tiny is None else tiny}" for knob, (tiny, card, _) in presets.items()
                     if tiny != card and not isinstance(tiny, bool)), *recipe]
         heldout = out / row.base / "statements.jsonl" if scarce(row.base) else heldout_of(row.base, out)
         recipe += ["--model", str(out / row.base), "--heldout", str(heldout)]
