@@ -501,22 +501,20 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     return loss_sum, entropy_sum / total
 
 
-def sampler_gap(policy, rollouts, rows=8, tokens=32):
+def sampler_gap(policy, rollouts, rows=8, tokens=16):
     """Mean absolute difference of logprobs, in nats, between sampling and training; None for short responses.
 
     They run different kernels, while the update takes the ratio of their probabilities as 1. Measured on the
-    first tokens of some responses.
+    first `tokens` tokens of at most `rows` responses.
     """
-    long = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
-    some = [replace(rollout, response_ids=rollout.response_ids[:tokens])
-            for rollout in long[::max(1, len(long) // rows)][:rows]]
+    some = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
+    some = some[::len(some) // rows + 1]
     if not some:
         return None
     policy.causal.eval()
     with policy.autocast(), torch.no_grad():
-        trained_N = torch.cat([response_logprobs(policy, [rollout])[0] for rollout in some])
-        sampled_N = decoded_logprobs(policy, some, tokens).flatten()
-    return (trained_N - sampled_N).abs().mean().item()
+        trained_BN = torch.stack([response_logprobs(policy, [rollout])[0][:tokens] for rollout in some])
+        return (trained_BN - decoded_logprobs(policy, some, tokens)).abs().mean().item()
 
 
 def clipped_loss(logps_N, old_logps_N, advantages_N, clip):

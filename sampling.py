@@ -14,6 +14,7 @@ query head (`grouped_sdpa`). Axes as in azr.py: B rows, P prompt tokens, T promp
 
 import os
 import warnings
+from bisect import bisect_left
 from dataclasses import dataclass
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # caches have many sizes
@@ -219,12 +220,10 @@ def _prefill(policy, prompts, copies, responses, owners):
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
         halves = owners[:len(owners) // 2], owners[len(owners) // 2:]
         return _join(*(_prefill(policy, prompts, copies, responses, half) for half in halves))
-    ids_BT = torch.full((len(texts), width), policy.pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, ids in enumerate(texts.values()):
-        ids_BT[row, width - len(ids):] = torch.tensor(ids)
-        mask_BT[row, width - len(ids):] = 1
-    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
+    gaps = [width - len(ids) for ids in texts.values()]
+    ids_BT = [[policy.pad_id] * gap + ids for gap, ids in zip(gaps, texts.values())]
+    mask_BT = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    ids_BT, mask_BT = (torch.tensor(x, device=policy.device) for x in (ids_BT, mask_BT))
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
@@ -243,11 +242,8 @@ def _end_of(policy, ids, checked):
     stop = next((i + 1 for i in range(checked, len(ids)) if ids[i] in policy.end_ids), None)
     if "</answer>" not in policy.decode(ids[start:stop]):
         return stop
-    low, high = start + 1, stop or len(ids)  # the shortest prefix that holds the closing tag
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if "</answer>" in policy.decode(ids[start:middle]) else (middle + 1, high)
-    return low
+    ends = range(start + 1, stop or len(ids))  # the first that takes in the closing tag
+    return start + 1 + bisect_left(ends, True, key=lambda end: "</answer>" in policy.decode(ids[start:end]))
 
 
 def free_memory(device):
@@ -282,10 +278,11 @@ def _tokens_in_a_pass(policy):
 def decoded_logprobs(policy, rollouts, tokens):
     """Logprobs of the first `tokens` tokens of each response, decoded one by one as in sampling. → [B, N]"""
     batch = _prefill(policy, [r.prompt_ids for r in rollouts], 1, [[]] * len(rollouts), range(len(rollouts)))
-    width = batch.ids_BT.shape[1]
-    forced = policy.causal.generate(
-        batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache, max_new_tokens=tokens,
-        do_sample=False, output_logits=True, return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=lambda row, ids: [rollouts[row].response_ids[len(ids) - width]])
-    logps_BNV = torch.log_softmax(torch.stack(forced.logits, 1).float(), -1)
-    return logps_BNV.gather(-1, forced.sequences[:, width:, None])[..., 0]
+    ids_B1, mask_BT, logps = batch.ids_BT[:, -1:], batch.mask_BT, []
+    targets_BN = torch.tensor([r.response_ids[:tokens] for r in rollouts], device=policy.device)
+    for targets_B1 in targets_BN.split(1, 1):
+        logits_BV = policy.causal(input_ids=ids_B1, attention_mask=mask_BT, past_key_values=batch.cache,
+                                  position_ids=mask_BT.sum(1, keepdim=True) - 1).logits[:, 0]
+        logps.append(torch.log_softmax(logits_BV.float(), -1).gather(1, targets_B1))
+        ids_B1, mask_BT = targets_B1, functional.pad(mask_BT, (0, 1), value=1)
+    return torch.cat(logps, 1)

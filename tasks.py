@@ -85,6 +85,7 @@ def split_pairs(task):
 
 
 # --- what the model reads -----------------------------------------------------------------------
+# Questions and examples are filled in by str.format: a brace of their own would stand there twice.
 
 # For base models; models with a chat template get the same two passages as one user turn instead.
 INSTRUCTION = """\
@@ -151,41 +152,36 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
     In the frame "examples" the references, of any type, are earlier responses; EXAMPLES make up the number to
     SHOTS, and stand for the identity, which shows nothing.
     """
-    example = KINDS[kind].propose_example
-    if frame == "long" or not example:
-        shown = "".join(_fill(_REFERENCE, asdict(task)) for task in references)
-        return _fill(KINDS[kind].propose, {"references": shown, "program": program, "count": str(count)})
-    shown = [task for task in references if task.program != ZERO_TRIPLET.program]
-    shown = [*EXAMPLES][:max(0, SHOTS - len(shown))] + shown
-    return _few_shot(example, map(_slots, shown), {"program": program})
+    entry = KINDS[kind]
+    if frame == "long" or not entry.propose_example:
+        shown = "".join(_REFERENCE.format(**asdict(task)) for task in references)
+        return entry.propose.format(references=shown, program=program, count=count)
+    earlier = [task for task in references if task.program != ZERO_TRIPLET.program]
+    earlier = [*EXAMPLES][:max(0, SHOTS - len(earlier))] + earlier
+    return _few_shot(entry.propose_example, map(_slots, earlier), {"program": program})
 
 
 def solve_prompt(task, frame="long"):
     """The solver's question: of an induction task the message and the shown half. Frames as above."""
-    kind = KINDS[task.type]
-    if frame == "long" or not kind.solve_example:
-        return _fill(kind.solve, _slots(task))
-    shown = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
-    return _few_shot(kind.solve_example, shown, _slots(task))
+    entry = KINDS[task.type]
+    if frame == "long" or not entry.solve_example:
+        return entry.solve.format(**_slots(task))
+    earlier = (_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items())
+    return _few_shot(entry.solve_example, earlier, _slots(task))
 
 
-def _few_shot(example, shown, asked):
+def _few_shot(example, earlier, asked):
     """Earlier problems with their responses, then a problem: what FRAME takes as one question."""
-    earlier = "".join(_fill(example, slots) + PROBLEM for slots in shown)
-    return earlier + _fill(example.partition(RESPONSE)[0], asked)
+    problems = [example.format(**slots) for slots in earlier]
+    return PROBLEM.join([*problems, example.partition(RESPONSE)[0].format(**asked)])
 
 
 def _slots(task):
     pairs, _ = split_pairs(task)
     return asdict(task) | {
-        "pairs": "".join(_fill(_PAIR, {"input": i, "output": o}) for i, o in pairs),
+        "pairs": "".join(_PAIR.format(input=i, output=o) for i, o in pairs),
         "calls": "".join(f">>> f({i})\n{o}\n" for i, o in pairs),
         "inputs": "\n".join(text.replace("\n", " ") for text in task.inputs)}
-
-
-def _fill(template, fields):
-    # not str.format: the templates hold Python code, whose braces would have to be doubled
-    return re.sub(r"\{([a-z]+)\}", lambda match: fields[match[1]], template)
 
 
 # --- what the model wrote -------------------------------------------------------------------------

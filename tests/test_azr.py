@@ -186,6 +186,7 @@ def test_out_of_memory_halves_the_micro_batch_and_drops_nothing(policy, monkeypa
         return real(policy, batch)
 
     monkeypatch.setattr(azr, "response_logprobs", scarce)
+    monkeypatch.setattr(azr, "sampler_gap", lambda policy, rollouts: None)
     cfg = config(micro_tokens=10 ** 3)
     with pytest.warns(UserWarning, match="out of GPU memory"):
         trr_update(policy, sgd(policy), rollouts, cfg)
@@ -235,7 +236,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(policy, monkeypatch):
 def test_the_sampler_gap_is_that_of_the_kernels(policy, monkeypatch):
     policy.end_ids = frozenset()
     rollouts = rollouts_of(policy, [1.0] * 20, max_tokens=40)
+    rollouts[0].response_ids[3] = policy.pad_id  # also the model's own end token, in the midst of a response
     assert 0 < azr.sampler_gap(policy, rollouts) < 1e-5
+    assert 0 < azr.sampler_gap(policy, rollouts[:1]) < 1e-5
     assert azr.sampler_gap(policy, rollouts_of(policy, [1.0] * 3, max_tokens=10)) is None  # all are short
     real = azr.decoded_logprobs
     monkeypatch.setattr(azr, "decoded_logprobs", lambda *some: real(*some) + 0.25)
