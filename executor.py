@@ -223,8 +223,9 @@ class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
-    timeout    seconds of one run, also of one that evaluates an input, from its own start. At its limit it goes on while it has had
-               less than that of a core's time and still gets some: a busy machine gives the same verdicts
+    timeout    seconds of one run, also of one that evaluates an input, counted from its own start. At its
+               limit it goes on while it has had less than that of a core's time and still gets some: a busy
+               machine gives the same verdicts
     memory_mb  memory of one run, on top of the interpreter's
     allow      modules that programs may import beside ALLOWED; only the walls of the system hold back what
                these can do, and time or datetime open the clock
