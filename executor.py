@@ -135,7 +135,7 @@ def same(a, b):
     """Whether two values are the same literal value: equal, and of equal types all the way down. True is not
     1, 1 is not 1.0, (1,) is not [1]; nan is nothing; order in dicts and sets does not count. Never calls code
     of the values' classes: values of other types are not the same."""
-    return _key(a) is not None and _key(a) == _key(b)
+    return _key(a) == _key(b) is not None
 
 
 def _key(value, limit=100 * MAX_TEXT):
@@ -212,8 +212,8 @@ _STATUSES = "ok syntax error memory unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
          "module = util.module_from_spec(spec); spec.loader.exec_module(module); module._work(sys.argv[2])")
-# Literals alone, near enough to the canonical form: no names, no calls, no comments. Each text has one way to
-# match, so that none takes long.
+# Literals alone, near enough to the canonical form: no names, no calls, no comments. There is one way for a
+# text to match, so that none takes long.
 _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
@@ -223,8 +223,9 @@ class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
-    timeout    seconds of one run, counted from its own start. At its limit a run goes on while it has had
-               less than that of a core's time and still gets some: a busy machine gives the same verdicts
+    timeout    seconds of one run, also of one that evaluates an input, counted from its own start. At its
+               limit it goes on while it has had less than that of a core's time and still gets some: a busy
+               machine gives the same verdicts
     memory_mb  memory of one run, on top of the interpreter's
     allow      modules that programs may import beside ALLOWED; only the walls of the system hold back what
                these can do, and time or datetime open the clock
@@ -269,7 +270,7 @@ class Executor:
         values reach the program, which cannot see their text. Both texts may come from anywhere; the status
         says what is wrong with them. Raises TypeError if they are not str, RuntimeError if the Executor is
         closed."""
-        return self._run(_PROGRAM, jobs, _SEEDS[0])
+        return self._run(_PROGRAM, jobs)
 
     def validate(self, jobs):
         """Like run, but ok only for a valid task: f(<input>) returns something other than None, and the same
@@ -291,9 +292,9 @@ class Executor:
     def read(self, texts):
         """The canonical literal of each text, as the output of an Execution, for text of a model: it is
         parsed in a run, and never evaluated. 'syntax' for what is no literal."""
-        return self._run(_LITERAL, [("", text) for text in texts], _SEEDS[0])
+        return self._run(_LITERAL, [("", text) for text in texts])
 
-    def _run(self, purpose, jobs, seed):
+    def _run(self, purpose, jobs, seed=_SEEDS[0]):
         if not self._idle:
             raise RuntimeError("this Executor is closed")
         jobs = [(program, text) for program, text in jobs]
@@ -306,7 +307,7 @@ class Executor:
                 results[i] = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
             else:
                 queue.append((i, purpose, *job, 0.0))
-        busy, died, poller, idle = {}, set(), select.poll(), self._idle[seed]
+        busy, poller, idle = {}, select.poll(), self._idle[seed]
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
@@ -314,7 +315,7 @@ class Executor:
                     job = queue.popleft()
                     poller.register(worker.line, select.POLLIN)
                     busy[worker.line.fileno()] = worker, job
-                    worker.start(*job[1:4], self._timeout - job[4])
+                    worker.start(*job[1:4], self._timeout)
                 for fd, _ in poller.poll():
                     worker, job = busy.pop(fd)
                     i, purpose, _, text, spent = job
@@ -324,14 +325,13 @@ class Executor:
                         while idle:                   # they may be dead as well
                             idle.pop().kill()
                         worker.kill()
-                        results[i] = Execution("killed", "", "its worker died, twice", 0.0)
-                        if i not in died:
+                        if not results[i]:
                             queue.append(job)
-                        died.add(i)
+                        results[i] = Execution("killed", "", "its worker died, twice", 0.0)
                         continue
                     idle.append(worker)
                     result = self._result(worker, spent, *_END.unpack(end))
-                    if result.status == "expression" and not spent:   # the input has to be evaluated first
+                    if result.status == "expression":         # the input has to be evaluated first
                         queue.appendleft((i, _INPUT, _EVALUATE % text, "", result.seconds))
                     elif result.ok and purpose == _INPUT:
                         queue.appendleft((i, _VALUES, jobs[i][0], result.output, result.seconds))
@@ -380,6 +380,9 @@ class _Worker:
         import subprocess
         import tempfile
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
+        while (low := os.open(os.devnull, os.O_RDWR)) < 3:    # a closed stdin is not to be one of these files
+            pass
+        os.close(low)
         self.job, self.file, self.mark = make("job"), make("report"), os.urandom(16).hex()
         self.line, line = socket.socketpair()
         files, self.promises = (line.fileno(), self.job, self.file), b""
@@ -430,7 +433,6 @@ class _Worker:
 
 # -- The zygote: puts up the walls, forks the runs, watches the clock, and kills --------------------
 
-_CLOCKS = {"time", "datetime"}                        # modules whose users may have the clock
 _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
 # System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write its
 # report; everything else fails with EPERM.
@@ -445,7 +447,6 @@ class _Zygote:
 
     def __init__(self, layers, line):
         self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
-        self.alone = False                            # in a pid namespace
         self.seccomp = None                           # puts up the filter of a run
 
     def attempt(self, step, *arguments):
@@ -464,8 +465,9 @@ class _Zygote:
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
         kernel kills all that is left in them. Who it was waits for that end."""
-        if "namespaces" in self.layers:               # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
-            self.alone = self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000)
+        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
+        self.alone = "namespaces" in self.layers and (
+            self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000))
         if os.fork():
             os.close(self.line)
             os.wait()
@@ -475,7 +477,7 @@ class _Zygote:
         """Takes on the limits, tries out the walls of the runs, and tells what they do not keep."""
         self.pid = os.getpid()
         os.dup2(1, 2)
-        hide, hidden = not _CLOCKS & ALLOWED, []
+        hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
         for start, end, name in _mapped():
             memory += end - start                     # the limit comes on top of what is in use
             if hide and "[vvar" in name:
@@ -518,7 +520,7 @@ class _Zygote:
     def survives(self):
         """Whether a process behind the walls of a run can live."""
         pid = os.fork()
-        if pid == 0:
+        if not pid:
             self.enter()
             os._exit(0)
         return os.waitpid(pid, 0)[1] == 0
@@ -533,7 +535,7 @@ class _Zygote:
             alive, held = os.pipe()                   # the run holds it open
             start = time.monotonic_ns()
             pid = os.fork()
-            if pid == 0:
+            if not pid:
                 self.enter()
                 return size
             os.close(held)
@@ -593,10 +595,10 @@ def _mapped():
     """(start, end, name) of the parts of this process's memory, as far as the system tells."""
     try:
         with open("/proc/self/maps") as file:
-            found = re.findall(r"(\w+)-(\w+) (.*)", file.read())
+            return [(int(start, 16), int(end, 16), name)
+                    for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
     except OSError:
         return []
-    return [(int(start, 16), int(end, 16), name) for start, end, name in found]
 
 
 # -- The run: what happens in the forked process ----------------------------------------------------
@@ -606,8 +608,7 @@ _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loade
     __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
     ag_frame""".split())
 # An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
-_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s"
-                         r"|^(?![ \t]*(?:import|from) (?:%s)(?: import [A-Z]\w*)?[ \t]*$).*import"
+_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: import [A-Z]\w*)? *$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
@@ -615,8 +616,6 @@ _EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcn
     builtins.breakpoint time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
-# The first id and the step to the next, under each hash seed.
-_NUMBERINGS = ((140_000_000_000_000, 48), (141_000_000_000_001, -80), (142_000_000_000_005, 112))
 
 
 class _Run:
@@ -634,7 +633,8 @@ class _Run:
         # randomize them.
         sys.modules["random"].seed(seed)              # statistics needs it
         self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
-        self.numbers, self.numbering = {}, _NUMBERINGS[_SEEDS.index(seed)]
+        # Ids: the first, and the step to the next, which is below 0 under one of the seeds.
+        self.numbers, self.numbering = {}, (seed * (10 ** 12 + 1), 16 * (seed - 250))
         self.builtins = dict(vars(builtins), id=self.number)
         # `failure` is what an exception means now: 'error' while the program runs.
         self.guarded, self.failure, self.about = guarded, "syntax", ""
@@ -661,8 +661,7 @@ class _Run:
             if purpose == _LITERAL:
                 value, call = parse_literal(texts.pop(), MAX_TEXT), ""
             else:
-                arguments = self.arguments(texts.pop(), purpose)
-                value, call = self.execute(texts.pop(), *arguments)
+                value, call = self.execute(*self.arguments(texts.pop(), purpose), texts.pop())
             self.failure = "unrepresentable"
             self.report("ok", "", literal(value, MAX_TEXT), call)
         except BaseException as error:                # SystemExit and KeyboardInterrupt are no way out either
@@ -692,23 +691,29 @@ class _Run:
             self.report("unsafe", f"attempted {event}")
 
     def arguments(self, text, purpose):
-        """(args, kwargs) of an input of literals, or of one that was evaluated. Another input has to be, and
-        must not meet the program: that it is one is reported."""
+        """(args, kwargs) of an input of literals, or of one that was evaluated. Any other has to be evaluated
+        apart from the program, and all that is done here is to report that."""
         self.about = "input: "
-        if not _LITERALS.fullmatch(text):
-            body = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
-            if not isinstance(getattr(body, "func", None), ast.Name):  # f, at the start, is all of it
+        if purpose == _VALUES:
+            args, kwargs = parse_literal(text, MAX_TEXT)
+        else:
+            call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
+            if not isinstance(getattr(call, "func", None), ast.Name):  # f, at the start, is all of it
                 raise SyntaxError("not the arguments of one call")
-            self.report("expression")
-        code = compile(text if purpose == _VALUES else f"[{text}], {{}}", "<input>", "eval")
-        self.failure = "error"                        # of {[]}
-        args, kwargs = eval(code, {"__builtins__": {"set": set}})
+            self.failure = "error"                    # of {[]}
+            try:
+                args = [*map(ast.literal_eval, call.args)]
+                kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+                if None in kwargs or len(kwargs) < len(call.keywords):    # **{}, or x=1, x=2
+                    raise ValueError
+            except ValueError:
+                self.report("expression")
         self.failure = "unrepresentable"
         literal((args, kwargs), MAX_TEXT)
         self.failure, self.about = "syntax", "input: " if purpose == _INPUT else ""
         return args, kwargs
 
-    def execute(self, text, args, kwargs):
+    def execute(self, args, kwargs, text):
         """The value of a program's f, and the text of the call."""
         code = compile(text, "<program>", "exec")
         if self.guarded and _NEEDS_WALK.search(text):
@@ -753,9 +758,8 @@ def _bound(f, args, kwargs):
         values = dict(zip(places[::-1], (f.__defaults__ or ())[::-1])) | (f.__kwdefaults__ or {})
         named = not f.__code__.co_flags & 12          # *args or **kwargs
     values |= dict(zip([*places, *range(len(args))], args)) | kwargs
-    parts = [(f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")      # "?": a default
-             for name, value in values.items()]
-    return ", ".join(sorted(parts))[:2 * MAX_TEXT]
+    return ", ".join(sorted((f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")
+                            for name, value in values.items()))[:2 * MAX_TEXT]       # "?": a default
 
 
 def _work(config):

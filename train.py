@@ -141,8 +141,10 @@ def train(cfg, run):
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
                          rows=cfg.generate_batch, frame=cfg.frame)
-    if policy.device.type == "cuda" and parallel.is_first():
-        print(forecast(policy, cfg, torch.cuda.get_device_properties(policy.device).total_memory))
+    if policy.device.type == "cuda":  # every rank plans, and one tells
+        expected = forecast(policy, cfg, torch.cuda.get_device_properties(policy.device).total_memory)
+        if parallel.is_first():
+            print(expected)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
