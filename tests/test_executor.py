@@ -1298,3 +1298,26 @@ def test_an_unprivileged_user_gets_the_same(everyones_folder, target, listening)
         told, statuses, good = json.loads(out.stdout or "0") or pytest.fail(out.stderr)
         assert told == [] and good == ["ok", "nondeterministic"]
         assert {name: status for name, status in zip(names, statuses) if status == "ok"} == {}
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_it_works_with_closed_standard_streams(closed):
+    code = textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {os.path.dirname(module.__file__)!r})
+        said = os.dup(1)
+        for fd in {closed}:
+            os.close(fd)
+        from executor import Executor
+        with Executor(workers=1, timeout=5) as executor:
+            runs = executor.run([("def f(x): return x", text) for text in ("1", "[0] * 2", "x=3")])
+        os.write(said, " ".join(run.status + run.output for run in runs).encode())
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok1 ok[0, 0] ok3", done.stderr
+
+
+@pytest.mark.parametrize("text", ["1], [2", "1), (2", "*[1]], [2", "1) + f(2", "1}, {2"])
+def test_an_input_stays_between_its_parentheses(box, text):
+    [run] = box.run([("def f(*x): return x", text)])
+    assert run.status == "syntax"
