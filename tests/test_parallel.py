@@ -34,17 +34,17 @@ SETUP = """\
 """
 
 
-def start(count, code, *arguments, **options):
+def start(count, code, *arguments, setup=SETUP):
     """`count` processes with the surroundings that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = textwrap.dedent(SETUP) + textwrap.dedent(code)
+    code = textwrap.dedent(setup) + textwrap.dedent(code)
     return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                                   "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}, **options)
+                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
             for rank in range(count)]
 
 
@@ -175,8 +175,8 @@ TRAIN = """
 """
 
 
-def train(*arguments, patience=60, count=2):
-    return start(count, TRAIN, patience, json.dumps([*map(str, arguments)]))
+def train(*arguments, count=2):
+    return start(count, TRAIN, 60, json.dumps([*map(str, arguments)]))
 
 
 def outcome(processes):
@@ -231,13 +231,23 @@ def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_p
 
 
 def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
-    ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run", patience=20)
-    wait_for_step(ranks, tmp_path / "run", 2)
-    ranks[1].send_signal(signal.SIGSTOP)
-    _, error = ranks[0].communicate(timeout=120)
+    code = """
+        import sys, time, parallel
+        from datetime import timedelta
+        parallel.PATIENCE = timedelta(seconds=3)
+        with parallel.joined():
+            parallel.gather("both are here")
+            if parallel.rank() == 1:
+                time.sleep(600)
+            try:
+                parallel.gather("one is not")
+            except parallel.RankError as error:
+                sys.exit(str(error))
+    """
+    ranks = start(2, code, setup="")
+    _, error = ranks[0].communicate(timeout=60)
     ranks[1].kill()
     assert ranks[0].returncode == 1 and "Ranks 1 failed" in error.rstrip().splitlines()[-1]
-    assert (tmp_path / "run" / "checkpoint" / "state.pt").exists()
 
 
 def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
