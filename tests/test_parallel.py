@@ -253,8 +253,8 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
 def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
     ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run")
     wait_for_step(ranks, tmp_path / "run", 1)
-    [(code, line), (other, _)] = outcome(train("--resume", tmp_path / "run"))
-    assert code == 2 and other == 1 and "another process trains in" in line
+    [(code, line)] = outcome(train("--resume", tmp_path / "run", count=1))
+    assert code == 2 and "another process trains in" in line
     for process in ranks:
         process.send_signal(signal.SIGINT)
     assert [code for code, _ in outcome(ranks)] == [0, 0]
