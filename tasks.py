@@ -202,8 +202,17 @@ def final_answer(response):
 
 def fenced_blocks(text, tag):
     """The contents of all fenced blocks of `text` that are tagged `tag`, in order."""
-    blocks = re.findall(rf"^[ \t]*```{tag}[ \t]*\n(.*?)^[ \t]*```[ \t]*$", text, re.M | re.S)
-    return [block.strip("\n").rstrip() for block in blocks]
+    blocks, block = [], None
+    for line in text.split("\n"):
+        fence = line.strip(" \t")
+        if block is not None and fence == "```":
+            blocks.append("\n".join(block).strip("\n").rstrip())
+            block = None
+        elif block is not None:
+            block.append(line)
+        elif fence == f"```{tag}":
+            block = []
+    return blocks
 
 
 def parse_proposal(kind, response, program="", count=10):
