@@ -201,8 +201,8 @@ def final_answer(response):
 
 
 def fenced_blocks(text, tag):
-    """The contents of all fenced blocks of `text` that are tagged `tag`, in order."""
-    blocks, block = [], None
+    """The contents of all fenced blocks of `text` whose tag matches the pattern `tag`, in order."""
+    blocks, block, opening = [], None, re.compile(rf"```{tag}")
     for line in text.split("\n"):
         fence = line.strip(" \t")
         if block is not None and fence == "```":
@@ -210,7 +210,7 @@ def fenced_blocks(text, tag):
             block = None
         elif block is not None:
             block.append(line)
-        elif fence == f"```{tag}":
+        elif opening.fullmatch(fence):
             block = []
     return blocks
 
