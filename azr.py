@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from parallel import card, share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
-from sampling import decoded_logprobs, free_memory, generate
+from sampling import attends_to_all, decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
 
@@ -104,6 +104,7 @@ class Policy:
     chat: bool               # whether prompts go through the chat template
     rows: int = 0            # rows generated at once; 0: from free memory
     frame: str = "long"      # the long question, or "examples" before a short one: see tasks.propose_prompt
+    shares_prompts: bool = False  # the update reads a prompt once for all its responses: see `micro_batches`
     mean_tokens: float = math.inf   # of the responses sampled last, by which rows are planned
     micro_tokens: float = math.inf  # tokens of a micro-batch that fit, where cfg.micro_tokens are too many
     half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
@@ -204,7 +205,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
-                    chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half)
+                    chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half,
+                    shares_prompts=name not in SHIPPED and attends_to_all(model.config))
     if trained and not on_gpu and name not in SHIPPED:
         plan_update(policy)
     return policy
@@ -484,7 +486,7 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     # in fp16 the gradient of a mean over many tokens underflows: that of the sum is taken, and divided
     scale = total if torch.float16 in (policy.half, policy.causal.dtype) else 1
     loss_sum = entropy_sum = 0.0
-    for batch in micro_batches(share(rollouts), budget):
+    for batch in micro_batches(share(rollouts), budget, policy.shares_prompts):
         logps_N, entropies_N = response_logprobs(policy, batch)
         advantages_N = torch.tensor([
             rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)
@@ -527,17 +529,26 @@ def clipped_loss(logps_N, old_logps_N, advantages_N, clip):
     return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip) * advantages_N)
 
 
-def micro_batches(rollouts, budget):
+def micro_batches(rollouts, budget, shared=False):
     """Split into lists whose rows · longest row is at most `budget` tokens, longest rows first.
 
-    Sorting by length keeps padding small; a row over the budget gets a batch of its own.
+    Sorting by length keeps padding small; a row over the budget gets a batch of its own. With `shared`,
+    responses to one prompt share a row, and such a row is a batch: see `_hidden_states`.
     """
-    batches = []
-    for rollout in sorted(rollouts, key=lambda rollout: -rollout.tokens):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].tokens <= budget:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
+    copies = Counter(tuple(rollout.prompt_ids) for rollout in rollouts)
+
+    def prompt(rollout):
+        return rollout.prompt_ids if shared and copies[tuple(rollout.prompt_ids)] > 1 else []
+
+    batches = [[]]
+    for rollout in sorted(rollouts, key=lambda rollout: (prompt(rollout), -rollout.tokens)):
+        last = batches[-1]
+        size = (len(last) + 1) * last[0].tokens if last else 0
+        if prompt(rollout):
+            size = rollout.tokens + sum(len(other.response_ids) for other in last)
+        if last and (size > budget or prompt(rollout) != prompt(last[0])):
+            batches.append([])
+        batches[-1].append(rollout)
     return batches
 
 
@@ -548,12 +559,7 @@ def response_logprobs(policy, rollouts, chunk=None):
     with gradients. Logits never exist for more than `chunk` tokens (None: as many as LOGITS allows),
     forward or backward: the output head runs on the hidden states chunk by chunk.
     """
-    rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
-    ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
-    # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
-    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    hidden_ND = torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
-                           for hidden_TD, r in zip(hidden_BTD, rollouts)])
+    hidden_ND = _hidden_states(policy, rollouts)
     targets_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=policy.device)
     head = policy.causal.get_output_embeddings()
     chunk = chunk or min(1024, max(1, LOGITS // len(head.weight)))
@@ -563,6 +569,35 @@ def response_logprobs(policy, rollouts, chunk=None):
     parts = [checkpoint(_head_logprobs, head, hidden, targets, softcap, use_reentrant=False)
              for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk))]
     return tuple(map(torch.cat, zip(*parts)))
+
+
+def _hidden_states(policy, rollouts):
+    """The last layer's output where the response tokens are predicted. → hidden_ND
+
+    A rollout is a row of a padded batch. Where prompts are long and shared, all responses stand behind the
+    prompt in one row instead: a mask hides them from each other, and positions go on from the prompt's end.
+    """
+    if not policy.shares_prompts or len(rollouts) < 2 or any(
+            r.prompt_ids != rollouts[0].prompt_ids for r in rollouts):
+        rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
+        ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
+        # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
+        hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
+                          for hidden_TD, r in zip(hidden_BTD, rollouts)])
+    prompt, width = rollouts[0].prompt_ids, len(rollouts[0].prompt_ids)
+    ids, owners, positions, sources = [*prompt], [0] * width, [*range(width)], []
+    for owner, r in enumerate(rollouts, 1):
+        length = len(r.response_ids)
+        sources += [width - 1, *range(len(ids), len(ids) + length - 1)]  # which position predicts each token
+        ids, owners = ids + r.response_ids, owners + [owner] * length
+        positions += range(width, width + length)
+    ids_T, owners_T, positions_T = torch.tensor([ids, owners, positions], device=policy.device)
+    visible_TT = ((owners_T == 0) | (owners_T == owners_T[:, None])).tril()
+    hidden_BTD = policy.causal.base_model(
+        input_ids=ids_T[None], attention_mask=visible_TT[None, None], position_ids=positions_T[None],
+        use_cache=False).last_hidden_state
+    return hidden_BTD[0, sources]
 
 
 def _logits(head, hidden_ND, softcap):

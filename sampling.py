@@ -95,6 +95,13 @@ def _can_grow(cache):
     return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
+def attends_to_all(config):
+    """Whether each token of a model sees all before it, in every layer, and may be told by a mask which."""
+    layers = DynamicCache(config=config).layers
+    return config.get_text_config()._attn_implementation == "grouped_sdpa" and bool(layers) and all(
+        type(layer) is DynamicLayer for layer in layers)
+
+
 @dataclass
 class _Batch:
     """Rows that are being sampled: left-padded ids, their mask, and a cache of all but the last column."""

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 import azr
 from azr import (Rollout, UsageError, clipped_loss, generate, load_policy, micro_batches, propose, resolve_model,
                  response_logprobs, solve, trr_update)
 from rewards import task_relative_advantages
+from sampling import attends_to_all
 from tasks import ZERO_TRIPLET, Task, TaskBuffer, propose_prompt
 from conftest import make_random_model
 
@@ -152,14 +154,52 @@ def test_micro_batching_changes_neither_loss_nor_gradient(policy):
             assert torch.allclose(grads[name], grad, atol=1e-6), name
 
 
-def test_micro_batches_keep_every_rollout_and_the_budget():
+@pytest.mark.parametrize("budget", [1, 70, 10 ** 6])
+def test_a_prompt_read_once_for_all_its_responses_changes_neither_loss_nor_gradient(random_model, budget):
+    policy = load_policy(random_model, lora_rank=4, device="cpu")
+    assert policy.shares_prompts
+    rollouts = rollouts_of(policy, [1.0, -1.0, 0.5, 2.0, -0.3, 0.1, 0.7])
+    for copy, of in ((1, 0), (4, 0), (5, 3), (6, 0)):
+        rollouts[copy].prompt_ids = rollouts[of].prompt_ids
+    with torch.no_grad():
+        for name, weight in policy.trainable().items():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    results, read = [], []
+    policy.causal.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].numel()))
+    for policy.shares_prompts in (False, True):
+        policy.causal.zero_grad()
+        loss, entropy = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
+        results.append((loss, entropy, gradients(policy), sum(read)))
+        read.clear()
+    (loss, entropy, grads, alone), (shared_loss, shared_entropy, shared_grads, together) = results
+    assert shared_loss == pytest.approx(loss, abs=1e-6) and shared_entropy == pytest.approx(entropy, abs=1e-5)
+    for name, grad in grads.items():
+        assert torch.allclose(shared_grads[name], grad, atol=1e-5), name
+    assert together == alone if budget == 1 else together < alone
+
+
+def test_models_that_forget_or_that_take_no_mask_share_no_prompts(random_model):
+    config_ = load_policy(random_model, device="cpu").causal.config
+    assert attends_to_all(config_) and not load_policy("tiny").shares_prompts
+    sliding = Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=0, num_hidden_layers=2)
+    sliding._attn_implementation = "grouped_sdpa"
+    assert not attends_to_all(sliding)
+    config_._attn_implementation = "eager"
+    assert not attends_to_all(config_)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_micro_batches_keep_every_rollout_and_the_budget(shared):
     rng = random.Random(0)
     rollouts = [Rollout("solve", "deduction", [0] * rng.randint(1, 50), [0] * rng.randint(1, 50), "") for _ in range(100)]
-    batches = micro_batches(rollouts, 300)
+    batches = micro_batches(rollouts, 300, shared)
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, rollouts))
     for batch in batches:
         widest = max(len(r.prompt_ids) + len(r.response_ids) for r in batch)
-        assert len(batch) == 1 or len(batch) * widest <= 300
+        shares = shared and len({tuple(r.prompt_ids) for r in batch}) == 1
+        size = len(batch[0].prompt_ids) + sum(len(r.response_ids) for r in batch) if shares else len(batch) * widest
+        assert len(batch) == 1 or size <= 300
 
 
 def test_one_step_makes_good_responses_likelier_and_bad_ones_less(policy):
