@@ -469,7 +469,8 @@ def trr_update(policy, optimizer, rollouts, cfg):
             policy.micro_tokens = budget = max(longest, budget // 2)
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
-    loss, entropy = sum_gradients(policy.trainable().values(), [loss, entropy])
+    figures = [loss, entropy] if gap is None else [loss, entropy, gap]
+    loss, entropy, *gap = sum_gradients(policy.trainable().values(), figures)
     norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm))
     if math.isfinite(norm):
         optimizer.step()
@@ -478,7 +479,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
         norm = None
     optimizer.zero_grad(set_to_none=True)
     policy.causal.eval()
-    return {"loss": loss, "entropy": entropy, "grad_norm": norm, "sampler_gap": gap}
+    return {"loss": loss, "entropy": entropy, "grad_norm": norm, "sampler_gap": gap[0] if gap else None}
 
 
 def _accumulate_gradients(policy, rollouts, budget, cfg):
@@ -486,7 +487,8 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     # in fp16 the gradient of a mean over many tokens underflows: that of the sum is taken, and divided
     scale = total if torch.float16 in (policy.half, policy.causal.dtype) else 1
     loss_sum = entropy_sum = 0.0
-    for batch in micro_batches(share(rollouts), budget, policy.shares_prompts):
+    mine = share(rollouts, (lambda rollout: tuple(rollout.prompt_ids)) if policy.shares_prompts else id)
+    for batch in micro_batches(mine, budget, policy.shares_prompts):
         logps_N, entropies_N = response_logprobs(policy, batch)
         advantages_N = torch.tensor([
             rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)
@@ -507,16 +509,20 @@ def sampler_gap(policy, rollouts, rows=8, tokens=16):
     """Mean absolute difference of logprobs, in nats, between sampling and training; None for short responses.
 
     They run different kernels, while the update takes the ratio of their probabilities as 1. Measured on the
-    first `tokens` tokens of at most `rows` responses.
+    first `tokens` tokens of at most `rows` responses; of several ranks each gives its part of the mean.
     """
     some = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
     some = some[::len(some) // rows + 1]
     if not some:
         return None
+    mine = share(some)
+    if not mine:
+        return 0.0
     policy.causal.eval()
     with policy.autocast(), torch.no_grad():
-        trained_BN = torch.stack([response_logprobs(policy, [rollout])[0][:tokens] for rollout in some])
-        return (trained_BN - decoded_logprobs(policy, some, tokens)).abs().mean().item()
+        trained_BN = torch.stack([response_logprobs(policy, [rollout])[0][:tokens] for rollout in mine])
+        gaps_BN = (trained_BN - decoded_logprobs(policy, mine, tokens)).abs()
+        return gaps_BN.sum().item() / (len(some) * tokens)
 
 
 def clipped_loss(logps_N, old_logps_N, advantages_N, clip):
@@ -540,15 +546,16 @@ def micro_batches(rollouts, budget, shared=False):
     def prompt(rollout):
         return rollout.prompt_ids if shared and copies[tuple(rollout.prompt_ids)] > 1 else []
 
-    batches = [[]]
+    batches = []
     for rollout in sorted(rollouts, key=lambda rollout: (prompt(rollout), -rollout.tokens)):
-        last = batches[-1]
-        size = (len(last) + 1) * last[0].tokens if last else 0
+        last = batches[-1] if batches else [rollout]
+        size = (len(last) + 1) * last[0].tokens
         if prompt(rollout):
             size = rollout.tokens + sum(len(other.response_ids) for other in last)
-        if last and (size > budget or prompt(rollout) != prompt(last[0])):
-            batches.append([])
-        batches[-1].append(rollout)
+        if batches and size <= budget and prompt(rollout) == prompt(last[0]):
+            last.append(rollout)
+        else:
+            batches.append([rollout])
     return batches
 
 

@@ -138,63 +138,100 @@ def encode(policy, question, template, task=None):
     return policy.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def sample(policy, name, problems, options, column):
+def sample(loaded, source, column, name, problems, options):
     """Yields rows of answers.jsonl, `options.samples` a problem, in chunks that have their own seed."""
-    import torch
-
-    from sampling import generate
+    from parallel import of_first
     size = max(1, 128 // options.samples)
     for start in tqdm(range(0, len(problems), size), f"{name}: {column}", leave=False, dynamic_ncols=True):
         chunk = problems[start:start + size]
-        torch.manual_seed(zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode()))
+        seed = zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode())
         started = time.perf_counter()
-        prompts = [encode(policy, problem.question, options.template, getattr(problem, "task", None))
-                   for problem in chunk]
-        try:
-            responses = generate(policy, prompts, options.max_response, options.samples,
-                                 greedy=not options.temperature, temperature=options.temperature or 1.0)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
-        seconds = round((time.perf_counter() - started) / len(responses), 4)
-        for place, ids in enumerate(responses):
-            text = policy.text(ids)
-            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key,
-                   "response": text, "tokens": len(ids), "seconds": seconds,
-                   "truncated": not (ids[-1] in policy.end_ids or "</answer>" in text)}
+        answers = answer(loaded, *of_first((options, source, column, chunk, seed)))
+        seconds = round((time.perf_counter() - started) / len(answers), 4)
+        for place, row in enumerate(answers):
+            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key, **row,
+                   "seconds": seconds}
+
+
+def answer(loaded, options, source, column, problems, seed):
+    """Responses to the problems, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
+    import torch
+
+    from azr import Rollout, base_weights
+    from parallel import rank, spread
+    from sampling import generate
+    policy = load(loaded, source, options)
+    torch.manual_seed(seed + rank())
+    asked = [Rollout("solve", "", encode(policy, problem.question, options.template,
+                                         getattr(problem, "task", None))) for problem in problems]
+
+    def responses(mine):
+        found = generate(policy, [rollout.prompt_ids for rollout in mine], options.max_response,
+                         options.samples, greedy=not options.temperature,
+                         temperature=options.temperature or 1.0)
+        texts = map(policy.text, found)
+        return [{"response": text, "tokens": len(ids), "truncated":
+                 not (ids[-1] in policy.end_ids or "</answer>" in text)} for ids, text in zip(found, texts)]
+
+    try:
+        with base_weights(policy) if column == "base" else contextlib.nullcontext():
+            return spread(asked, responses)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
 
 
 def generate_answers(columns, problems, options, folder):
     """{(column, benchmark): rows}: those that the folder holds, and new ones, which it gets as they come."""
-    rows, policy, loaded = folder.answers(options.samples), None, None
+    rows, loaded = folder.answers(options.samples), {}
     for column, source in columns.items():
-        done = {(name, row["id"]) for name in problems for row in rows[column, name]}
-        todo = {name: [problem for problem in tasks if (name, problem.key) not in done]
-                for name, tasks in problems.items()}
-        if not any(todo.values()):
-            continue
-        if source != loaded:
-            policy = None  # two models may not fit into memory
-            policy, loaded = load(*source, options), source
-            encode(policy, "", options.template)  # a template that the model lacks is refused now
+        for name, tasks in problems.items():
+            done = {row["id"] for row in rows[column, name]}
+            todo = [problem for problem in tasks if problem.key not in done]
+            if not todo:
+                continue
+            # a model or a template that cannot be had is refused before anything is written
+            encode(load(loaded, source, options), "", options.template)
             folder.start()
-        from azr import base_weights
-        with (base_weights(policy) if column == "base" else contextlib.nullcontext(),
-              open(folder.path / "answers.jsonl", "a", buffering=1) as file):
-            for name, tasks in todo.items():
-                for row in sample(policy, name, tasks, options, column):
+            with open(folder.path / "answers.jsonl", "a", buffering=1) as file:
+                for row in sample(loaded, source, column, name, todo, options):
                     rows[column, name].append(row)
                     file.write(json.dumps(row) + "\n")
     return rows
 
 
-def load(model, adapter, options):
+def load(loaded, source, options):
+    """The policy of (model, adapter), kept in `loaded`: one alone, since two may not fit into memory."""
     import torch
 
     from azr import SHIPPED, load_policy
-    if model in SHIPPED:
-        torch.set_num_threads(1)  # its matrices are too small for more
-    return load_policy(model, options.quantize, 1 if adapter else 0, options.dtype, options.device, adapter,
-                       rows=options.generate_batch, trained=False)
+    if source not in loaded:
+        model, adapter = source
+        if model in SHIPPED:
+            torch.set_num_threads(1)  # its matrices are too small for more
+        loaded.clear()
+        loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype, options.device,
+                                     adapter, rows=options.generate_batch, trained=False)
+    return loaded[source]
+
+
+def follow():
+    """What a rank behind the first does: its share of each request, until there is none."""
+    from parallel import of_first
+    loaded = {}
+    while request := of_first(None):
+        answer(loaded, *request)
+
+
+def evaluate_together(options):
+    """`evaluate` by the ranks that torchrun has started."""
+    import parallel
+    with parallel.joined():
+        if not parallel.is_first():
+            return follow()
+        try:
+            evaluate(options)
+        finally:
+            parallel.of_first(None)
 
 
 def read_answers(path):
@@ -424,7 +461,8 @@ def check(options):
 
 def main(arguments=None):
     try:
-        evaluate(parse(arguments))
+        run = evaluate_together if int(os.environ.get("WORLD_SIZE", 1)) > 1 else evaluate
+        run(parse(arguments))
     except UsageError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

@@ -62,11 +62,18 @@ def seed_sampling(rng):
         torch.manual_seed(rng.getrandbits(60) + rank())
 
 
-def share(rollouts):
-    """Those that are this rank's: dealt by tokens, longest first, back and forth over the ranks."""
+def share(rollouts, group=id):
+    """Those that are this rank's: dealt by tokens, longest first, back and forth over the ranks.
+
+    Rollouts for which group(rollout) is the same stay together.
+    """
+    groups = {}
+    for rollout in rollouts:
+        groups.setdefault(group(rollout), []).append(rollout)
     turns = [*range(ranks()), *reversed(range(ranks()))]
-    order = sorted(rollouts, key=lambda rollout: -rollout.tokens)
-    return [rollout for turn, rollout in enumerate(order) if turns[turn % len(turns)] == rank()]
+    order = sorted(groups.values(), key=lambda members: -sum(rollout.tokens for rollout in members))
+    return [rollout for turn, members in enumerate(order) for rollout in members
+            if turns[turn % len(turns)] == rank()]
 
 
 def spread(requests, work):

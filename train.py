@@ -93,7 +93,6 @@ class Config:
     quantize: str = setting("4-bit base weights; auto: on a GPU", "auto", choices=("auto", "4bit", "none"))
     device: str | None = setting("cuda, cuda:1 or cpu; default: cuda where there is one", None)
     workers: int | None = setting("sandbox workers; default: all cores", None, low=1, high=512)
-    threads: int = setting("CPU threads of torch (tiny: one is best); 0: its choice", 1, 0, 0, high=256)
     timeout: float = setting("seconds a sandboxed run may take", 5.0, 10.0, 10.0, low=0.01, high=3600)
     generate_batch: int = setting("responses sampled at once; 0: as free memory allows", 0)
     micro_tokens: int = setting("tokens of a micro-batch, with padding; changes memory, not results",
@@ -120,7 +119,7 @@ class Config:
 
 TINY, CARD, PAPER = range(3)
 # what --resume may change: length, place, memory and speed, but not results
-KEPT = "steps save_every heldout device workers threads generate_batch micro_tokens".split()
+KEPT = "steps save_every heldout device workers generate_batch micro_tokens".split()
 
 
 def preset(column, **changes):
@@ -135,8 +134,8 @@ def flag(name):
 
 def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    if cfg.model in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # their matrices are too small for more
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,

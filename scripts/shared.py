@@ -1,10 +1,9 @@
-"""The update of responses to one prompt: the prompt read once for each, as trr_update does, and once for all.
+"""The update of responses to one prompt: the prompt read once for each, and once for all.
 
     python scripts/shared.py          # CPU, half a minute
 
-`once` puts all responses behind the prompt into one row; a mask keeps each from seeing the others, and
-positions go on from the prompt's end for each. Prints seconds of forward and backward and the largest
-differences of logprobs and gradients.
+Prints seconds of forward and backward and the largest differences of logprobs and gradients. The second way is
+the one that trr_update takes for models that are not shipped (azr.py, `_hidden_states`).
 """
 
 import argparse
@@ -19,7 +18,7 @@ import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from azr import Policy, Rollout, _FrozenHead, response_logprobs  # noqa: E402
+from azr import Policy, Rollout, response_logprobs  # noqa: E402
 
 
 def make_policy():
@@ -35,28 +34,6 @@ def make_policy():
     return Policy(lora, model, None, frozenset([0]), 0, chat=False)
 
 
-def for_each(policy, rollouts):
-    return response_logprobs(policy, rollouts)[0]
-
-
-def once(policy, rollouts):
-    prompt, responses = rollouts[0].prompt_ids, [rollout.response_ids for rollout in rollouts]
-    ids_BT = torch.tensor([prompt + sum(responses, [])])
-    owner_T = torch.tensor([0] * len(prompt) + [k for k, ids in enumerate(responses, 1) for _ in ids])
-    positions = list(range(len(prompt))) + [len(prompt) + i for ids in responses for i in range(len(ids))]
-    column_T = torch.arange(len(positions))
-    mask_TT = (column_T[:, None] >= column_T) & ((owner_T == 0) | (owner_T[:, None] == owner_T))
-    hidden_TD = policy.causal.base_model(
-        input_ids=ids_BT, attention_mask=mask_TT[None, None], position_ids=torch.tensor([positions]),
-        use_cache=False).last_hidden_state[0]
-    parts, start = [], len(prompt)
-    for ids in responses:  # the prompt's last position predicts the first token of each
-        parts += [hidden_TD[len(prompt) - 1:len(prompt)], hidden_TD[start:start + len(ids) - 1]]
-        start += len(ids)
-    targets_N = torch.tensor(sum(responses, []))
-    return _FrozenHead.apply(torch.cat(parts), targets_N, policy.causal.get_output_embeddings(), None, 1024)[0]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=700, help="tokens of the prompt")
@@ -70,17 +47,17 @@ def main():
                 for _ in range(options.copies)]
     weights_N = torch.randn(options.copies * options.response)
     found = {}
-    for way in (for_each, once):
+    for way, policy.shares_prompts in (("for each", False), ("for all", True)):
         seconds = []
         for _ in range(3):
             policy.causal.zero_grad()
             started = time.process_time()
-            logps_N = way(policy, rollouts)
+            logps_N, _ = response_logprobs(policy, rollouts)
             (logps_N * weights_N).mean().backward()
             seconds.append(time.process_time() - started)
         grads = torch.cat([weight.grad.flatten() for weight in policy.trainable().values()])
         found[way] = logps_N.detach(), grads
-        print(f"{way.__name__:10}{min(seconds):6.2f} s")
+        print(f"{way:10}{min(seconds):6.2f} s")
     for name, ours, theirs in zip(("logprobs", "gradients"), *found.values()):
         print(f"{name}: {float((ours - theirs).abs().max()):.0e} of at most {float(ours.abs().max()):.0e}")
 

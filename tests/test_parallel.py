@@ -74,6 +74,7 @@ CHECKS = """
     rollouts = [azr.Rollout("solve", "deduction", torch.randint(256, (p,), generator=draw).tolist(),
                             torch.randint(256, (r,), generator=draw).tolist(), "", advantage=0.3 * i - 0.7)
                 for i, (p, r) in enumerate(torch.randint(3, 40, (7, 2), generator=draw).tolist())]
+    rollouts[3].prompt_ids = rollouts[0].prompt_ids  # read once for both
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
     cfg = SimpleNamespace(micro_tokens=100, clip=0.2, entropy_coef=0.01, max_grad_norm=1e9)
     for count in (7, 1):  # of one rollout, other ranks have nothing to do
@@ -201,17 +202,17 @@ def wait_for_step(processes, run, step):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """Five uninterrupted steps of two ranks under torchrun."""
+    """Twenty uninterrupted steps of two ranks under torchrun; every second one compares their weights."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *SMALL,
-                           "--steps", "5", "--out", run], cwd=ROOT, text=True, capture_output=True, timeout=240)
+                           "--steps", "20", "--out", run], cwd=ROOT, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out accuracy") == 1  # of rank 0 alone
     return run
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp_path):
-    ranks = train(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    ranks = train(*SMALL, "--steps", 20, "--out", tmp_path / "run")
     wait_for_step(ranks, tmp_path / "run", 3)
     ranks[1].kill()
     [(code, line), _] = outcome(ranks)
@@ -223,11 +224,11 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp
 
 def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
-    [process] = train("--resume", tmp_path / "run", "--steps", 6, count=1)
+    [process] = train("--resume", tmp_path / "run", "--steps", 21, count=1)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "this run had 2 ranks and now has 1: what it samples will differ" in error
-    assert rows(tmp_path / "run")[:6] == rows(whole_run) and len(rows(tmp_path / "run")) == 7
+    assert rows(tmp_path / "run")[:21] == rows(whole_run) and len(rows(tmp_path / "run")) == 22
 
 
 def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
