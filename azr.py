@@ -18,8 +18,8 @@ import contextlib
 import ctypes
 import logging
 import math
+import os
 import re
-import sys
 import time
 import warnings
 from collections import Counter
@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from parallel import card, share, spread, sum_gradients
+from parallel import share, spread, sum_gradients
 from rewards import Verdict, composite_reward, judge, learnability
 from sampling import attends_to_all, decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
@@ -169,8 +169,9 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     only answers are wanted.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # of this rank
     try:
-        device = torch.empty(0, device=device or card()).device
+        device = torch.empty(0, device=device or own).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
                          "cpu, or leave it out") from error
@@ -204,36 +205,30 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
             task_type="CAUSAL_LM"))
     if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
-                    chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half,
-                    shares_prompts=name not in SHIPPED and attends_to_all(model.config))
-    if trained and not on_gpu and name not in SHIPPED:
-        plan_update(policy)
-    return policy
+    return Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
+                  chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half,
+                  shares_prompts=name not in SHIPPED and attends_to_all(model.config))
 
 
-def plan_update(policy):
-    """Keep micro-batches to half of the free memory: on a CPU the system kills, and nothing raises."""
-    # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
-    config, free = policy.causal.config.get_text_config(), free_memory(policy.device)
-    # numbers that a token leaves: its state before each layer, and all of the layer that is done again
-    numbers = (36 + config.num_hidden_layers) * config.hidden_size + 18 * config.intermediate_size
-    policy.micro_tokens = max(1, free // (2 * numbers * policy.causal.dtype.itemsize))
-    print(f"half of the free memory of {free / 2 ** 30:.1f} GB holds micro-batches of at most "
-          f"{policy.micro_tokens:,} tokens at once", file=sys.stderr)
+def forecast(policy, cfg, memory=None):
+    """Keep micro-batches to what memory holds. → a line that says so, or what to expect of a card
 
-
-def forecast(policy, cfg, memory):
-    """Keep micro-batches to what a card of `memory` bytes holds. → a line that says what to expect there
-
-    Memory is a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients and AdamW. Seconds are estimates for
-    a 24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a layer to launch its kernels; an update
-    of 1,000 tokens a rollout, at 60 TFLOP/s.
+    memory: bytes of the card; None: this machine's. On a CPU a third of the free memory is taken, since the
+    system kills there and nothing raises. Bytes are a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients
+    and AdamW. Seconds are estimates for a 24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a
+    layer to launch its kernels; an update of 1,000 tokens a rollout, at 60 TFLOP/s.
     """
     config = policy.causal.config.get_text_config()
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    a_token = (2 * layers + 50) * width + 14 * inner  # bytes: the inputs of all layers, and all of one layer
+    # a token leaves the inputs of all layers, and all of the one layer that is done again
+    a_token = policy.causal.dtype.itemsize * ((layers + 25) * width + 7 * inner)
+    if memory is None and policy.device.type != "cuda":
+        # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
+        free = free_memory(policy.device)
+        policy.micro_tokens = max(1, min(cfg.micro_tokens, free // (3 * a_token)))
+        return f"{free / 2 ** 30:.1f} GB are free: micro-batches of at most {policy.micro_tokens:,} tokens"
+    memory = memory or torch.cuda.get_device_properties(policy.device).total_memory
     held = policy.causal.get_memory_footprint() + 2.2e9
     policy.micro_tokens = max(1, min(cfg.micro_tokens, (memory - held) // a_token))
     seconds = layers * (5 + 1.1e-9 * cfg.batch * (2 + cfg.samples) * width * inner)
@@ -470,7 +465,7 @@ def trr_update(policy, optimizer, rollouts, cfg):
             warnings.warn(f"out of GPU memory in the update: micro-batches of {budget} tokens from now on")
         torch.cuda.empty_cache()
     figures = [loss, entropy] if gap is None else [loss, entropy, gap]
-    loss, entropy, *gap = sum_gradients(policy.trainable().values(), figures)
+    loss, entropy, *gap = sum_gradients([*policy.trainable().values()], figures)
     norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), cfg.max_grad_norm))
     if math.isfinite(norm):
         optimizer.step()

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, read_rows, sandbox
-from report import layout, mean_error, table
+from report import layout, mean_error, replace_file, table
 from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
@@ -154,7 +154,7 @@ def sample(loaded, source, column, name, problems, options):
 
 
 def answer(loaded, options, source, column, problems, seed):
-    """Responses to the problems, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
+    """Responses, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
     import torch
 
     from azr import Rollout, base_weights
@@ -209,8 +209,8 @@ def load(loaded, source, options):
         if model in SHIPPED:
             torch.set_num_threads(1)  # its matrices are too small for more
         loaded.clear()
-        loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype, options.device,
-                                     adapter, rows=options.generate_batch, trained=False)
+        loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype,
+                                     options.device, adapter, rows=options.generate_batch, trained=False)
     return loaded[source]
 
 
@@ -226,7 +226,7 @@ def evaluate_together(options):
     """`evaluate` by the ranks that torchrun has started."""
     import parallel
     with parallel.joined():
-        if not parallel.is_first():
+        if parallel.rank() > 0:
             return follow()
         try:
             evaluate(options)
@@ -318,14 +318,7 @@ class Folder:
         return kept
 
     def replace(self, name, text):
-        """Write a file so that at any moment either the old or the new content is there, whole."""
-        fresh = self.path / f"{name}.new"
-        try:
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(self.path / name)
-        except OSError:
-            fresh.unlink(missing_ok=True)
-            raise
+        replace_file(self.path / name, text.encode())
 
 
 # --- an evaluation ----------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Several processes, one policy: torchrun --nproc-per-node 4 train.py
 
-Each process, a *rank*, holds the whole policy on its own card, the same buffers, and the same random numbers
-for all that is chosen, so that all come to the same step. Three things differ between them: what each samples
-and judges (`spread`), its part of the gradient (`sum_gradients`), and that rank 0 alone writes (`is_first`).
-For one process alone every function here is idle. All travels by gloo, on cards too, so that what is tested
-on a CPU is what runs: an adapter's gradients are megabytes a step, and a rollout is kilobytes.
+Each process, a *rank*, holds the whole policy, the same buffers, and the same random numbers for all that is
+chosen. They differ in what each samples and judges (`spread`), in its part of the gradient (`sum_gradients`),
+and in that rank 0 alone writes. Alone, every function here is idle. All travels by gloo, as in the tests.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ class RankError(OSError):
 
 @contextlib.contextmanager
 def joined():
-    """A context in which the processes that torchrun has started are the ranks of one run."""
+    """In this context the processes that torchrun has started are the ranks of one run."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
@@ -42,15 +40,6 @@ def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first():
-    return rank() == 0
-
-
-def card():
-    """The device of this rank."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
 def workers():
     """Sandbox workers of this rank, which shares the cores with others; None, for all cores, if alone."""
     return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks() > 1 else None
@@ -63,10 +52,7 @@ def seed_sampling(rng):
 
 
 def share(rollouts, group=id):
-    """Those that are this rank's: dealt by tokens, longest first, back and forth over the ranks.
-
-    Rollouts for which group(rollout) is the same stay together.
-    """
+    """This rank's: groups of the same group(rollout), dealt by tokens, longest first, back and forth."""
     groups = {}
     for rollout in rollouts:
         groups.setdefault(group(rollout), []).append(rollout)
@@ -77,14 +63,10 @@ def share(rollouts, group=id):
 
 
 def spread(requests, work):
-    """work(requests), each rank on its share. → all results in the requests' order, the same on every rank
-
-    work gives the same number of results for each request, next to each other.
-    """
+    """work(requests), which gives as many results for each, next to each other. → the same on every rank"""
     if ranks() == 1:
         return work(requests)
-    mine = share(requests)
-    results = work(mine)
+    results = work(mine := share(requests))
     each = len(results) // max(1, len(mine))
     place = {id(request): place for place, request in enumerate(requests)}
     own = {place[id(request)]: results[turn * each:(turn + 1) * each] for turn, request in enumerate(mine)}
@@ -96,7 +78,6 @@ def sum_gradients(parameters, figures):
     """Sum the ranks' gradients, in place, and their figures, in one reduction. → [sum of each figure]"""
     if ranks() == 1:
         return figures
-    parameters = list(parameters)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] + [torch.tensor(figures)]
     sums = torch.cat([part.flatten().float().cpu() for part in parts])
     _together(dist.all_reduce, sums)
@@ -130,10 +111,10 @@ def check_same(tensors):
 
 
 def _together(collective, *values):
-    """Do what all ranks do at once. Raises RankError, which on rank 0 names those that did not come."""
+    """What all ranks do at once. Raises RankError, which on rank 0 names those that did not come."""
     try:
         dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)
         collective(*values)
     except RuntimeError as error:  # the one class that gloo raises
-        reason = str(error).splitlines()[0] if is_first() else "rank 0 is gone, or says which"
+        reason = str(error).splitlines()[0] if rank() == 0 else "rank 0 is gone, or says which"
         raise RankError(f"another rank is lost: {reason}") from error

@@ -8,6 +8,7 @@ page are in docs/report_template.html, and this module only gathers the data for
 
 import json
 import math
+import os
 import re
 import statistics
 from collections import Counter
@@ -405,9 +406,9 @@ def write_page(folder):
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
     # that is not ASCII, such as lone surrogates and U+2028.
     text = re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", json.dumps(data))
-    fresh = folder / "report.html.new"
-    fresh.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), encoding="utf-8")
-    return fresh.replace(folder / "report.html")
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
+    replace_file(folder / "report.html", page.encode())
+    return folder / "report.html"
 
 
 def read_rows(path, texts=()):
@@ -451,3 +452,22 @@ def _thinned(rows):
         chosen = set(steps[::-stride])
         kept = [row for row in rows if row["step"] in chosen]
     return {"rows": kept, "total": len(rows)}
+
+
+def write_through(path, mode, content):
+    """Write to a file and wait for the disk, so that a power cut takes nothing that came before."""
+    with open(path, mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path, content):
+    """Write a file so that at any moment either the old or the new content is there, whole."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        write_through(fresh, "wb", content)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -33,8 +33,8 @@ import parallel
 from azr import (HELDOUT, SHIPPED, draft, forecast, heldout_accuracy, load_policy, propose, solve,
                  trr_update)
 from executor import Executor
-from report import (alarms, average, draw_curves, mean_score, read_rows, screen, seeding_figures, table,
-                    why_none_is_valid, write_page)
+from report import (alarms, average, draw_curves, mean_score, read_rows, replace_file, screen,
+                    seeding_figures, table, why_none_is_valid, write_page, write_through)
 from rewards import Verdict, load_heldout, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
@@ -140,9 +140,9 @@ def train(cfg, run):
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
                          rows=cfg.generate_batch, frame=cfg.frame)
-    if policy.device.type == "cuda":  # every rank plans, and one tells
-        expected = forecast(policy, cfg, torch.cuda.get_device_properties(policy.device).total_memory)
-        if parallel.is_first():
+    if cfg.model not in SHIPPED or policy.device.type == "cuda":  # every rank plans, and one tells
+        expected = forecast(policy, cfg)
+        if parallel.rank() == 0:
             print(expected)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
@@ -160,7 +160,7 @@ def train(cfg, run):
             run.save(0, policy, snapshot(*state))
         stop = False
         bar = tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, dynamic_ncols=True,
-                   disable=not parallel.is_first())
+                   disable=parallel.rank() > 0)
         for step in bar:
             started = time.perf_counter()
             policy.clock.clear()
@@ -233,7 +233,7 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
     triplets = [kind for kind in KINDS if KINDS[kind].is_triplet]
     groups = [triplets, *([kind] for kind in cfg.types if kind not in triplets)]
     bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True,
-               disable=not parallel.is_first())
+               disable=parallel.rank() > 0)
     for kinds in groups:
         bucket = buffer.tasks[kinds[0]]
         for number in range(1, 10 * cfg.seed_factor + 1):
@@ -248,7 +248,7 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
                     bar.update()
             run.write_samples(0, fresh)
             bar.set_postfix_str(seeding_figures(drafts, policy.clock))
-            if number == 2 and not any(rollout.task for rollout in drafts) and parallel.is_first():
+            if number == 2 and not any(rollout.task for rollout in drafts) and parallel.rank() == 0:
                 bar.write(why_none_is_valid(drafts), file=sys.stderr)
             if any(parallel.gather(bool(asked))):
                 raise KeyboardInterrupt
@@ -256,7 +256,7 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
             bar.close()
             raise UsageError(f"none of {len(drafts)} proposals is a valid task: nothing to train on; "
                              f"read {run.folder}/samples.jsonl, then try another --frame or --model")
-        if len(bucket) < target and parallel.is_first():
+        if len(bucket) < target and parallel.rank() == 0:
             bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
                       "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
     bar.close()
@@ -559,7 +559,7 @@ def load(content, policy, optimizer, buffer, rng):
         rng.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-        if state["ranks"] != parallel.ranks() and parallel.is_first():
+        if state["ranks"] != parallel.ranks() and parallel.rank() == 0:
             print(f"this run had {state['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
                   "differ from an uninterrupted run", file=sys.stderr)
         return state["step"], state["lines"]
@@ -597,25 +597,6 @@ def pick_samples(step, rollouts):
 
 def as_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def write_through(path, mode, content):
-    """Write to a file and wait for the disk, so that a power cut takes nothing that came before."""
-    with open(path, mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path, content):
-    """Write a file so that at any moment either the old or the new content is there, whole."""
-    fresh = path.with_name(path.name + ".new")
-    try:
-        write_through(fresh, "wb", content)
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -701,7 +682,7 @@ def main(arguments=None):
             if given.get("report"):
                 print(write_page(given["report"]))
                 return 0
-            cfg, run = configure(given) if parallel.is_first() else (None, Follower())
+            cfg, run = configure(given) if parallel.rank() == 0 else (None, Follower())
             return train(parallel.of_first(cfg), run)
         except UsageError as error:
             if run and "resume" not in given:
@@ -709,7 +690,7 @@ def main(arguments=None):
             print(f"{name}: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            if parallel.is_first():
+            if parallel.rank() == 0:
                 hint = run.resume_hint() if run else "nothing was written"
                 print(f"\nstopped at once; {hint}", file=sys.stderr)
             return 130

@@ -262,3 +262,16 @@ def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
     done = len(rows(tmp_path / "run")) - 1
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == done < 50
+
+
+def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
+    code = "import eval; sys.exit(eval.main(json.loads(out)))"
+    answers = []
+    for count in (1, 2):
+        arguments = ["--limit", "5", "--workers", "1", "--out", str(tmp_path / str(count))]
+        for process in start(count, code, "", json.dumps(arguments)):
+            _, error = process.communicate(timeout=240)
+            assert process.returncode == 0, error
+        rows = map(json.loads, (tmp_path / str(count) / "answers.jsonl").read_text().splitlines())
+        answers.append([{**row, "seconds": 0} for row in rows])
+    assert answers[0] == answers[1] and len(answers[0]) == 15
