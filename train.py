@@ -544,7 +544,8 @@ def snapshot(policy, optimizer, buffer, rng):
     parallel.check_same(policy.trainable().values())
     return {"weights": policy.trainable(), "optimizer": optimizer.state_dict(), "buffer": buffer.state(),
             "python_rng": rng.getstate(), "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(), "ranks": parallel.ranks()}
+            "cuda_rng": torch.cuda.get_rng_state_all(), "ranks": parallel.ranks(),
+            "mean_tokens": policy.mean_tokens}
 
 
 def load(content, policy, optimizer, buffer, rng):
@@ -556,6 +557,7 @@ def load(content, policy, optimizer, buffer, rng):
         policy.model.load_state_dict(state["weights"], strict=False)  # frozen ones are not in it
         optimizer.load_state_dict(state["optimizer"])
         buffer.restore(state["buffer"])
+        policy.mean_tokens = state["mean_tokens"]
         rng.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])

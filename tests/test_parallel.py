@@ -169,7 +169,7 @@ def test_weights_that_differ_are_noticed(said, count):
 # --- whole runs
 
 SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
-         "--eval-every", "0", "--workers", "1"]
+         "--eval-every", "5", "--workers", "1"]
 TRAIN = """
     parallel.PATIENCE = timedelta(seconds=float(model))
     sys.exit(train.main(json.loads(out)))
@@ -212,14 +212,14 @@ def whole_run(tmp_path_factory):
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp_path):
-    ranks = train(*SMALL, "--steps", 20, "--out", tmp_path / "run")
+    ranks = train(*SMALL, "--steps", 5, "--out", tmp_path / "run")
     wait_for_step(ranks, tmp_path / "run", 3)
     ranks[1].kill()
     [(code, line), _] = outcome(ranks)
     assert code == 1 and line.startswith("train.py, rank 0: another rank is lost: ")
     assert line.endswith(f"go on with: python train.py --resume {tmp_path / 'run'}")
     assert all(code == 0 for code, _ in outcome(train("--resume", tmp_path / "run")))
-    assert rows(tmp_path / "run") == rows(whole_run)
+    assert rows(tmp_path / "run") == rows(whole_run)[:6]
 
 
 def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
