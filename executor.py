@@ -4,42 +4,41 @@
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
 Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh process for
-each run, waits for its end, and kills what it left behind. The job goes from the caller straight to the run,
-and the report straight back, through files in memory. The zygote never sees a program, an input or a result,
-so nothing of one job is in the process of another. The caller never evaluates, compiles or unpickles what a
-model wrote. It reads canonical literals, compares them itself, and refuses a report of any other form. The
-worst that a program can do by forging its report is to "return" a value, and a `call`, of its choice.
+each run, waits for its end, and kills what it left behind. Job and report pass between caller and run through
+files in memory; the zygote never sees them, so nothing of one job is in the process of another. The caller
+never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them itself,
+and refuses a report of any other form. The worst that a program can do by forging its report is to "return" a
+value, and a `call`, of its choice.
 
 What happens to each kind of attack, and which wall stops it:
 
   loops, powers, sleeping    'timeout': killed from outside after `timeout` seconds, waiting for a core aside
   memory                     'memory': RLIMIT_AS; shared memory and files in memory: seccomp
   threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with the caller
-  output: floods, huge,      the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
-  deep, lying __repr__       of another class is 'unrepresentable', never cut
+  output: huge, deep, lying  the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
+  __repr__                   of another class is 'unrepresentable', never cut
   crashes, os._exit, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
   bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
   files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
-  network, shared memory,    seccomp; network and ipc namespaces
+  network, shared memory     seccomp; network and ipc namespaces
   signals, ptrace, prlimit   on other processes: seccomp; user and pid namespaces
   clock, pid, entropy        seccomp, and the data by which the vDSO tells the time are hidden
   hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds, in
-  of objects, randomness     processes with other addresses
+  of objects, randomness     processes with other addresses; run uses the first seed and takes the same path
   forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards make
                              refusals readable; they are Python, and no wall
   answers that are code      evaluated in a process that holds nothing but the answer
-  telling run from validate  they take the same path; run uses the first of validate's seeds
 
 Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
 memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. The caller needs 512 KiB of stack. A process that it forks keeps the workers alive as long as it lives.
-The start warns, once, of each promise that the system does not let us keep (no seccomp, no namespaces, not
-Linux). Not for several threads at once; not for Windows.
+seeds. The caller needs 512 KiB of stack. A process that it forks gets workers of its own, and
+keeps the caller's alive as long as it lives. Not for several threads at once; not for Windows.
 """
 
 import ast
 import builtins
 import collections
+import contextlib
 import ctypes
 import functools
 import gc
@@ -64,13 +63,10 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = """_pylong collections.abc html.entities html.parser json.decoder encodings.ascii
-    encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
-    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.utf_7
-    encodings.unicode_escape encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be encodings.utf_16_le
-    encodings.utf_32 encodings.utf_32_be encodings.utf_32_le encodings.cp1251 encodings.koi8_r
-    encodings.iso8859_2 encodings.iso8859_15 encodings.shift_jis encodings.euc_jp encodings.gbk
-    encodings.big5""".split()
+_PRELOADED = "_pylong collections.abc html.entities html.parser json.decoder".split() + [
+    f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
+    iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
+    utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -168,7 +164,7 @@ def _write(value, depth, room, ordered):
         flat = kind in (list, tuple, set)
         room[0] -= (2 if flat else 4) * (len(value) or 1)
         parts = [*map(write, value)] if flat else [
-            f"{write(key)}: {write(item)}" for key, item in value.items()]
+            f"{write(key)}: {write(item)}" for key, item in kind.items(value)]
         if kind is set:                               # numbers first and by size, then by text
             ranks = [(0, item) if type(item) in (bool, int, float) else (1, 0) for item in value]
             parts = [part for _, part in sorted(zip(ranks, parts))]
@@ -241,14 +237,18 @@ class Executor:
                              f"at most {MAX_TIMEOUT:g} seconds")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
-        first = [_Worker([*self._config, _SEEDS[0]]) for _ in range(self._size)]
-        self._idle = collections.defaultdict(list, {_SEEDS[0]: first})    # by seed
-        if not all([worker.ready() for worker in first]):
-            raise RuntimeError("a sandbox worker did not start")
-        weak = {promise for worker in first for promise in json.loads(worker.promises)}
-        if weak:
+        self._idle = collections.defaultdict(list)    # workers, by seed
+        with contextlib.ExitStack() as failure:
+            failure.callback(self.close)
+            first = self._idle[_SEEDS[0]]
+            for _ in range(self._size):
+                first.append(_Worker([*self._config, _SEEDS[0]]))
+            if not all([worker.ready() for worker in first]):
+                raise RuntimeError("a sandbox worker did not start")
+            failure.pop_all()
+        if weak := json.loads(first[0].promises):
             warnings.warn("this system denies the sandbox some of its walls; programs could: "
-                          + "; ".join(sorted(weak)), RuntimeWarning, stacklevel=2)
+                          + "; ".join(weak), RuntimeWarning, stacklevel=2)
 
     def __enter__(self):
         return self
@@ -311,6 +311,8 @@ class Executor:
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
+                    while idle and idle[-1].gone():
+                        idle.pop().kill()
                     worker = idle.pop() if idle else _Worker([*self._config, seed])
                     job = queue.popleft()
                     poller.register(worker.line, select.POLLIN)
@@ -344,7 +346,8 @@ class Executor:
 
     def _result(self, worker, spent, code, late, nanoseconds):
         """The Execution that a run's report and its end amount to; believes nothing that it can check."""
-        report = os.pread(worker.file, os.lseek(worker.file, 0, os.SEEK_END), 0)
+        worker.report.seek(0)
+        report = worker.report.read()
         seconds = spent + nanoseconds / 1e9
         status, error = "killed", f"its process ended without a result (exit status {code})"
         if late:
@@ -352,9 +355,8 @@ class Executor:
         elif report:
             try:
                 mark, status, error, call, output = report.decode().split("\0")
-                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent:
-                    raise ValueError
-                if status == "ok" and not (
+                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent \
+                        or status == "ok" and not (
                         len(call) <= 2 * self._max_text and call.isprintable()
                         and len(output) <= self._max_text and _LITERALS.fullmatch(output)
                         and literal(parse_literal(output, self._max_text), self._max_text) == output):
@@ -383,9 +385,10 @@ class _Worker:
         while (low := os.open(os.devnull, os.O_RDWR)) < 3:    # a closed stdin is not to be one of these files
             pass
         os.close(low)
-        self.job, self.file, self.mark = make("job"), make("report"), os.urandom(16).hex()
+        self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        files, self.promises = (line.fileno(), self.job, self.file), b""
+        files = line.fileno(), self.job.fileno(), self.report.fileno()
+        self.mark, self.promises = os.urandom(16).hex(), b""
         # A lean start: nothing of the caller's environment (but what some interpreters need to start),
         # directory, descriptors, terminal or memory, and no site-packages.
         environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",
@@ -408,27 +411,30 @@ class _Worker:
         self.promises = self.promises or self.receive()
         return self.promises
 
+    def gone(self):
+        """Whether it ended, or is no child of this process, which then is a fork of the caller."""
+        return self.process.poll() is not None
+
     def start(self, purpose, program, text, seconds):
         """Has a run forked for a job."""
         data = marshal.dumps((purpose, program, text))
-        os.pwrite(self.job, data, 0)                  # the run reads no more than this
-        os.ftruncate(self.file, 0)                    # no run reads what another wrote
-        os.lseek(self.file, 0, os.SEEK_SET)
-        try:
+        self.job.seek(0)
+        self.job.write(data)                          # the run reads no more than this
+        self.report.seek(0)
+        self.report.truncate()                        # no run reads what another wrote
+        with contextlib.suppress(ConnectionError):    # it died: the end of its line will say so
             self.ready()
             self.line.send(_ORDER.pack(max(1, round(1000 * seconds)), len(data)))
-        except ConnectionError:                       # it died: the end of its line will say so
-            pass
 
     def kill(self):
         """Ends the worker, and with it its runs."""
-        self.process.kill()
-        self.process.wait()
-        while self.receive():                         # until the end of the zygote
-            pass
-        self.line.close()
-        os.close(self.job)
-        os.close(self.file)
+        if not self.gone():
+            self.process.kill()
+            self.process.wait()
+            while self.receive():                     # until the end of the zygote
+                pass
+        for each in (self.line, self.job, self.report):
+            each.close()
 
 
 # -- The zygote: puts up the walls, forks the runs, watches the clock, and kills --------------------
@@ -624,10 +630,8 @@ class _Run:
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
         for name in [*sorted(ALLOWED), *_PRELOADED]:
-            try:
+            with contextlib.suppress(ImportError):    # not in this version of Python
                 __import__(name)
-            except ImportError:                       # not in this version of Python
-                pass
         warnings.simplefilter("ignore")
         # What is random is a function of the hash seed: addresses are others also where the system does not
         # randomize them.
