@@ -188,7 +188,7 @@ def _describe(error):
     """One line on an exception, without calling code of its class."""
     arguments = BaseException.args.__get__(error)
     text = arguments[0][:200] if arguments and type(arguments[0]) is str else ""
-    return f"{_name(type(error))}: {text}" if text else _name(type(error))
+    return f"{_name(type(error))}: {text}".removesuffix(": ")
 
 
 # -- The caller's side ------------------------------------------------------------------------------
@@ -196,7 +196,6 @@ def _describe(error):
 # Hash seeds; `run` uses the first. From Python 3.11 on no letter or digit has a hash of the same parity under
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
-_LAYERS = ("namespaces", "seccomp", "guards")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
 # What a run is for: a literal; an input, which is then a program of its own; a program with an input that may
 # have to be evaluated first; a program with what came of that.
@@ -229,7 +228,7 @@ class Executor:
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(), max_text=MAX_TEXT,
-                 _layers=_LAYERS):
+                 _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
         if not (self._size >= 1 and 0 < timeout <= MAX_TIMEOUT and memory_mb >= 1):
@@ -242,13 +241,13 @@ class Executor:
             failure.callback(self.close)
             first = self._idle[_SEEDS[0]]
             for _ in range(self._size):
-                first.append(_Worker([*self._config, _SEEDS[0]]))
-            if not all([worker.ready() for worker in first]):
+                first.append(_Worker(self._config, _SEEDS[0]))
+            if not all([worker.promises for worker in first]):
                 raise RuntimeError("a sandbox worker did not start")
+            if weak := json.loads(first[0].promises):
+                warnings.warn("this system denies the sandbox some of its walls; programs could: "
+                              + "; ".join(weak), RuntimeWarning, stacklevel=2)
             failure.pop_all()
-        if weak := json.loads(first[0].promises):
-            warnings.warn("this system denies the sandbox some of its walls; programs could: "
-                          + "; ".join(weak), RuntimeWarning, stacklevel=2)
 
     def __enter__(self):
         return self
@@ -298,7 +297,7 @@ class Executor:
         if not self._idle:
             raise RuntimeError("this Executor is closed")
         jobs = [(program, text) for program, text in jobs]
-        if not all(isinstance(text, str) for job in jobs for text in job):
+        if not all(type(text) is str for job in jobs for text in job):
             raise TypeError("a job is a pair of str: program, input")
         results = [None] * len(jobs)
         queue = collections.deque()                   # (job, purpose, program, input, seconds spent)
@@ -311,13 +310,13 @@ class Executor:
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
-                    while idle and idle[-1].gone():
+                    while idle and idle[-1].process.poll() is not None:    # dead, or a fork's parent's
                         idle.pop().kill()
-                    worker = idle.pop() if idle else _Worker([*self._config, seed])
+                    worker = idle.pop() if idle else _Worker(self._config, seed)
                     job = queue.popleft()
                     poller.register(worker.line, select.POLLIN)
                     busy[worker.line.fileno()] = worker, job
-                    worker.start(*job[1:4], self._timeout)
+                    worker.start(self._timeout, *job[1:4])
                 for fd, _ in poller.poll():
                     worker, job = busy.pop(fd)
                     i, purpose, _, text, spent = job
@@ -340,7 +339,7 @@ class Executor:
                     else:
                         results[i] = result
         finally:                                      # Ctrl-C: no run goes on
-            for worker, *_ in busy.values():
+            for worker, _ in busy.values():
                 worker.kill()
         return results
 
@@ -377,7 +376,7 @@ class _Worker:
     """The caller's handle on a worker. Orders and the ends of runs pass by a socket; programs, inputs and
     reports stand in two files in memory, so that no run can make the caller wait."""
 
-    def __init__(self, config):
+    def __init__(self, config, seed):
         import socket                                 # not in the workers: they make forks slower
         import subprocess
         import tempfile
@@ -387,16 +386,16 @@ class _Worker:
         os.close(low)
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        files = line.fileno(), self.job.fileno(), self.report.fileno()
-        self.mark, self.promises = os.urandom(16).hex(), b""
+        files = [each.fileno() for each in (line, self.job, self.report)]
+        self.mark = os.urandom(16).hex()
         # A lean start: nothing of the caller's environment (but what some interpreters need to start),
         # directory, descriptors, terminal or memory, and no site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",
+        environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-                 json.dumps([*config, self.mark, *files])], stdin=subprocess.DEVNULL,
+                 json.dumps([*config, seed, self.mark, *files])], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, pass_fds=files, cwd="/", env=environment, start_new_session=True)
 
     def receive(self):
@@ -406,29 +405,25 @@ class _Worker:
         except ConnectionError:
             return b""
 
-    def ready(self):
-        """Waits for its start. What it then told; b"" if it died."""
-        self.promises = self.promises or self.receive()
-        return self.promises
+    @functools.cached_property
+    def promises(self):
+        """What this system does not let it keep, told when it is ready; b"" if it died."""
+        return self.receive()
 
-    def gone(self):
-        """Whether it ended, or is no child of this process, which then is a fork of the caller."""
-        return self.process.poll() is not None
-
-    def start(self, purpose, program, text, seconds):
+    def start(self, seconds, *job):
         """Has a run forked for a job."""
-        data = marshal.dumps((purpose, program, text))
+        data = marshal.dumps(job)
         self.job.seek(0)
         self.job.write(data)                          # the run reads no more than this
         self.report.seek(0)
         self.report.truncate()                        # no run reads what another wrote
-        with contextlib.suppress(ConnectionError):    # it died: the end of its line will say so
-            self.ready()
-            self.line.send(_ORDER.pack(max(1, round(1000 * seconds)), len(data)))
+        if self.promises:
+            with contextlib.suppress(ConnectionError):    # it died, and the end of its line will say so
+                self.line.send(_ORDER.pack(1 + int(1000 * seconds), len(data)))
 
     def kill(self):
         """Ends the worker, and with it its runs."""
-        if not self.gone():
+        if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
             self.process.kill()
             self.process.wait()
             while self.receive():                     # until the end of the zygote
@@ -455,18 +450,9 @@ class _Zygote:
         self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
         self.seccomp = None                           # puts up the filter of a run
 
-    def attempt(self, step, *arguments):
-        """Whether a step that a system may refuse was done."""
-        try:
-            step(*arguments)
-        except (OSError, ValueError, OverflowError):
-            return False
-        return True
-
     def call(self, name, *arguments):
         """Whether a C function that a system may lack or refuse did what it is asked for."""
-        arguments = [ctypes.c_long(a) for a in arguments]
-        return getattr(self.libc, name, lambda *arguments: -1)(*arguments) != -1
+        return getattr(self.libc, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
@@ -491,7 +477,8 @@ class _Zygote:
                 # in vvar. Without it (zeros; private, fixed, anonymous) it makes the call; runs may not.
                 hidden.append(self.call("mmap", start, end - start, 1, 0x32, -1, 0))
         for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
-            self.attempt(step, value)                 # root becomes nobody
+            with contextlib.suppress(OSError):        # root becomes nobody; others may not
+                step(value)
         # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
         for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
             self.call("prctl", *arguments)
@@ -501,15 +488,16 @@ class _Zygote:
                 self.seccomp = None
         for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
                             (resource.RLIMIT_AS, memory)):
-            self.attempt(resource.setrlimit, what, (value, value))
+            with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
+                resource.setrlimit(what, (value, value))
         gc.collect()
         gc.freeze()                                   # collections in runs leave these pages alone
-        promises = {"reach the network, signal processes of this user, leave some behind":
+        kept = {"reach the network, signal processes of this user, leave some behind":
                     self.alone or self.seccomp,
-                    "use more memory than their limit, read and change files of this user": self.seccomp,
-                    "tell the time, and return other values later":
-                    self.seccomp and (not hide or hidden and all(hidden))}
-        os.write(self.line, json.dumps([what for what, kept in promises.items() if not kept]).encode())
+                "tell the time, and return other values later":
+                    self.seccomp and (not hide or hidden and all(hidden)),
+                "use more memory than their limit, read and change files of this user": self.seccomp}
+        os.write(self.line, json.dumps([promise for promise in kept if not kept[promise]]).encode())
 
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. → -1 if the system refuses"""
@@ -581,9 +569,10 @@ class _Zygote:
         os.kill(pid, signal.SIGKILL)
         code = os.waitpid(pid, 0)[1]
         if not self.seccomp:                          # else it could start nothing
-            self.attempt(os.kill, -1 if self.alone else -pid, signal.SIGKILL)
-            while self.attempt(os.waitpid, -1, 0):
-                pass
+            with contextlib.suppress(OSError):        # there is none left
+                os.kill(-1 if self.alone else -pid, signal.SIGKILL)
+                while True:
+                    os.waitpid(-1, 0)
         return os.waitstatus_to_exitcode(code)
 
     def enter(self):
@@ -720,10 +709,8 @@ class _Run:
     def execute(self, args, kwargs, text):
         """The value of a program's f, and the text of the call."""
         code = compile(text, "<program>", "exec")
-        if self.guarded and _NEEDS_WALK.search(text):
-            unsafe = _unsafe(ast.parse(text))
-            if unsafe:
-                self.report("unsafe", unsafe)
+        if self.guarded and _NEEDS_WALK.search(text) and (unsafe := _unsafe(ast.parse(text))):
+            self.report("unsafe", unsafe)
         module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
         scope = vars(module)
         scope["__builtins__"] = self.builtins
