@@ -31,8 +31,8 @@ What happens to each kind of attack, and which wall stops it:
 
 Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
 memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. The caller needs 512 KiB of stack. A process that it forks gets workers of its own, and
-keeps the caller's alive as long as it lives. Not for several threads at once; not for Windows.
+seeds. The caller needs 512 KiB of stack. A process that it forks gets workers of its own, and keeps the
+caller's alive as long as it lives. Not for several threads at once; not for Windows.
 """
 
 import ast
@@ -136,10 +136,9 @@ def same(a, b):
 
 def _key(value, limit=100 * MAX_TEXT):
     """A text that is the same for values that are the same; None for a value that has no literal."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return _write(value, 0, [limit], False)
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def _write(value, depth, room, ordered):
@@ -218,9 +217,8 @@ class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
-    timeout    seconds of one run, also of one that evaluates an input, counted from its own start. At its
-               limit it goes on while it has had less than that of a core's time and still gets some: a busy
-               machine gives the same verdicts
+    timeout    seconds of one run, also of one that evaluates an input, from its own start. At its limit it
+               goes on while it waits for a core: a busy machine gives the same verdicts
     memory_mb  memory of one run, on top of the interpreter's
     allow      modules that programs may import beside ALLOWED; only the walls of the system hold back what
                these can do, and time or datetime open the clock
@@ -265,10 +263,10 @@ class Executor:
         """The value of f(<input>) for each (program, input), as Executions in the same order.
 
         An input is what stands between the parentheses of a call: positional and keyword arguments. All but
-        literals is evaluated once, in a process of its own that knows the builtins and not the program. Only
-        values reach the program, which cannot see their text. Both texts may come from anywhere; the status
-        says what is wrong with them. Raises TypeError if they are not str, RuntimeError if the Executor is
-        closed."""
+        literals is evaluated once, in a process of its own that does not know the program, which meets values
+        only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
+        Raises TypeError if they are not str, RuntimeError if the Executor is closed, OSError if the system
+        has no more descriptors or processes for it."""
         return self._run(_PROGRAM, jobs)
 
     def validate(self, jobs):
@@ -388,8 +386,8 @@ class _Worker:
         self.line, line = socket.socketpair()
         files = [each.fileno() for each in (line, self.job, self.report)]
         self.mark = os.urandom(16).hex()
-        # A lean start: nothing of the caller's environment (but what some interpreters need to start),
-        # directory, descriptors, terminal or memory, and no site-packages.
+        # A lean start: nothing of the caller's environment (but what some interpreters need), directory,
+        # descriptors, terminal or memory, and no site-packages.
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
@@ -400,10 +398,9 @@ class _Worker:
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
-        try:
+        with contextlib.suppress(ConnectionError):
             return self.line.recv(4096)
-        except ConnectionError:
-            return b""
+        return b""
 
     @functools.cached_property
     def promises(self):
@@ -484,7 +481,10 @@ class _Zygote:
             self.call("prctl", *arguments)
         if "seccomp" in self.layers and sys.platform == "linux":
             self.seccomp = self.filter()
-            if not self.survives():
+            if not (pid := os.fork()):                # can a process behind it live?
+                self.enter()
+                os._exit(0)
+            if os.waitpid(pid, 0)[1]:
                 self.seccomp = None
         for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
                             (resource.RLIMIT_AS, memory)):
@@ -511,14 +511,6 @@ class _Zygote:
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
         return functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)         # PR_SET_SECCOMP
 
-    def survives(self):
-        """Whether a process behind the walls of a run can live."""
-        pid = os.fork()
-        if not pid:
-            self.enter()
-            os._exit(0)
-        return os.waitpid(pid, 0)[1] == 0
-
     def serve(self):
         """Forks a run for each order. Returns in the runs alone, with the size of their job."""
         while True:
@@ -539,11 +531,9 @@ class _Zygote:
             os.write(self.line, _END.pack(code, late, time.monotonic_ns() - start))
 
     def watch(self, pid, alive, limit):
-        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds.
-
-        At its limit a run gets more time if it has not had it for want of a core: if it used less than that
-        of a core's time, but some of it, so that it does not sleep, and at most 25 times its limit.
-        """
+        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
+        that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
+        times its limit. One that had none sleeps, and is late."""
         poller = select.poll()
         for fd in (alive, self.line):
             poller.register(fd, 0)                    # only their end is of interest
@@ -588,27 +578,24 @@ class _Zygote:
 
 def _mapped():
     """(start, end, name) of the parts of this process's memory, as far as the system tells."""
-    try:
-        with open("/proc/self/maps") as file:
-            return [(int(start, 16), int(end, 16), name)
-                    for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
-    except OSError:
-        return []
+    with contextlib.suppress(OSError), open("/proc/self/maps") as file:
+        return [(int(start, 16), int(end, 16), name)
+                for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
+    return []
 
 
 # -- The run: what happens in the forked process ----------------------------------------------------
 
 # Names by which programs walk out of their namespace.
-_WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
-    __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
-    ag_frame""".split())
+_WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__ __code__
+    __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame ag_frame""".split())
 # An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
 _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: import [A-Z]\w*)? *$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
-_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
-    syslog. gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input
-    builtins.breakpoint time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
+_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap. syslog.
+    gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint
+    time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
@@ -622,11 +609,10 @@ class _Run:
             with contextlib.suppress(ImportError):    # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
-        # What is random is a function of the hash seed: addresses are others also where the system does not
-        # randomize them.
-        sys.modules["random"].seed(seed)              # statistics needs it
+        # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
+        # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
+        sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
-        # Ids: the first, and the step to the next, which is below 0 under one of the seeds.
         self.numbers, self.numbering = {}, (seed * (10 ** 12 + 1), 16 * (seed - 250))
         self.builtins = dict(vars(builtins), id=self.number)
         # `failure` is what an exception means now: 'error' while the program runs.
