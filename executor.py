@@ -481,10 +481,7 @@ class _Zygote:
             self.call("prctl", *arguments)
         if "seccomp" in self.layers and sys.platform == "linux":
             self.seccomp = self.filter()
-            if not (pid := os.fork()):                # can a process behind it live?
-                self.enter()
-                os._exit(0)
-            if os.waitpid(pid, 0)[1]:
+            if not self.survives():
                 self.seccomp = None
         for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
                             (resource.RLIMIT_AS, memory)):
@@ -511,6 +508,13 @@ class _Zygote:
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
         return functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)         # PR_SET_SECCOMP
 
+    def survives(self):
+        """Whether a process behind the walls of a run can live."""
+        if not (pid := os.fork()):
+            self.enter()
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == 0
+
     def serve(self):
         """Forks a run for each order. Returns in the runs alone, with the size of their job."""
         while True:
@@ -535,17 +539,19 @@ class _Zygote:
         that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
         times its limit. One that had none sleeps, and is late."""
         poller = select.poll()
-        for fd in (alive, self.line):
-            poller.register(fd, 0)                    # only their end is of interest
-        used, waited, wait = 0, 0, limit
+        poller.register(alive, 0)                     # only their end is of interest
+        poller.register(self.line, 0)
+        used = waited = 0
+        wait = limit
         while True:
             ready = dict(poller.poll(wait))
-            if self.line in ready:                  # the caller is gone
+            if self.line in ready:                    # the caller is gone
                 self.sweep(pid)
                 os._exit(0)
             if ready:
                 return False
-            before, waited = used, waited + wait
+            waited += wait
+            before = used
             try:
                 used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of this process, on Linux
             except OSError:                           # it ends just now, or this is another system
