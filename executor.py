@@ -136,9 +136,10 @@ def same(a, b):
 
 def _key(value, limit=100 * MAX_TEXT):
     """A text that is the same for values that are the same; None for a value that has no literal."""
-    with contextlib.suppress(ValueError, RecursionError):
+    try:                                              # contextlib may be what a program made of it
         return _write(value, 0, [limit], False)
-    return None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _write(value, depth, room, ordered):
@@ -236,7 +237,7 @@ class Executor:
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
         self._idle = collections.defaultdict(list)    # workers, by seed
         with contextlib.ExitStack() as failure:
-            failure.callback(self.close)
+            failure.enter_context(self)               # closed, unless all goes well
             first = self._idle[_SEEDS[0]]
             for _ in range(self._size):
                 first.append(_Worker(self._config, _SEEDS[0]))
