@@ -4,42 +4,41 @@
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
 Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh process for
-each run, waits for its end, and kills what it left behind. The job goes from the caller straight to the run,
-and the report straight back, through files in memory. The zygote never sees a program, an input or a result,
-so nothing of one job is in the process of another. The caller never evaluates, compiles or unpickles what a
-model wrote. It reads canonical literals, compares them itself, and refuses a report of any other form. The
-worst that a program can do by forging its report is to "return" a value, and a `call`, of its choice.
+each run, waits for its end, and kills what it left behind. Job and report pass between caller and run through
+files in memory; the zygote never sees them, so nothing of one job is in the process of another. The caller
+never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them itself,
+and refuses a report of any other form. The worst that a program can do by forging its report is to "return" a
+value, and a `call`, of its choice.
 
 What happens to each kind of attack, and which wall stops it:
 
   loops, powers, sleeping    'timeout': killed from outside after `timeout` seconds, waiting for a core aside
   memory                     'memory': RLIMIT_AS; shared memory and files in memory: seccomp
   threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with the caller
-  output: floods, huge,      the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
-  deep, lying __repr__       of another class is 'unrepresentable', never cut
+  output: huge, deep, lying  the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
+  __repr__                   of another class is 'unrepresentable', never cut
   crashes, os._exit, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
   bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
   files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
-  network, shared memory,    seccomp; network and ipc namespaces
+  network, shared memory     seccomp; network and ipc namespaces
   signals, ptrace, prlimit   on other processes: seccomp; user and pid namespaces
   clock, pid, entropy        seccomp, and the data by which the vDSO tells the time are hidden
   hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds, in
-  of objects, randomness     processes with other addresses
+  of objects, randomness     processes with other addresses; run uses the first seed and takes the same path
   forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards make
                              refusals readable; they are Python, and no wall
   answers that are code      evaluated in a process that holds nothing but the answer
-  telling run from validate  they take the same path; run uses the first of validate's seeds
 
 Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
 memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. The caller needs 512 KiB of stack. A process that it forks keeps the workers alive as long as it lives.
-The start warns, once, of each promise that the system does not let us keep (no seccomp, no namespaces, not
-Linux). Not for several threads at once; not for Windows.
+seeds. The caller needs 512 KiB of stack. A process that it forks gets workers of its own, and keeps the
+caller's alive as long as it lives. Not for several threads at once; not for Windows.
 """
 
 import ast
 import builtins
 import collections
+import contextlib
 import ctypes
 import functools
 import gc
@@ -64,13 +63,10 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = """_pylong collections.abc html.entities html.parser json.decoder encodings.ascii
-    encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
-    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.utf_7
-    encodings.unicode_escape encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be encodings.utf_16_le
-    encodings.utf_32 encodings.utf_32_be encodings.utf_32_le encodings.cp1251 encodings.koi8_r
-    encodings.iso8859_2 encodings.iso8859_15 encodings.shift_jis encodings.euc_jp encodings.gbk
-    encodings.big5""".split()
+_PRELOADED = "_pylong collections.abc html.entities html.parser json.decoder".split() + [
+    f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
+    iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
+    utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -140,7 +136,7 @@ def same(a, b):
 
 def _key(value, limit=100 * MAX_TEXT):
     """A text that is the same for values that are the same; None for a value that has no literal."""
-    try:
+    try:                                              # contextlib may be what a program made of it
         return _write(value, 0, [limit], False)
     except (ValueError, RecursionError):
         return None
@@ -168,7 +164,7 @@ def _write(value, depth, room, ordered):
         flat = kind in (list, tuple, set)
         room[0] -= (2 if flat else 4) * (len(value) or 1)
         parts = [*map(write, value)] if flat else [
-            f"{write(key)}: {write(item)}" for key, item in value.items()]
+            f"{write(key)}: {write(item)}" for key, item in kind.items(value)]
         if kind is set:                               # numbers first and by size, then by text
             ranks = [(0, item) if type(item) in (bool, int, float) else (1, 0) for item in value]
             parts = [part for _, part in sorted(zip(ranks, parts))]
@@ -192,7 +188,7 @@ def _describe(error):
     """One line on an exception, without calling code of its class."""
     arguments = BaseException.args.__get__(error)
     text = arguments[0][:200] if arguments and type(arguments[0]) is str else ""
-    return f"{_name(type(error))}: {text}" if text else _name(type(error))
+    return f"{_name(type(error))}: {text}".removesuffix(": ")
 
 
 # -- The caller's side ------------------------------------------------------------------------------
@@ -200,7 +196,6 @@ def _describe(error):
 # Hash seeds; `run` uses the first. From Python 3.11 on no letter or digit has a hash of the same parity under
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
-_LAYERS = ("namespaces", "seccomp", "guards")
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
 # What a run is for: a literal; an input, which is then a program of its own; a program with an input that may
 # have to be evaluated first; a program with what came of that.
@@ -223,9 +218,8 @@ class Executor:
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
-    timeout    seconds of one run, also of one that evaluates an input, counted from its own start. At its
-               limit it goes on while it has had less than that of a core's time and still gets some: a busy
-               machine gives the same verdicts
+    timeout    seconds of one run, also of one that evaluates an input, from its own start. At its limit it
+               goes on while it waits for a core: a busy machine gives the same verdicts
     memory_mb  memory of one run, on top of the interpreter's
     allow      modules that programs may import beside ALLOWED; only the walls of the system hold back what
                these can do, and time or datetime open the clock
@@ -233,7 +227,7 @@ class Executor:
     """
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(), max_text=MAX_TEXT,
-                 _layers=_LAYERS):
+                 _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
         if not (self._size >= 1 and 0 < timeout <= MAX_TIMEOUT and memory_mb >= 1):
@@ -241,14 +235,18 @@ class Executor:
                              f"at most {MAX_TIMEOUT:g} seconds")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
-        first = [_Worker([*self._config, _SEEDS[0]]) for _ in range(self._size)]
-        self._idle = collections.defaultdict(list, {_SEEDS[0]: first})    # by seed
-        if not all([worker.ready() for worker in first]):
-            raise RuntimeError("a sandbox worker did not start")
-        weak = {promise for worker in first for promise in json.loads(worker.promises)}
-        if weak:
-            warnings.warn("this system denies the sandbox some of its walls; programs could: "
-                          + "; ".join(sorted(weak)), RuntimeWarning, stacklevel=2)
+        self._idle = collections.defaultdict(list)    # workers, by seed
+        with contextlib.ExitStack() as failure:
+            failure.enter_context(self)               # closed, unless all goes well
+            first = self._idle[_SEEDS[0]]
+            for _ in range(self._size):
+                first.append(_Worker(self._config, _SEEDS[0]))
+            if not all([worker.promises for worker in first]):
+                raise RuntimeError("a sandbox worker did not start")
+            if weak := json.loads(first[0].promises):
+                warnings.warn("this system denies the sandbox some of its walls; programs could: "
+                              + "; ".join(weak), RuntimeWarning, stacklevel=2)
+            failure.pop_all()
 
     def __enter__(self):
         return self
@@ -266,10 +264,10 @@ class Executor:
         """The value of f(<input>) for each (program, input), as Executions in the same order.
 
         An input is what stands between the parentheses of a call: positional and keyword arguments. All but
-        literals is evaluated once, in a process of its own that knows the builtins and not the program. Only
-        values reach the program, which cannot see their text. Both texts may come from anywhere; the status
-        says what is wrong with them. Raises TypeError if they are not str, RuntimeError if the Executor is
-        closed."""
+        literals is evaluated once, in a process of its own that does not know the program, which meets values
+        only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
+        Raises TypeError if they are not str, RuntimeError if the Executor is closed, OSError if the system
+        has no more descriptors or processes for it."""
         return self._run(_PROGRAM, jobs)
 
     def validate(self, jobs):
@@ -298,7 +296,7 @@ class Executor:
         if not self._idle:
             raise RuntimeError("this Executor is closed")
         jobs = [(program, text) for program, text in jobs]
-        if not all(isinstance(text, str) for job in jobs for text in job):
+        if not all(type(text) is str for job in jobs for text in job):
             raise TypeError("a job is a pair of str: program, input")
         results = [None] * len(jobs)
         queue = collections.deque()                   # (job, purpose, program, input, seconds spent)
@@ -311,11 +309,13 @@ class Executor:
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
-                    worker = idle.pop() if idle else _Worker([*self._config, seed])
+                    while idle and idle[-1].process.poll() is not None:    # dead, or a fork's parent's
+                        idle.pop().kill()
+                    worker = idle.pop() if idle else _Worker(self._config, seed)
                     job = queue.popleft()
                     poller.register(worker.line, select.POLLIN)
                     busy[worker.line.fileno()] = worker, job
-                    worker.start(*job[1:4], self._timeout)
+                    worker.start(self._timeout, *job[1:4])
                 for fd, _ in poller.poll():
                     worker, job = busy.pop(fd)
                     i, purpose, _, text, spent = job
@@ -338,13 +338,14 @@ class Executor:
                     else:
                         results[i] = result
         finally:                                      # Ctrl-C: no run goes on
-            for worker, *_ in busy.values():
+            for worker, _ in busy.values():
                 worker.kill()
         return results
 
     def _result(self, worker, spent, code, late, nanoseconds):
         """The Execution that a run's report and its end amount to; believes nothing that it can check."""
-        report = os.pread(worker.file, os.lseek(worker.file, 0, os.SEEK_END), 0)
+        worker.report.seek(0)
+        report = worker.report.read()
         seconds = spent + nanoseconds / 1e9
         status, error = "killed", f"its process ended without a result (exit status {code})"
         if late:
@@ -352,9 +353,8 @@ class Executor:
         elif report:
             try:
                 mark, status, error, call, output = report.decode().split("\0")
-                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent:
-                    raise ValueError
-                if status == "ok" and not (
+                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent \
+                        or status == "ok" and not (
                         len(call) <= 2 * self._max_text and call.isprintable()
                         and len(output) <= self._max_text and _LITERALS.fullmatch(output)
                         and literal(parse_literal(output, self._max_text), self._max_text) == output):
@@ -375,7 +375,7 @@ class _Worker:
     """The caller's handle on a worker. Orders and the ends of runs pass by a socket; programs, inputs and
     reports stand in two files in memory, so that no run can make the caller wait."""
 
-    def __init__(self, config):
+    def __init__(self, config, seed):
         import socket                                 # not in the workers: they make forks slower
         import subprocess
         import tempfile
@@ -383,52 +383,51 @@ class _Worker:
         while (low := os.open(os.devnull, os.O_RDWR)) < 3:    # a closed stdin is not to be one of these files
             pass
         os.close(low)
-        self.job, self.file, self.mark = make("job"), make("report"), os.urandom(16).hex()
+        self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        files, self.promises = (line.fileno(), self.job, self.file), b""
-        # A lean start: nothing of the caller's environment (but what some interpreters need to start),
-        # directory, descriptors, terminal or memory, and no site-packages.
-        environment = {"PYTHONHASHSEED": str(config[-1]), "PYTHONSAFEPATH": "1",
+        files = [each.fileno() for each in (line, self.job, self.report)]
+        self.mark = os.urandom(16).hex()
+        # A lean start: nothing of the caller's environment (but what some interpreters need), directory,
+        # descriptors, terminal or memory, and no site-packages.
+        environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-                 json.dumps([*config, self.mark, *files])], stdin=subprocess.DEVNULL,
+                 json.dumps([*config, seed, self.mark, *files])], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, pass_fds=files, cwd="/", env=environment, start_new_session=True)
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
-        try:
+        with contextlib.suppress(ConnectionError):
             return self.line.recv(4096)
-        except ConnectionError:
-            return b""
+        return b""
 
-    def ready(self):
-        """Waits for its start. What it then told; b"" if it died."""
-        self.promises = self.promises or self.receive()
-        return self.promises
+    @functools.cached_property
+    def promises(self):
+        """What this system does not let it keep, told when it is ready; b"" if it died."""
+        return self.receive()
 
-    def start(self, purpose, program, text, seconds):
+    def start(self, seconds, *job):
         """Has a run forked for a job."""
-        data = marshal.dumps((purpose, program, text))
-        os.pwrite(self.job, data, 0)                  # the run reads no more than this
-        os.ftruncate(self.file, 0)                    # no run reads what another wrote
-        os.lseek(self.file, 0, os.SEEK_SET)
-        try:
-            self.ready()
-            self.line.send(_ORDER.pack(max(1, round(1000 * seconds)), len(data)))
-        except ConnectionError:                       # it died: the end of its line will say so
-            pass
+        data = marshal.dumps(job)
+        self.job.seek(0)
+        self.job.write(data)                          # the run reads no more than this
+        self.report.seek(0)
+        self.report.truncate()                        # no run reads what another wrote
+        if self.promises:
+            with contextlib.suppress(ConnectionError):    # it died, and the end of its line will say so
+                self.line.send(_ORDER.pack(1 + int(1000 * seconds), len(data)))
 
     def kill(self):
         """Ends the worker, and with it its runs."""
-        self.process.kill()
-        self.process.wait()
-        while self.receive():                         # until the end of the zygote
-            pass
-        self.line.close()
-        os.close(self.job)
-        os.close(self.file)
+        if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
+            self.process.kill()
+            self.process.wait()
+            while self.receive():                     # until the end of the zygote
+                pass
+        for each in (self.line, self.job, self.report):
+            each.close()
 
 
 # -- The zygote: puts up the walls, forks the runs, watches the clock, and kills --------------------
@@ -449,18 +448,9 @@ class _Zygote:
         self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
         self.seccomp = None                           # puts up the filter of a run
 
-    def attempt(self, step, *arguments):
-        """Whether a step that a system may refuse was done."""
-        try:
-            step(*arguments)
-        except (OSError, ValueError, OverflowError):
-            return False
-        return True
-
     def call(self, name, *arguments):
         """Whether a C function that a system may lack or refuse did what it is asked for."""
-        arguments = [ctypes.c_long(a) for a in arguments]
-        return getattr(self.libc, name, lambda *arguments: -1)(*arguments) != -1
+        return getattr(self.libc, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
@@ -485,7 +475,8 @@ class _Zygote:
                 # in vvar. Without it (zeros; private, fixed, anonymous) it makes the call; runs may not.
                 hidden.append(self.call("mmap", start, end - start, 1, 0x32, -1, 0))
         for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
-            self.attempt(step, value)                 # root becomes nobody
+            with contextlib.suppress(OSError):        # root becomes nobody; others may not
+                step(value)
         # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
         for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
             self.call("prctl", *arguments)
@@ -495,15 +486,16 @@ class _Zygote:
                 self.seccomp = None
         for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
                             (resource.RLIMIT_AS, memory)):
-            self.attempt(resource.setrlimit, what, (value, value))
+            with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
+                resource.setrlimit(what, (value, value))
         gc.collect()
         gc.freeze()                                   # collections in runs leave these pages alone
-        promises = {"reach the network, signal processes of this user, leave some behind":
+        kept = {"reach the network, signal processes of this user, leave some behind":
                     self.alone or self.seccomp,
-                    "use more memory than their limit, read and change files of this user": self.seccomp,
-                    "tell the time, and return other values later":
-                    self.seccomp and (not hide or hidden and all(hidden))}
-        os.write(self.line, json.dumps([what for what, kept in promises.items() if not kept]).encode())
+                "tell the time, and return other values later":
+                    self.seccomp and (not hide or hidden and all(hidden)),
+                "use more memory than their limit, read and change files of this user": self.seccomp}
+        os.write(self.line, json.dumps([promise for promise in kept if not kept[promise]]).encode())
 
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. → -1 if the system refuses"""
@@ -519,8 +511,7 @@ class _Zygote:
 
     def survives(self):
         """Whether a process behind the walls of a run can live."""
-        pid = os.fork()
-        if not pid:
+        if not (pid := os.fork()):
             self.enter()
             os._exit(0)
         return os.waitpid(pid, 0)[1] == 0
@@ -545,23 +536,23 @@ class _Zygote:
             os.write(self.line, _END.pack(code, late, time.monotonic_ns() - start))
 
     def watch(self, pid, alive, limit):
-        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds.
-
-        At its limit a run gets more time if it has not had it for want of a core: if it used less than that
-        of a core's time, but some of it, so that it does not sleep, and at most 25 times its limit.
-        """
+        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
+        that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
+        times its limit. One that had none sleeps, and is late."""
         poller = select.poll()
-        for fd in (alive, self.line):
-            poller.register(fd, 0)                    # only their end is of interest
-        used, waited, wait = 0, 0, limit
+        poller.register(alive, 0)                     # only their end is of interest
+        poller.register(self.line, 0)
+        used = waited = 0
+        wait = limit
         while True:
             ready = dict(poller.poll(wait))
-            if self.line in ready:                  # the caller is gone
+            if self.line in ready:                    # the caller is gone
                 self.sweep(pid)
                 os._exit(0)
             if ready:
                 return False
-            before, waited = used, waited + wait
+            waited += wait
+            before = used
             try:
                 used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of this process, on Linux
             except OSError:                           # it ends just now, or this is another system
@@ -575,9 +566,10 @@ class _Zygote:
         os.kill(pid, signal.SIGKILL)
         code = os.waitpid(pid, 0)[1]
         if not self.seccomp:                          # else it could start nothing
-            self.attempt(os.kill, -1 if self.alone else -pid, signal.SIGKILL)
-            while self.attempt(os.waitpid, -1, 0):
-                pass
+            with contextlib.suppress(OSError):        # there is none left
+                os.kill(-1 if self.alone else -pid, signal.SIGKILL)
+                while True:
+                    os.waitpid(-1, 0)
         return os.waitstatus_to_exitcode(code)
 
     def enter(self):
@@ -593,27 +585,24 @@ class _Zygote:
 
 def _mapped():
     """(start, end, name) of the parts of this process's memory, as far as the system tells."""
-    try:
-        with open("/proc/self/maps") as file:
-            return [(int(start, 16), int(end, 16), name)
-                    for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
-    except OSError:
-        return []
+    with contextlib.suppress(OSError), open("/proc/self/maps") as file:
+        return [(int(start, 16), int(end, 16), name)
+                for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
+    return []
 
 
 # -- The run: what happens in the forked process ----------------------------------------------------
 
 # Names by which programs walk out of their namespace.
-_WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__
-    __code__ __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame
-    ag_frame""".split())
+_WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__ __code__
+    __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame ag_frame""".split())
 # An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
 _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: import [A-Z]\w*)? *$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
-_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap.
-    syslog. gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input
-    builtins.breakpoint time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
+_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap. syslog.
+    gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint
+    time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
@@ -624,16 +613,13 @@ class _Run:
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
         for name in [*sorted(ALLOWED), *_PRELOADED]:
-            try:
+            with contextlib.suppress(ImportError):    # not in this version of Python
                 __import__(name)
-            except ImportError:                       # not in this version of Python
-                pass
         warnings.simplefilter("ignore")
-        # What is random is a function of the hash seed: addresses are others also where the system does not
-        # randomize them.
-        sys.modules["random"].seed(seed)              # statistics needs it
+        # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
+        # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
+        sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
-        # Ids: the first, and the step to the next, which is below 0 under one of the seeds.
         self.numbers, self.numbering = {}, (seed * (10 ** 12 + 1), 16 * (seed - 250))
         self.builtins = dict(vars(builtins), id=self.number)
         # `failure` is what an exception means now: 'error' while the program runs.
@@ -716,10 +702,8 @@ class _Run:
     def execute(self, args, kwargs, text):
         """The value of a program's f, and the text of the call."""
         code = compile(text, "<program>", "exec")
-        if self.guarded and _NEEDS_WALK.search(text):
-            unsafe = _unsafe(ast.parse(text))
-            if unsafe:
-                self.report("unsafe", unsafe)
+        if self.guarded and _NEEDS_WALK.search(text) and (unsafe := _unsafe(ast.parse(text))):
+            self.report("unsafe", unsafe)
         module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
         scope = vars(module)
         scope["__builtins__"] = self.builtins

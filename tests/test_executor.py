@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -236,6 +237,9 @@ def test_same_is_strict_about_types_and_not_about_order():
     ("def f():\n try:\n  return [0] * 10 ** 12\n except MemoryError:\n  return 'caught'", "", "'caught'"),
     ("def f():\n a = []\n return id(a) == id(a), len({id(x) for x in [(), a, 'a']})", "", "(True, 3)"),
     ("def f(): return '\\x00\\ud800'", "", "'\\x00\\ud800'"),
+    ("import collections\ndef f():\n c = collections.Counter('ab')\n c.items = lambda: [(1, 1)]\n return c", "",
+     "{'a': 1, 'b': 1}"),
+    ("# -*- coding: rot13 -*-\n\fdef f(x): return x", "(y := 5)", "5"),
 ])
 def test_valid_tasks(box, text, argument, output):
     run, = box.run([(text, argument)])
@@ -253,8 +257,9 @@ def test_results_come_in_order(box):
 
 
 def test_callers_mistakes_are_told(box):
-    with pytest.raises(TypeError):
-        box.run([(None, "1")])
+    for text in (None, b"x", type("Text", (str,), {})("x")):
+        with pytest.raises(TypeError):
+            box.run([(text, "1")])
     for options in ({"workers": 0}, {"timeout": 0}, {"memory_mb": 0}):
         with pytest.raises(ValueError):
             Executor(**options)
@@ -269,7 +274,8 @@ def test_callers_mistakes_are_told(box):
     ("def f(", "", "syntax"), ("def f(): return 1", "1 +", "syntax"),
     ("def f(x): return 1", "1) + g(2", "syntax"), ("def f(x): return 1", "1)(2", "syntax"),
     ("def f(x): return 1", "1).x(2", "syntax"), ("def f(x): return 1", "1) if 1 else f(2", "syntax"),
-    ("def f(x): return 1", "1)\nf(2", "syntax"), ("x = 1", "", "error"),
+    ("def f(x): return 1", "1)\nf(2", "syntax"), ("def f(x): return 1", "1; import os", "syntax"),
+    ("def f(x): return 1", "(yield)", "syntax"), ("x = 1", "", "error"), ("def f(): return 1\0", "", "syntax"),
     ("def f(): return 1 / 0", "", "error"), ("def f(x): return x", "f(1)", "error"),
     ("def f(x): return x", "undefined", "error"), ("def f(): pass", "1", "error"),
     ("def f(x): return x", "object()", "unrepresentable"),
@@ -404,6 +410,22 @@ def test_time_in_the_queue_is_not_counted():
     with Executor(workers=1, timeout=1) as executor:
         job = "def f():\n for i in range(10 ** 7): pass\n return i", ""
         assert [run.status for run in executor.run([job] * 8)] == ["ok"] * 8
+
+
+def test_the_time_of_an_input_is_not_taken_from_its_program(monkeypatch):
+    """It may have waited for a core. Here each run says that it took a thousand seconds."""
+    receive = module._Worker.receive
+
+    def slow(worker):
+        message = receive(worker)
+        if len(message) != module._END.size:
+            return message
+        code, late, nanoseconds = module._END.unpack(message)
+        return module._END.pack(code, late, nanoseconds + 10 ** 12)
+    with Executor(workers=1, timeout=10) as executor:
+        monkeypatch.setattr(module._Worker, "receive", slow)
+        run = one(executor, "def f(x): return sum(range(10 ** 6)) * len(x)", "[0] * 2")
+    assert run.output == "999999000000" and run.seconds > 2000
 
 
 def test_an_overloaded_machine_gives_the_same_verdicts():
@@ -831,6 +853,38 @@ def test_a_worker_that_dies_at_rest_is_replaced():
         assert one(executor, "def f(): return 1").output == "1"
 
 
+def test_a_fork_of_the_caller_takes_nothing_from_it(box):
+    job = "def f(x): return x", "1"
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)
+        with box:                                     # it gets workers of its own
+            code = 0 if one(box, *job).ok and descendants(os.getpid()) else 1
+        os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert [run.output for run in box.run([job] * 4)] == ["1"] * 4
+
+
+def test_a_start_without_enough_descriptors_leaves_nothing():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, processes, full = os.listdir("/proc/self/fd"), descendants(os.getpid()), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, files)) + 20, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                full.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(10):                           # the first worker starts, the second does not
+            with pytest.raises(OSError, match="Too many open files"):
+                Executor(workers=2)
+            os.close(full.pop())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in full:
+            os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == len(files)
+    assert descendants(os.getpid()) == processes
+
+
 def test_interrupt_leaves_a_usable_executor():
     script = textwrap.dedent("""
         import signal, sys, threading, os
@@ -910,15 +964,16 @@ def test_daemons_do_not_outlive_their_run(monkeypatch, tmp_path):
 def test_ten_thousand_runs_leak_nothing():
     work = ("def f(x): return x * 2", "21")
     bad = ("def f(x): return x", "open('x')")
+    others = descendants(os.getpid())
     with Executor(workers=2) as executor:
         executor.run([work, bad] * 200)
-        files, processes, size = len(os.listdir("/proc/self/fd")), descendants(os.getpid()), memory()
+        files, processes, size = len(os.listdir("/proc/self/fd")), descendants(os.getpid()) - others, memory()
         workers = {pid: resident(pid) for pid in processes}
         for _ in range(10):
             runs = executor.run([work] * 990 + [bad] * 10)
             assert {run.output for run in runs[:990]} == {"42"}
         assert len(os.listdir("/proc/self/fd")) == files
-        assert descendants(os.getpid()) == processes
+        assert descendants(os.getpid()) - others == processes
         assert memory() - size < 10 << 20
         assert all(resident(pid) - workers[pid] < 10 << 20 for pid in processes)
     assert wait_for(lambda: not processes & descendants(os.getpid()))
