@@ -110,7 +110,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
             found = []
             for place, row in enumerate(itertools.islice(rows, limit)):
                 key = str(next((row[column] for column in KEYS if column in row), place))
-                found.append(read(f"Mbpp/{key}" if name == "MBPP+" and key.isdigit() else key, row))
+                found.append(read(key, row))
             if not found:
                 raise ValueError("there are no tasks in it")
             problems[name] = found

@@ -48,15 +48,14 @@ class MathProblem:
 
 def read_math(key, row, rough=False):
     """AIME, AMC, MATH-500, Minerva, OlympiadBench: each has its own names for question and answer."""
-    answer = row.get("final_answer", row.get("answer"))
-    if answer is None:  # Minerva's own file has only solutions
-        answer = boxed(row["solution"]) if "solution" in row else row["answer"]
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
+    if "final_answer" in row:
+        gold = ", ".join(row["final_answer"])
+    elif "solution" in row and "answer" not in row:  # Minerva's own file
+        gold = boxed(row["solution"])
+    else:
+        gold = str(row["answer"])
     question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", str(answer), rough)
+    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", gold, rough)
 
 
 def boxed(text):
@@ -185,6 +184,7 @@ UNITS = table(r"""
 # The units that count without \text; others are taken for variables
 PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
               "[km]?ev|k?j|hz)")
+BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
 
 
@@ -225,46 +225,42 @@ def same(gold, answer, rough):
         return False
     if re.search("[=≈]", gold + answer):
         return same_sides(gold, answer, rough)
-    is_formula = "\\text" not in gold + answer  # which math-verify skips
-    return same_amount(gold, answer, rough) or is_formula and same_formula(gold, answer, rough)
+    return same_amount(gold, answer, rough) or same_formula(gold, answer, rough)
 
 
 def same_items(kind, gold, other, answer, rough):
     """Tuples and intervals by the place of their items; sets, lists and unions in any order, each once."""
-    if kind != other and {kind, other} != {"", r"\{\}"} or len(gold) != len(answer):
+    if kind != other or len(gold) != len(answer):
         return False
-    if kind[:1] in ("(", "["):
+    if kind in BRACKETS:
         return all(same(a, b, rough) for a, b in zip(gold, answer))
-    left = list(answer)
     for item in gold:
-        match = next((candidate for candidate in left if same(item, candidate, rough)), None)
+        match = next((candidate for candidate in answer if same(item, candidate, rough)), None)
         if match is None:
             return False
-        left.remove(match)
+        answer.remove(match)
     return True
 
 
 def same_sides(gold, answer, rough):
     """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
-    is_chain, is_other_chain = name or len(ours) > 1, other or len(theirs) > 1
-    if is_chain and is_other_chain:
-        if not (name and other):  # two equations; 1 + 1 = 2 says as little as 3 = 3
-            says_something = name or any(value(side) is None for side in ours)
-            return bool(says_something) and same_formula(gold, answer, rough)
-        if name != other:
-            return [name, *map(squeeze, ours)] == [*map(squeeze, theirs), other]
-    if is_chain and not name:
+    is_equation, is_other = name or len(ours) > 1, other or len(theirs) > 1
+    if is_equation and is_other and (not name or name != other):  # 1 + 1 = 2 says as little as 3 = 3
+        says_something = bool(name) or any(value(side) is None for side in ours)
+        return says_something and same_formula(gold, answer, rough)
+    if is_equation and not name:
         return False
     meant = ours[-1]
-    if is_other_chain and not other and value(meant) is not None and value(theirs[0]) is None:
+    if len(theirs) > 1 and not other and value(meant) is not None and value(theirs[0]) is None:
         theirs = theirs[1:]  # what the answer is the value of
-    right = [same(meant, side, rough) for side in theirs]
-    if True not in right:
-        return False
-    first = right.index(True)  # those before it round to it, and it to those behind
-    return all(rounds(side, meant) for side in theirs[:first]) and all(
-        good or rounds(meant, side) for good, side in zip(right[first:], theirs[first:]))
+    found = False
+    for side in theirs:  # what stands before the answer rounds to it, and it to what follows
+        if same(meant, side, rough):
+            found = True
+        elif not (rounds(meant, side) if found else rounds(side, meant)):
+            return False
+    return found
 
 
 def sides(text):
@@ -313,7 +309,7 @@ def value(text):
     """A formula without variables as a complex number; None for all others: a matrix, text, nothing."""
     try:
         return complex(formula(text)[0])
-    except (TypeError, ValueError, IndexError, AttributeError, OverflowError):
+    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -333,7 +329,7 @@ def formula(text):
 
 def same_formula(gold, answer, rough):
     from math_verify import verify
-    if re.search(r"\d_\{?\d", gold + answer):  # digits in another base, and the texts differ
+    if re.search(r"\d_\{?\d|\\text", gold + answer):  # another base, or text: math-verify would skip it
         return False
     a, b = number(gold), number(answer)
     if a is not None and b is not None:
@@ -348,15 +344,15 @@ def same_formula(gold, answer, rough):
 # --- parts -------------------------------------------------------------------------------------------------
 
 def parts(text):
-    r"""('()', ['1', '2']) of a tuple or an interval, '\{\}' of a set, '' of a list; None of one formula."""
+    """('()', ['1', '2']) of a tuple or an interval, '∪' of a union, '' of a list or set; None of one formula."""
     if len(union := cut(text, r"\cup")) > 1:
         return "∪", union
     opening, inner, closing = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", text, re.S).groups()
     kind = opening + closing
-    if kind != r"\{\}" and (kind not in ("()", "[]", "(]", "[)") or r"\pm" in text) or len(cut(text)) > 1:
+    if kind != r"\{\}" and (kind not in BRACKETS or r"\pm" in text) or len(cut(text)) > 1:
         kind, inner = "", text
     items = [item.replace(r"\pm", sign) for item in cut(inner) for sign in ("+-" if r"\pm" in item else "+")]
-    return (kind, items) if len(items) > 1 or kind == r"\{\}" else None
+    return (kind.strip(r"\{}"), items) if len(items) > 1 or kind == r"\{\}" else None
 
 
 def cut(text, separator=","):
