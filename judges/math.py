@@ -72,7 +72,7 @@ def boxed(text):
 # --- a process that can be killed ------------------------------------------------------------------------
 
 def compare(pairs):
-    """[(gold, answer, rough)] → [whether they say the same], each in its seconds; one that hangs is wrong."""
+    """[(gold, answer, rough)] → [whether they say the same]; one that takes longer than SECONDS does not."""
     verdicts = []
     while len(verdicts) < len(pairs):
         done = subprocess.run([sys.executable, "-c", "from judges.math import serve; serve()"], text=True,
@@ -344,7 +344,7 @@ def same_formula(gold, answer, rough):
 # --- parts -------------------------------------------------------------------------------------------------
 
 def parts(text):
-    """('()', ['1', '2']) of a tuple or an interval, '∪' of a union, '' of a list or set; None of one formula."""
+    """('()', ['1', '2']) of a tuple or interval, '∪' of a union, '' of a list or set; None of one formula."""
     if len(union := cut(text, r"\cup")) > 1:
         return "∪", union
     opening, inner, closing = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", text, re.S).groups()
