@@ -30,7 +30,7 @@ MODULES = "sys io os random time datetime hashlib threading secrets calendar que
 GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
-           "rough": partial(read_math, rough=True), "heldout": read_heldout}
+           "rough": partial(read_math, rough=True)}
 # The group heldout is ours; the paper's are io (in-distribution), code and math. Column names: what else a
 # benchmark and its files are called, best first. Column files: where the repository does not say which are
 # the split. A dash is nothing.
@@ -60,8 +60,8 @@ KEYS = ("task_id", "unique_id", "id", "idx", "question_id")  # columns of a task
 
 
 HEAD, *LINES = [line.split() for line in TABLE.strip().split("\n")]
-Benchmark = namedtuple("Benchmark", HEAD, defaults=["heldout"] + [""] * 6)
-BENCHMARKS = {name: Benchmark(name, "heldout") for name in (f"heldout-{kind}" for kind in TASK_TYPES)} | {
+Benchmark = namedtuple("Benchmark", HEAD, defaults=[""] * 7)
+BENCHMARKS = {f"heldout-{kind}": Benchmark(f"heldout-{kind}", "heldout") for kind in TASK_TYPES} | {
     name: Benchmark(name, *("" if word == "-" else word for word in words)) for name, *words in LINES}
 
 
@@ -98,19 +98,19 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
     files, problems, missing = local_files(data) if data else {}, {}, {}
     for name in names:
         benchmark = BENCHMARKS[name]
-        read = FORMATS[benchmark.format]
         if benchmark.group == "heldout":
-            tasks = (pair for pair in enumerate(heldout) if name.endswith(pair[1].type))
-            problems[name] = [read(str(place), task) for place, task in itertools.islice(tasks, limit)]
+            tasks = (read_heldout(str(place), task) for place, task in enumerate(heldout)
+                     if name.endswith(task.type))
+            problems[name] = list(itertools.islice(tasks, limit))
             continue
         try:
             if data and name not in files:
                 raise ValueError("no file there has its name")
             rows = itertools.chain.from_iterable(map(read_rows, files[name])) if data else hub_rows(benchmark)
-            found = []
+            read, found = FORMATS[benchmark.format], []
             for place, row in enumerate(itertools.islice(rows, limit)):
-                key = str(next((row[column] for column in KEYS if column in row), place))
-                found.append(read(f"Mbpp/{key}" if name == "MBPP+" and key.isdigit() else key, row))
+                key = next((row[column] for column in KEYS if column in row), place)
+                found.append(read(str(key), row))
             if not found:
                 raise ValueError("there are no tasks in it")
             problems[name] = found

@@ -56,7 +56,7 @@ class ProgramProblem:
         if not blocks:
             return None
         definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
-        code = next((block for block in blocks[::-1] if re.search(definition, block, re.M)), blocks[-1])
+        code = ([block for block in blocks if re.search(definition, block, re.M)] or blocks)[-1]
         future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
 
@@ -101,7 +101,7 @@ def read_function(key, row):
     elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
-    return ProgramProblem(key, task, name, name, prompt if opening else "",
+    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, name, prompt if opening else "",
                           (own, *OTHER_READINGS.get(name, ())), asserts,
                           partial(function_tests, row, inputs), SAME.get(name, partial(close, atol=atol)))
 
@@ -252,19 +252,16 @@ def run_programs(executor, jobs):
     too much time or room together, calls are run one by one. No job is run further once a call has failed.
     """
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
-    while pieces := [(i, start) for i, (_, _, arguments, _) in enumerate(jobs) if results[i] is not None
-                     for start in range(len(results[i]), len(arguments), sizes[i])[:4]]:
-        runs = executor.run([(CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, "
-                                                        f"[{', '.join(arguments[start:start + sizes[i]])}]")
-                             for i, start in pieces for source, entry, arguments, limit in [jobs[i]]])
-        for (i, start), run in zip(pieces, runs):
-            if results[i] is None or len(results[i]) != start:  # a piece before this one has failed
-                continue
+    while pieces := {i: arguments[len(results[i]):][:sizes[i]] for i, (_, _, arguments, _) in enumerate(jobs)
+                     if results[i] is not None and len(results[i]) < len(arguments)}:
+        runs = executor.run([
+            (CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(piece)}]")
+            for i, piece in pieces.items() for source, entry, _, limit in [jobs[i]]])
+        for (i, piece), run in zip(pieces.items(), runs):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            count = len(jobs[i][2][start:start + sizes[i]])
-            if isinstance(values, list) and len(values) == count:
+            if isinstance(values, list) and len(values) == len(piece):
                 results[i] += values
-            elif count > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+            elif len(piece) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
                 sizes[i] = 1
             else:
                 results[i] = None

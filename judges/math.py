@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .text import answer_text
 
-SECONDS, MEMORY_MB = 5, 4096  # for one comparison; for the process that makes them
+SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,14 @@ class MathProblem:
 
 def read_math(key, row, rough=False):
     """AIME, AMC, MATH-500, Minerva, OlympiadBench: each has its own names for question and answer."""
-    answer = row.get("final_answer", row.get("answer"))
-    if answer is None:  # Minerva's own file has only solutions
-        answer = boxed(row["solution"]) if "solution" in row else row["answer"]
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
+    if "final_answer" in row:
+        gold = ", ".join(row["final_answer"])
+    elif "solution" in row and "answer" not in row:  # Minerva's own file
+        gold = boxed(row["solution"])
+    else:
+        gold = str(row["answer"])
     question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", str(answer), rough)
+    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", gold, rough)
 
 
 def boxed(text):
@@ -73,7 +72,7 @@ def boxed(text):
 # --- a process that can be killed ------------------------------------------------------------------------
 
 def compare(pairs):
-    """[(gold, answer, rough)] → [whether they say the same], each in its seconds; one that hangs is wrong."""
+    """[(gold, answer, rough)] → [whether they say the same]; one that takes longer than SECONDS does not."""
     verdicts = []
     while len(verdicts) < len(pairs):
         done = subprocess.run([sys.executable, "-c", "from judges.math import serve; serve()"], text=True,
@@ -98,7 +97,9 @@ def serve():
     logging.disable(logging.CRITICAL)
     print('"ready"', flush=True)
     for pair in json.load(sys.stdin):
-        signal.alarm(SECONDS)  # nothing catches it, so it ends the process even inside a library's C code
+        # processor time, so that a busy machine changes no verdict; nothing catches the signal, so it ends
+        # the process even inside a library's C code
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         print(json.dumps(same_math(*pair)), flush=True)
 
 
@@ -121,18 +122,22 @@ REWRITES = table(r"""
 \\(?:text|mbox|mathrm|mathbf|textbf|textit|textrm|operatorname)(?![a-zA-Z])~*→\\text
 \\text\{(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp)\}→\\\1
 _~*\{?~*\\text\{~*(\w+)~*\}~*\}?→_{\1}
+_~*\{?~*\\(max|min|odot)~*\}?→_{\1}
 \\text\{~*(?:and|or)~*\}|(?<=~)(?:and|or)(?=~)→,
 \\text\{dollar\}~*(\d(?:[\d.,]*\d)?)→\1\\text{dollar}
-\^~*\{?~*\\circ~*\}?|\\degree|°→\\text{degree}
+(?:(?<!\\)\{~*\})?(?:\^~*\{?~*\\circ~*\}?|\\degree|°)(?:~*(?:\\text\{~*)?C\b\}?)?→\\text{degree}
 \\?%→\\text{percent}
+(?<=[\d}])~*\\(AA|Omega)(?![a-z])→\\text{\1}
+\\mu~*\\text\{~*→\\text{mu
 \\[dtc]frac→\\frac
+\\frac~*\{(\\text\{[^{}]*\})\}~*\{(\\text\{[^{}]*\})\}→\1/\2
 (?<=\\frac)~*(\d)~*(\d)→{\1}{\2}
 (?<=\\frac)~*(\w|\\[a-zA-Z]+)~*\{→{\1}{
 (?<=\\frac)~*(\{[^{}]*\})~*(\w)→\1{\2}
 \\frac\{~*d~*(\\?[a-zA-Z]+)~*\}\{~*d~*(\w)~*\}→\1_{d\2}
 (?<=\\sqrt)~*(\w)→{\1}
-\\geqslant|\\geq(?![a-z])|≥→\\ge
-\\leqslant|\\leq(?![a-z])|≤→\\le
+\\geqslant|\\geq(?![a-z])|≥|>=→\\ge
+\\leqslant|\\leq(?![a-z])|≤|<=→\\le
 \\(?:approx|simeq|sim)(?![a-zA-Z])→≈
 ^~*[=≈]~*→
 \^\{?~*\\prime~*\}?→'
@@ -140,6 +145,7 @@ _~*\{?~*\\text\{~*(\w+)~*\}~*\}?→_{\1}
 ([a-zA-Z])'→\1_{prime}
 np\.(?=[a-z])→
 \\gamma(?![a-zA-Z])→g_{amma}
+(?<![\\a-zA-Z])E_(?:\{(\w+)\}|(\w))→x_{e\1\2}
 (?<![\\a-zA-Z])(?=(?:sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp|pi)(?![a-zA-Z]))→\\
 \\sqrt\(([^()]*)\)→\\sqrt{\1}
 (?<=\d)\.(?!\d)→
@@ -147,7 +153,8 @@ np\.(?=[a-z])→
 (?<=\d)[eE]\+?(-?\d+)$→\\times~10^{\1}
 (?<!\\)(\{\d{1,3}),(\d{3}\})→\1\2
 \+\\infty→\\infty
-^[a-zA-Z]~*\\in(?![a-z])~*→
+(?<![^,~])\([a-zA-Z](?:,~*[a-zA-Z])*\)~*(?:=|\\in(?![a-z]))~*→
+^[a-zA-Z]~*(?:\\in(?![a-z])|=(?=~*(?:\([^()]*,[^()]*\)$|\\\{)))~*→
 """)
 UNITS = table(r"""
 \\text|\\cdot|[{}.]→~
@@ -175,7 +182,9 @@ UNITS = table(r"""
 ~→
 """)
 # The units that count without \text; others are taken for variables
-PLAIN_UNIT = "(?:percent|degree|dollar|cent|[ck]?m|mm|inch|foot|mile|minute|hour|second|day|year|unit|k?g)"
+PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
+              "[km]?ev|k?j|hz)")
+BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
 
 
@@ -216,42 +225,42 @@ def same(gold, answer, rough):
         return False
     if re.search("[=≈]", gold + answer):
         return same_sides(gold, answer, rough)
-    is_formula = "\\text" not in gold + answer  # which math-verify skips
-    return same_amount(gold, answer, rough) or is_formula and same_formula(gold, answer, rough)
+    return same_amount(gold, answer, rough) or same_formula(gold, answer, rough)
 
 
 def same_items(kind, gold, other, answer, rough):
     """Tuples and intervals by the place of their items; sets, lists and unions in any order, each once."""
-    if kind != other and {kind, other} != {"", r"\{\}"} or len(gold) != len(answer):
+    if kind != other or len(gold) != len(answer):
         return False
-    if kind[:1] in ("(", "["):
+    if kind in BRACKETS:
         return all(same(a, b, rough) for a, b in zip(gold, answer))
-    left = list(answer)
     for item in gold:
-        match = next((candidate for candidate in left if same(item, candidate, rough)), None)
+        match = next((candidate for candidate in answer if same(item, candidate, rough)), None)
         if match is None:
             return False
-        left.remove(match)
+        answer.remove(match)
     return True
 
 
 def same_sides(gold, answer, rough):
     """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
-    is_chain, is_other_chain = name or len(ours) > 1, other or len(theirs) > 1
-    if is_chain and is_other_chain:
-        if not (name and other):  # two equations
-            return same_formula(gold, answer, rough)
-        if name != other:
-            return [name, *map(squeeze, ours)] == [*map(squeeze, theirs), other]
-    if is_chain and not name:
+    is_equation, is_other = name or len(ours) > 1, other or len(theirs) > 1
+    if is_equation and is_other and (not name or name != other):  # 1 + 1 = 2 says as little as 3 = 3
+        says_something = bool(name) or any(value(side) is None for side in ours)
+        return says_something and same_formula(gold, answer, rough)
+    if is_equation and not name:
         return False
     meant = ours[-1]
-    if is_other_chain and not other and value(meant) is not None and value(theirs[0]) is None:
+    if len(theirs) > 1 and not other and value(meant) is not None and value(theirs[0]) is None:
         theirs = theirs[1:]  # what the answer is the value of
-    right = [same(meant, side, rough) for side in theirs]
-    return any(right) and all(good or rounds(meant, side) or rounds(side, meant)
-                              for good, side in zip(right, theirs))
+    found = False
+    for side in theirs:  # what stands before the answer rounds to it, and it to what follows
+        if same(meant, side, rough):
+            found = True
+        elif not (rounds(meant, side) if found else rounds(side, meant)):
+            return False
+    return found
 
 
 def sides(text):
@@ -273,7 +282,7 @@ def same_amount(gold, answer, rough):
 
 def split_unit(text, shortest):
     """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters of one without \\text; 37 m may be a product"""
-    words, power = r"\\text\{[^{}]*\}", r"\^\{?-?\d\}?"
+    words, power = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}", r"\^\{?-?\d\}?"
     found = re.search(rf"(?<=[\d}})])\s*({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
                       rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
     unit = rewrite(found[1].lower(), UNITS) if found else ""
@@ -297,10 +306,10 @@ def rounds(text, rounded):
 
 
 def value(text):
-    """A formula without variables as a complex number; None for all others."""
+    """A formula without variables as a complex number; None for all others: a matrix, text, nothing."""
     try:
         return complex(formula(text)[0])
-    except (TypeError, ValueError, IndexError, AttributeError):  # variables, a matrix, text, nothing
+    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -320,27 +329,30 @@ def formula(text):
 
 def same_formula(gold, answer, rough):
     from math_verify import verify
-    if re.search(r"\d_\{?\d", gold + answer):  # digits in another base, and the texts differ
+    if re.search(r"\d_\{?\d|\\text", gold + answer):  # another base, or text: math-verify would skip it
         return False
     a, b = number(gold), number(answer)
     if a is not None and b is not None:
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
         return abs(a - b) <= (min(abs(a) / 10000, last_digit / 2) if rough else 0)
+    exact, said = value(gold), value(answer)
+    if exact and said is not None and abs(exact - said) > 1e-5 * abs(exact):
+        return False  # verify rounds to six places, where 10^{-8} and 10^{-9} are both 0
     return bool(verify(formula(gold), formula(answer), timeout_seconds=None, allow_set_relation_comp=True))
 
 
 # --- parts -------------------------------------------------------------------------------------------------
 
 def parts(text):
-    r"""('()', ['1', '2']) of a tuple or an interval, '\{\}' of a set, '' of a list; None of one formula."""
+    """('()', ['1', '2']) of a tuple or interval, '∪' of a union, '' of a list or set; None of one formula."""
     if len(union := cut(text, r"\cup")) > 1:
         return "∪", union
     opening, inner, closing = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", text, re.S).groups()
     kind = opening + closing
-    if kind != r"\{\}" and (kind not in ("()", "[]", "(]", "[)") or r"\pm" in text) or len(cut(text)) > 1:
+    if kind != r"\{\}" and (kind not in BRACKETS or r"\pm" in text) or len(cut(text)) > 1:
         kind, inner = "", text
     items = [item.replace(r"\pm", sign) for item in cut(inner) for sign in ("+-" if r"\pm" in item else "+")]
-    return (kind, items) if len(items) > 1 or kind == r"\{\}" else None
+    return (kind.strip(r"\{}"), items) if len(items) > 1 or kind == r"\{\}" else None
 
 
 def cut(text, separator=","):

@@ -384,8 +384,10 @@ def test_input_and_output(tmp_path, executor):
     (r"\text{(C)}", ["C", "(C)"], ["B", r"\text{(D)}"]),
     ("52_8", ["52_{8}"], ["52", "52_7", "53_8"]),
     ("6 - 5i", ["-5i+6"], ["6+5i", "6-5"]),
-    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", [r"\begin{pmatrix}-\frac13\\\frac23\end{pmatrix}"],
-     [r"\begin{pmatrix} -1/3 \\ 1/3 \end{pmatrix}", r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}"]),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+     [r"\begin{pmatrix}-\frac13\\\frac23\end{pmatrix}", r"-\begin{pmatrix} 1/3 \\ -2/3 \end{pmatrix}"],
+     [r"\begin{pmatrix} -1/3 \\ 1/3 \end{pmatrix}", r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}",
+      r"-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}"]),
     ("p - q", ["-q + p"], ["q - p", "p"]),
     (r"3\sqrt{13}", [r"\sqrt{117}"], [r"3\sqrt{12}", "10.8"]),
     (r"\frac{3}{56}", [r"\dfrac{3}{56}", r"\frac 3{56}", "3/56"], [r"\frac{35}{6}", r"\frac{35}6"]),
@@ -429,6 +431,22 @@ def test_input_and_output(tmp_path, executor):
     (r"\frac13", [r"x = \frac13 \approx 0.33"], [r"\frac13 \approx 0.34"]),
     ("0", ["0.0"], [r"0 \text{ but maybe } 4", "4"]),
     (r"\infty", [r"+\infty"], [r"\infty \quad 4", r"-\infty"]),
+    ("1.5", [r"\frac32 = 1.5", r"1.5 \approx 2"], ["2 = 1.5"]),  # an answer is rounded after it is found
+    ("1 + 1 = 2", ["1+1=2"], ["3 = 3"]),
+    ("x = 1 + y", ["1 + y = x"], ["3 = 3"]),
+    # names before a tuple or a set
+    ("(3,2)", ["(x,y) = (3,2)", "(x, y) = (3, 2)", "C = (3,2)"], ["(x,y) = (2,3)", "(x,y)"]),
+    ("(1,1), (3,2)", ["(x,y)=(1,1), (x,y)=(3,2)", r"(x,y) \in \{(1,1), (3,2)\}"], ["(x,y)=(1,1)"]),
+    (r"\{-2\}", [r"x = \{-2\}"], [r"x = \{2\}"]),
+    # symbols that math-verify does not read
+    (r"\frac13 E_{1} + \frac23 E_{2}", [r"\frac23 E_2 + \frac13 E_1"], [r"\frac23 E_1 + \frac13 E_2"]),
+    (r"m_{\max} = n - 1", [r"n - 1 = m_{\max}", "n-1"], [r"n = m_{\max}"]),
+    (r"k \geqslant 2", ["k >= 2", "k ≥ 2"], ["k > 2", "k <= 2"]),
+    # numbers below the places to which math-verify rounds
+    ("2.88e-19", [r"2.88 \times 10^{-19}", r"\frac{2.88}{10^{19}}"], [r"\frac{2.88}{10^{18}}", "0"]),
+    # units as the solutions of Minerva write them
+    ("25", [r"25\ \mathrm{erg\,s^{-1}}", r"25\, \frac{\text{erg}}{\text{s}}", r"25 \AA", r"25\ \Omega", "25 eV",
+            r"25\, \mu\text{m}", r"25^\circ C", r"25^{\circ} \mathrm{C}", "25 nm"], [r"26\ \Omega", "25 c"]),
 ])
 def test_equal_and_nearly_equal(gold, right, wrong):
     answers = [gold, *right, *wrong]
