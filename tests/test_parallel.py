@@ -168,8 +168,8 @@ def test_weights_that_differ_are_noticed(said, count):
 
 # --- whole runs
 
-SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
-         "--eval-every", "5", "--workers", "1"]
+SMALL = ["--types", "deduction", "--batch", "3", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2",
+         "--save-every", "2", "--eval-every", "5", "--workers", "1"]
 TRAIN = """
     parallel.PATIENCE = timedelta(seconds=float(model))
     sys.exit(train.main(json.loads(out)))
