@@ -539,7 +539,9 @@ def micro_batches(rollouts, budget, shared=False):
     copies = Counter(tuple(rollout.prompt_ids) for rollout in rollouts)
 
     def prompt(rollout):
-        return rollout.prompt_ids if shared and copies[tuple(rollout.prompt_ids)] > 1 else []
+        # beside long responses the columns that the mask hides cost more than a short prompt
+        long = len(rollout.prompt_ids) >= len(rollout.response_ids)
+        return rollout.prompt_ids if shared and long and copies[tuple(rollout.prompt_ids)] > 1 else []
 
     batches = []
     for rollout in sorted(rollouts, key=lambda rollout: (prompt(rollout), -rollout.tokens)):
@@ -579,16 +581,17 @@ def _hidden_states(policy, rollouts):
     A rollout is a row of a padded batch. Where prompts are long and shared, all responses stand behind the
     prompt in one row instead: a mask hides them from each other, and positions go on from the prompt's end.
     """
+    first = rollouts[0].prompt_ids
     if not policy.shares_prompts or len(rollouts) < 2 or any(
-            r.prompt_ids != rollouts[0].prompt_ids for r in rollouts):
+            r.prompt_ids != first or len(r.response_ids) > len(first) for r in rollouts):
         rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
         ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
         # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
         hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         return torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
                           for hidden_TD, r in zip(hidden_BTD, rollouts)])
-    prompt, width = rollouts[0].prompt_ids, len(rollouts[0].prompt_ids)
-    ids, owners, positions, sources = [*prompt], [0] * width, [*range(width)], []
+    width = len(first)
+    ids, owners, positions, sources = [*first], [0] * width, [*range(width)], []
     for owner, r in enumerate(rollouts, 1):
         length = len(r.response_ids)
         sources += [width - 1, *range(len(ids), len(ids) + length - 1)]  # which position predicts each token

@@ -159,6 +159,7 @@ def test_a_prompt_read_once_for_all_its_responses_changes_neither_loss_nor_gradi
     policy = load_policy(random_model, lora_rank=4, device="cpu")
     assert policy.shares_prompts
     rollouts = rollouts_of(policy, [1.0, -1.0, 0.5, 2.0, -0.3, 0.1, 0.7])
+    rollouts[0].prompt_ids, rollouts[3].prompt_ids = [*range(30)], [*range(40, 70)]
     for copy, of in ((1, 0), (4, 0), (5, 3), (6, 0)):
         rollouts[copy].prompt_ids = rollouts[of].prompt_ids
     with torch.no_grad():
