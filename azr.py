@@ -485,8 +485,8 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     mine = share(rollouts, (lambda rollout: tuple(rollout.prompt_ids)) if policy.shares_prompts else id)
     for batch in micro_batches(mine, budget, policy.shares_prompts):
         logps_N, entropies_N = response_logprobs(policy, batch)
-        advantages_N = torch.tensor([
-            rollout.advantage for rollout in batch for _ in rollout.response_ids], device=policy.device)
+        advantages_N = torch.tensor([rollout.advantage for row in batch for rollout in row
+                                     for _ in rollout.response_ids], device=policy.device)
         # One update a step: the policy that is trained is the one that sampled, so the old logprobs
         # are these very numbers. (The sampler's own come from other kernels and would differ.)
         losses_N = clipped_loss(logps_N, logps_N.detach(), advantages_N, cfg.clip)
@@ -515,7 +515,7 @@ def sampler_gap(policy, rollouts, rows=8, tokens=16):
         return 0.0
     policy.causal.eval()
     with policy.autocast(), torch.no_grad():
-        trained_BN = torch.stack([response_logprobs(policy, [rollout])[0][:tokens] for rollout in mine])
+        trained_BN = torch.stack([response_logprobs(policy, [[rollout]])[0][:tokens] for rollout in mine])
         gaps_BN = (trained_BN - decoded_logprobs(policy, mine, tokens)).abs()
         return gaps_BN.sum().item() / (len(some) * tokens)
 
@@ -531,40 +531,53 @@ def clipped_loss(logps_N, old_logps_N, advantages_N, clip):
 
 
 def micro_batches(rollouts, budget, shared=False):
-    """Split into lists whose rows · longest row is at most `budget` tokens, longest rows first.
+    """Split into batches of rows, whose number · longest row is at most `budget` tokens, longest rows first.
 
-    Sorting by length keeps padding small; a row over the budget gets a batch of its own. With `shared`,
-    responses to one prompt share a row, and such a row is a batch: see `_hidden_states`.
+    A row is a list of rollouts, one unless responses are `shared`: then as many of one prompt as the budget
+    allows, see `_hidden_states`. Sorting by length keeps padding small; a row over the budget gets a batch of
+    its own.
+
+    >>> a, b, c = (Rollout("solve", "deduction", [1, 2, 3], [4] * n) for n in (1, 2, 3))
+    >>> micro_batches([a, b, c], budget=10) == [[[c]], [[b], [a]]]
+    True
+    >>> micro_batches([a, b, c], budget=10, shared=True) == [[[a, b, c]]]
+    True
     """
-    copies = Counter(tuple(rollout.prompt_ids) for rollout in rollouts)
-
-    def prompt(rollout):
+    rows, open_rows, batches = [], {}, []
+    for rollout in rollouts:
+        prompt = tuple(rollout.prompt_ids)
+        row = open_rows.get(prompt, [])
         # beside long responses the columns that the mask hides cost more than a short prompt
-        long = len(rollout.prompt_ids) >= len(rollout.response_ids)
-        return rollout.prompt_ids if shared and long and copies[tuple(rollout.prompt_ids)] > 1 else []
-
-    batches = []
-    for rollout in sorted(rollouts, key=lambda rollout: (prompt(rollout), -rollout.tokens)):
-        last = batches[-1] if batches else [rollout]
-        size = (len(last) + 1) * last[0].tokens
-        if prompt(rollout):
-            size = rollout.tokens + sum(len(other.response_ids) for other in last)
-        if batches and size <= budget and prompt(rollout) == prompt(last[0]):
-            last.append(rollout)
+        long = len(prompt) >= len(rollout.response_ids)
+        if row and shared and long and _tokens(row) + len(rollout.response_ids) <= budget:
+            row.append(rollout)
         else:
-            batches.append([rollout])
+            rows.append([rollout])
+            if long:
+                open_rows[prompt] = rows[-1]
+    for row in sorted(rows, key=_tokens, reverse=True):
+        if batches and (len(batches[-1]) + 1) * _tokens(batches[-1][0]) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
     return batches
 
 
-def response_logprobs(policy, rollouts, chunk=None):
+def _tokens(row):
+    return len(row[0].prompt_ids) + sum(len(rollout.response_ids) for rollout in row)
+
+
+def response_logprobs(policy, rows, chunk=None):
     """Logprob and entropy of every response token, given all before it. → logps_N, entropies_N
 
-    N runs over the response tokens of all rollouts, in order. Temperature 1, in nats, fp32, both
-    with gradients. Logits never exist for more than `chunk` tokens (None: as many as LOGITS allows),
-    forward or backward: the output head runs on the hidden states chunk by chunk.
+    rows: rollouts, or lists of rollouts with one prompt (see `micro_batches`). N runs over the response
+    tokens of all rollouts, in order. Temperature 1, in nats, fp32, both with gradients. Logits never exist
+    for more than `chunk` tokens (None: as many as LOGITS allows), forward or backward: the output head runs
+    on the hidden states chunk by chunk.
     """
-    hidden_ND = _hidden_states(policy, rollouts)
-    targets_N = torch.tensor([i for r in rollouts for i in r.response_ids], device=policy.device)
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    hidden_ND = _hidden_states(policy, rows)
+    targets_N = torch.tensor([i for row in rows for r in row for i in r.response_ids], device=policy.device)
     head = policy.causal.get_output_embeddings()
     chunk = chunk or min(1024, max(1, LOGITS // len(head.weight)))
     softcap = getattr(policy.causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
@@ -575,34 +588,36 @@ def response_logprobs(policy, rollouts, chunk=None):
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def _hidden_states(policy, rollouts):
+def _hidden_states(policy, rows):
     """The last layer's output where the response tokens are predicted. → hidden_ND
 
-    A rollout is a row of a padded batch. Where prompts are long and shared, all responses stand behind the
-    prompt in one row instead: a mask hides them from each other, and positions go on from the prompt's end.
+    In a row stand a prompt and all responses to it, one behind the other. Where there are several, a mask
+    hides them from each other, and the positions of each go on from the prompt's end.
     """
-    first = rollouts[0].prompt_ids
-    if not policy.shares_prompts or len(rollouts) < 2 or any(
-            r.prompt_ids != first or len(r.response_ids) > len(first) for r in rollouts):
-        rows = [torch.tensor(r.prompt_ids + r.response_ids, device=policy.device) for r in rollouts]
-        ids_BT = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id)
-        # no padding mask: a causal model never looks to the right, and kernels without a mask are faster
-        hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return torch.cat([hidden_TD[len(r.prompt_ids) - 1:r.tokens - 1]  # position t−1 predicts token t
-                          for hidden_TD, r in zip(hidden_BTD, rollouts)])
-    width = len(first)
-    ids, owners, positions, sources = [*first], [0] * width, [*range(width)], []
-    for owner, r in enumerate(rollouts, 1):
-        length = len(r.response_ids)
-        sources += [width - 1, *range(len(ids), len(ids) + length - 1)]  # which position predicts each token
-        ids, owners = ids + r.response_ids, owners + [owner] * length
-        positions += range(width, width + length)
-    ids_T, owners_T, positions_T = torch.tensor([ids, owners, positions], device=policy.device)
-    visible_TT = ((owners_T == 0) | (owners_T == owners_T[:, None])).tril()
-    hidden_BTD = policy.causal.base_model(
-        input_ids=ids_T[None], attention_mask=visible_TT[None, None], position_ids=positions_T[None],
-        use_cache=False).last_hidden_state
-    return hidden_BTD[0, sources]
+    ids, positions, owners, sources = [], [], [], []
+    for number, row in enumerate(rows):
+        width = len(row[0].prompt_ids)
+        ids.append([*row[0].prompt_ids])
+        positions.append([*range(width)])
+        owners.append([0] * width)  # of a token: 0 is the prompt
+        for owner, rollout in enumerate(row, 1):
+            start, length = len(ids[-1]), len(rollout.response_ids)
+            # the prompt's last token predicts the first of a response, position t − 1 predicts token t
+            sources += [(number, t) for t in (width - 1, *range(start, start + length - 1))]
+            ids[-1] += rollout.response_ids
+            positions[-1] += range(width, width + length)
+            owners[-1] += [owner] * length
+    ids_BT, positions_BT, owners_BT = (
+        pad_sequence([torch.tensor(row, device=policy.device) for row in lists], batch_first=True,
+                     padding_value=padding)
+        for lists, padding in ((ids, policy.pad_id), (positions, 0), (owners, -1)))
+    how = {}  # a causal model never looks to the right: padding needs no mask, and kernels without are faster
+    if any(len(row) > 1 for row in rows):
+        visible_BTT = ((owners_BT == 0)[:, None] | (owners_BT[:, None] == owners_BT[:, :, None])).tril()
+        how = {"attention_mask": visible_BTT[:, None], "position_ids": positions_BT}
+    hidden_BTD = policy.causal.base_model(input_ids=ids_BT, use_cache=False, **how).last_hidden_state
+    rows_N, columns_N = torch.tensor(sources, device=policy.device).T
+    return hidden_BTD[rows_N, columns_N]
 
 
 def _logits(head, hidden_ND, softcap):

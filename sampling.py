@@ -7,11 +7,14 @@
     responses = [cut_after_end(ids) for ids in ids_BT[:, ids_BP.shape[1]:].tolist()]
     # greedily to the token; sampled, from the same distribution
 
-Three things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
-for prompts that wait (`generate`), and the cache is neither copied at every token (`RoomyLayer`) nor once a
-query head (`grouped_sdpa`). Axes as in azr.py: B rows, P prompt tokens, T prompt and response tokens.
+Four things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
+for prompts that wait (`generate`), the cache is neither copied at every token (`RoomyLayer`) nor once a query
+head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_Replay`). Axes as in azr.py: B rows,
+P prompt tokens, T prompt and response tokens.
 """
 
+import contextlib
+import functools
 import os
 import warnings
 from bisect import bisect_left
@@ -26,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
@@ -54,7 +58,7 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
 AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
-SEGMENT = 16  # tokens between two looks at the batch, at least
+SEGMENT = 16  # tokens between two looks at the batch, at least; 4 times as many where each captures a graph
 BLOCK = 128   # columns by which a cache grows: few sizes, so that memory is used again
 ROWS = 512    # sampled at once, at most
 torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's first choice, which plans anew for every length
@@ -65,20 +69,34 @@ class RoomyLayer(DynamicLayer):
     copies all that came before it, at every token. Keys and values are [row, head, column, feature]."""
 
     room = None  # tensors that self.keys and self.values are the first columns of
+    at = None    # a tensor with the next column, where a graph of operations must not hold the number itself
 
     def update(self, keys, values, *args, **kwargs):
+        if self.at is not None:
+            for room, new in zip(self.room, (keys, values)):
+                room.index_copy_(2, self.at, new)
+            return self.room
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+            self.keys, self.values = (x[:, :, :0] for x in (keys, values))
         start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            columns = (end // BLOCK + 1) * BLOCK
-            room = [x.new_empty(*x.shape[:2], columns, x.shape[-1]) for x in (keys, values)]
-            if start:
-                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
-            self.room = room
+        self.reserve(end)
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
-        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        self.show(end)
         return self.keys, self.values
+
+    def reserve(self, columns):
+        """Make room for so many columns in all, if there is less."""
+        if self.room is None or columns > self.room[0].shape[-2]:
+            size = (columns // BLOCK + 1) * BLOCK
+            room = [x.new_zeros(*x.shape[:2], size, x.shape[-1]) for x in (self.keys, self.values)]
+            start = self.get_seq_length()
+            room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
+            self.room = room
+
+    def show(self, columns):
+        """Count so many columns of the room as written."""
+        self.keys, self.values = (x[:, :, :columns] for x in self.room)
 
     def put(self, change, *others):
         """Replace keys and values by change(keys, …) and change(values, …) of this and other layers."""
@@ -143,6 +161,69 @@ def _join(batch, other):
     return _Batch(ids_BT, mask_BT, batch.cache, batch.owners + other.owners, batch.lengths + other.lengths)
 
 
+class _Replay:
+    """The forward of a model while a batch is decoded on a GPU: `with _Replay(causal, batch, tokens):`
+
+    The first token runs as always. The second is captured as a CUDA graph, which the others replay: Python
+    launches one graph a token instead of the thousands of kernels in it, which take longer to launch than to
+    run. What changes from token to token stands in tensors, so each reads the whole room of the cache, under
+    a mask. The graph holds only for this batch and this room: the next segment captures its own.
+    """
+
+    def __init__(self, causal, batch, tokens):
+        self.causal, self.forward, self.batch, self.tokens = causal, causal.forward, batch, tokens
+        self.started, self.replay, self.logits_B1V = False, None, None
+        functools.update_wrapper(self, causal.forward)  # transformers looks at its signature
+
+    def __enter__(self):
+        ids_BT, mask_BT, self.layers = self.batch.ids_BT, self.batch.mask_BT, self.batch.cache.layers
+        for layer in self.layers:
+            layer.reserve(ids_BT.shape[1] - 1 + self.tokens)
+        self.ids_B1, self.at = torch.empty_like(ids_BT[:, -1:]), ids_BT.new_empty(1)
+        room = self.layers[0].room[0].shape[2] - mask_BT.shape[1]
+        self.mask_B11T = functional.pad(mask_BT, (0, room)).bool()[:, None, None]
+        self.causal.forward = self
+
+    def __exit__(self, *error):
+        self.causal.forward = self.forward
+
+    def __call__(self, input_ids, past_key_values, **options):
+        if not self.started:
+            self.started = True
+            return self.forward(input_ids=input_ids, past_key_values=past_key_values, **options)
+        end = past_key_values.get_seq_length()
+        self.ids_B1.copy_(input_ids)
+        self.at.fill_(end)
+        self.replay = self.replay or capture(self.decode)
+        self.replay()
+        for layer in self.layers:
+            layer.show(end + 1)
+        return CausalLMOutputWithPast(logits=self.logits_B1V, past_key_values=past_key_values)
+
+    def decode(self):
+        """The operations of one token; all that they read and write stands at a fixed place."""
+        self.mask_B11T.index_fill_(-1, self.at, True)
+        for layer in self.layers:
+            layer.at = self.at
+        positions_B1 = self.mask_B11T[:, 0].sum(-1) - 1
+        self.logits_B1V = self.forward(input_ids=self.ids_B1, attention_mask=self.mask_B11T,
+                                       position_ids=positions_B1, past_key_values=self.batch.cache).logits
+        for layer in self.layers:
+            layer.at = None
+
+
+def uses_graphs(policy):
+    return policy.device.type == "cuda" and attends_to_all(policy.causal.config)
+
+
+def capture(operations):
+    """What `operations` does on the GPU, as a function that does it again without running its Python."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        operations()
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.0):
     """Sample `copies` responses to each prompt from the whole distribution (no top-k, no top-p).
@@ -168,27 +249,29 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
     responses = [[]] * (len(prompts) * copies)  # as far as they are sampled
     waiting = [i * copies + copy for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
                for copy in range(copies)]  # longest prompts first, so that later ones fit in beside them
-    free, batch = free_memory(policy.device), None
+    free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
+    least = SEGMENT * 4 if graphs else SEGMENT
     while waiting or batch:
         busy = batch.owners if batch else []
         unfinished = busy + waiting
         width = max(len(prompts[i // copies]) + len(responses[i]) for i in unfinished)
-        if len(busy) > _rows_that_fit(policy, free, width + SEGMENT):
+        if len(busy) > _rows_that_fit(policy, free, width + least):
             waiting, batch = unfinished, None  # read again, fewer at once
             continue
-        rows = _rows_that_fit(policy, free, width + SEGMENT + min(max_tokens, policy.mean_tokens))
+        rows = _rows_that_fit(policy, free, width + least + min(max_tokens, policy.mean_tokens))
         try:
             if waiting and (not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4):
                 joining = waiting[:rows - len(busy)]
                 batch = _join(batch, _prefill(policy, prompts, copies, responses, joining))
                 waiting = waiting[len(joining):]
-            segment = max(SEGMENT, min(batch.lengths) // 4)
+            segment = max(least, min(batch.lengths) // 4)
             segment = min(segment, max_tokens - max(batch.lengths))
             width = batch.ids_BT.shape[1]
-            batch.ids_BT = policy.causal.generate(
-                batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
-                eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=segment,
-                **how)
+            with _Replay(policy.causal, batch, segment) if graphs else contextlib.nullcontext():
+                batch.ids_BT = policy.causal.generate(
+                    batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
+                    eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=segment,
+                    **how)
         except torch.OutOfMemoryError:
             policy.rows = min(rows, len(unfinished)) // 2
             if not policy.rows:

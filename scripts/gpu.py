@@ -1,21 +1,21 @@
-"""Does a step fit, how long does it take, and which way to decode is fastest? On a GPU, under memory caps.
+"""How long does a token take, how long the update, and which way to decode is fastest? On a GPU.
 
-    python scripts/gpu.py                                # every row: needs CUDA, and some hours
-    python scripts/gpu.py --shapes 3B --caps 24          # the rows of one model on one card
+    python scripts/gpu.py                                # 0.5B to 7B, 4-bit and bf16: needs CUDA, some minutes
+    python scripts/gpu.py --shapes 3B --caps 24          # one model, as on a card of 24 GB
     python scripts/gpu.py --shapes tiny --device cpu     # seconds: only checks that every way runs
 
 The models have the published shapes of Qwen2.5 and random weights; nothing is downloaded. The caps are set by
 torch.cuda.set_per_process_memory_fraction: a large card then speaks for smaller ones about memory, but not
-about speed. A step is one of train.py's at its defaults, without the sandbox: 3·B proposals, n tries of each
-of 3·B tasks, 3·B solutions, one update over all of them. Random weights say nothing sensible, so a response
-ends at each token with the chance that makes its mean --mean-response tokens.
+about speed. A token's time is that of --rows rows, the time of a few tokens subtracted from that of more, so
+that reading the prompts does not count. The update reads as many responses as there are rows, eight a prompt.
 
 Ways to decode:
-    azr      this code's `generate`
-    plain    transformers' `generate` on padded batches; the others are checked against its greedy tokens
-    static   the same with a static cache in fixed buckets, where transformers compiles to CUDA graphs
-    paged    transformers' `generate_batch`: a paged cache and CUDA graphs
+    azr      this code's `generate`, with CUDA graphs of its own
+    eager    the same without them
     fused    azr, with each LoRA layer as two matrix products in the dtype of the base weights
+    plain    transformers' `generate` on padded batches; the others are checked against its greedy tokens
+    paged    transformers' `generate_batch`: a paged cache and CUDA graphs
+    static   plain with a static cache in fixed buckets, which transformers compiles; only if asked for
 In bf16 other kernels round differently, and greedy tokens part after a while: `equal` is the share of tokens
 before they do. It must be 1 on a CPU, where the weights are fp32.
 """
@@ -42,8 +42,7 @@ import azr
 from report import layout
 from train import CARD, preset
 
-COLUMNS = ("model weights cap way fits model_gb peak_gb equal tokens_per_second propose estimate solve update "
-           "hours note").split()
+COLUMNS = "model weights cap way equal ms_a_token tokens_per_second peak_gb note".split()
 BUCKET = 256  # columns of a static cache, and of a padded prompt, come in multiples of it
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY = {"do_sample": False}
@@ -125,7 +124,13 @@ def _two_products(layer, dtype):
     return forward
 
 
-WAYS = {"azr": azr.generate, "plain": plain, "static": static, "paged": paged, "fused": fused}
+def eager(policy, prompts, max_tokens, copies=1, greedy=False):
+    """azr.generate without CUDA graphs."""
+    with mock.patch("sampling.uses_graphs", lambda policy: False):
+        return azr.generate(policy, prompts, max_tokens, copies, greedy)
+
+
+WAYS = {"azr": azr.generate, "eager": eager, "fused": fused, "plain": plain, "paged": paged, "static": static}
 
 
 # --- what is measured --------------------------------------------------------------------------------
@@ -140,33 +145,44 @@ def share_equal(policy, way):
     return sum(alike) / sum(max(map(len, pair)) for pair in pairs)
 
 
-def one_step(policy, way, cfg, prompt_tokens):
-    """A step of train.py without the sandbox. → seconds by phase, sampled tokens a second"""
-    low, clock = len(policy.end_ids), {}
-    prompts = torch.randint(low, policy.pad_id, (3 * cfg.batch, prompt_tokens)).tolist()
+def seconds_of(policy, action):
+    started = time.perf_counter()
+    action()
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
-    def timed(name, action):
-        started = time.perf_counter()
-        result = action()
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize()
-        clock[name] = time.perf_counter() - started
-        return result
 
-    sampled = {name: timed(name, lambda: way(policy, prompts, cfg.max_response, copies))
-               for name, copies in (("propose", 1), ("estimate", cfg.samples), ("solve", 1))}
-    rollouts = [azr.Rollout("solve", "deduction", prompts[i * len(prompts) // len(responses)], ids, "",
-                            advantage=(-1.0) ** i)
-                for responses in sampled.values() for i, ids in enumerate(responses)]
+def decoding(policy, way, options):
+    """Milliseconds a token of options.rows rows, and tokens a second of all of them."""
+    prompts = some_prompts(policy, options)
+    few = options.tokens // 4
+    _, short, long = (seconds_of(policy, lambda: way(policy, prompts, tokens, options.copies))
+                      for tokens in (few, few, few + options.tokens))  # the first warms up
+    token = (long - short) / options.tokens
+    return {"ms_a_token": round(1000 * token, 1), "tokens_per_second": round(options.rows / token)}
+
+
+def updating(policy, options):
+    """Tokens a second of azr.trr_update, prompts and responses counted once for each response."""
+    prompts = some_prompts(policy, options)
+    rollouts = [azr.Rollout("solve", "deduction", prompt, prompt[:options.response], "", advantage=(-1.0) ** i)
+                for prompt in prompts for i in range(options.copies)]
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
-    speed = sum(len(r.response_ids) for r in rollouts) / sum(clock.values())
-    timed("update", lambda: azr.trr_update(policy, optimizer, rollouts, cfg))
-    return {name: round(seconds, 1) for name, seconds in clock.items()} | {"tokens_per_second": round(speed)}
+    cfg = preset(CARD)
+    seconds = [seconds_of(policy, lambda: azr.trr_update(policy, optimizer, rollouts, cfg)) for _ in range(2)][1]
+    return {"tokens_per_second": round(sum(r.tokens for r in rollouts) / seconds), "note": f"{seconds:.1f} s"}
 
 
-def measure(shape, weights, cap, way, options):
-    """One row of the table, in a process of its own: a cap holds for the life of a process."""
-    on_gpu, cfg, cap = options.device == "cuda", preset(CARD), float(cap)
+def some_prompts(policy, options):
+    generator = torch.Generator().manual_seed(0)
+    shape = options.rows // options.copies, options.prompt
+    return torch.randint(1, policy.pad_id, shape, generator=generator).tolist()
+
+
+def measure(shape, weights, cap, options):
+    """The rows of one model, in a process of its own: a cap holds for the life of a process. → [{column: value}]"""
+    on_gpu, cap, rows = options.device == "cuda", float(cap), []
     torch.manual_seed(0)
     if on_gpu:
         whole = torch.cuda.get_device_properties(0).total_memory
@@ -176,20 +192,25 @@ def measure(shape, weights, cap, way, options):
     else:
         torch.set_num_threads(1)
     if shape == "tiny":
-        cfg, options.prompt, options.mean_response = preset(CARD, batch=2, samples=2, max_response=32), 32, 16
-    result = {"note": "–" if on_gpu or way not in ("static", "paged") else "without CUDA graphs: they need CUDA"}
-    try:
-        policy = make_policy(shape, weights, options.device, torch.bfloat16 if on_gpu else torch.float32,
-                             options.mean_response)
-        policy.rows = options.rows
-        result["model_gb"] = _peak_gb(on_gpu)
-        result["equal"] = round(share_equal(policy, WAYS[way]), 3)
-        result |= one_step(policy, WAYS[way], cfg, options.prompt)
-        seconds = sum(result[phase] for phase in ("propose", "estimate", "solve", "update"))
-        result |= {"fits": "yes", "hours": round(seconds * cfg.steps / 3600, 2)}
-    except torch.OutOfMemoryError:
-        result["fits"] = "no"
-    return result | {"peak_gb": _peak_gb(on_gpu)}
+        options.prompt, options.response, options.rows, options.tokens = 32, 16, 8, 16
+    policy = make_policy(shape, weights, options.device, torch.bfloat16 if on_gpu else torch.float32, 10 ** 9)
+    policy.rows, policy.shares_prompts = options.rows, True
+    for name in [*options.ways, "update"]:
+        row = {"model": shape, "weights": weights, "cap": f"{cap:g}" if on_gpu else "–", "way": name}
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            if name == "update":
+                row |= updating(policy, options)
+            else:
+                row["equal"] = round(share_equal(policy, WAYS[name]), 3)
+                row |= decoding(policy, WAYS[name], options)
+        except (RuntimeError, ValueError) as error:  # out of memory, and what a library cannot do
+            row["note"] = (str(error).splitlines() or ["failed"])[0]
+        rows.append(row | {"peak_gb": _peak_gb(on_gpu)})
+        print(*(rows[-1].get(column, "–") for column in COLUMNS), file=sys.stderr, flush=True)
+    return rows
 
 
 def _peak_gb(on_gpu):
@@ -201,13 +222,15 @@ def main(arguments=None):
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "3B", "7B"])
     add("--weights", nargs="+", choices=("4bit", "bf16"), default=["4bit", "bf16"])
-    add("--caps", nargs="+", type=float, default=[12, 16, 24], help="GB of the card")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--caps", nargs="+", type=float, default=[24], help="GB of the card")
+    add("--ways", nargs="*", choices=WAYS, default=[way for way in WAYS if way != "static"])
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--prompt", type=int, default=600, help="tokens of a prompt")
-    add("--mean-response", type=int, default=300, help="mean tokens of a response")
     add("--rows", type=int, default=64, help="responses decoded at once")
-    add("--row", nargs=4, help=argparse.SUPPRESS)  # one, for the process that prints the table
+    add("--copies", type=int, default=8, help="responses to one prompt")
+    add("--prompt", type=int, default=600, help="tokens of a prompt")
+    add("--response", type=int, default=300, help="tokens of a response in the update")
+    add("--tokens", type=int, default=64, help="tokens whose time is taken")
+    add("--row", nargs=3, help=argparse.SUPPRESS)  # one model, for the process that prints the table
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
@@ -218,23 +241,16 @@ def main(arguments=None):
         print(json.dumps(measure(*options.row, options)))
         return 0
     rows = [COLUMNS]
-    for shape, weights, cap, way in itertools.product(
-            options.shapes, options.weights, options.caps if on_gpu else [0], options.ways):
-        result = {"note": "needs CUDA: 4-bit layers with biases cannot be trained on a CPU"}
-        if on_gpu or weights == "bf16":
-            result = in_own_process([*arguments, "--row", shape, weights, str(cap), way])
-        result |= {"model": shape, "weights": weights, "cap": f"{cap:g}" if on_gpu else "–", "way": way}
-        rows.append([result.get(column, "–") for column in COLUMNS])
-        print(*rows[-1], file=sys.stderr)
+    for shape, weights, cap in itertools.product(options.shapes, options.weights, options.caps if on_gpu else [0]):
+        if not on_gpu and weights == "4bit":
+            print("4-bit layers with biases cannot be trained on a CPU: left out", file=sys.stderr)
+            continue
+        child = subprocess.run([sys.executable, __file__, *arguments, "--row", shape, weights, str(cap)],
+                               stdout=subprocess.PIPE, text=True)
+        found = json.loads(child.stdout) if child.returncode == 0 else [{"model": shape, "note": "failed: see above"}]
+        rows += [[row.get(column, "–") for column in COLUMNS] for row in found]
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU, one thread'}\n\n{layout(rows, True)}")
     return 0
-
-
-def in_own_process(arguments):
-    child = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-    if child.returncode == 0:
-        return json.loads(child.stdout.splitlines()[-1])
-    return {"fits": "failed", "note": (child.stderr.strip().splitlines() or ["killed"])[-1]}
 
 
 if __name__ == "__main__":

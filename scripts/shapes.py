@@ -73,5 +73,5 @@ def _quantized(linear, device):
     layer.weight = bitsandbytes.nn.Params4bit(
         _random(linear.weight, device), quant_type="nf4", module=layer)._quantize(torch.device(device))
     if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(linear.weight.dtype)
+        layer.bias = torch.nn.Parameter(_random(linear.bias, device), requires_grad=False)
     return layer

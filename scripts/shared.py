@@ -47,12 +47,12 @@ def main():
                 for _ in range(options.copies)]
     weights_N = torch.randn(options.copies * options.response)
     found = {}
-    for way, policy.shares_prompts in (("for each", False), ("for all", True)):
+    for way, rows in (("for each", rollouts), ("for all", [rollouts])):
         seconds = []
         for _ in range(3):
             policy.causal.zero_grad()
             started = time.process_time()
-            logps_N, _ = response_logprobs(policy, rollouts)
+            logps_N, _ = response_logprobs(policy, rows)
             (logps_N * weights_N).mean().backward()
             seconds.append(time.process_time() - started)
         grads = torch.cat([weight.grad.flatten() for weight in policy.trainable().values()])

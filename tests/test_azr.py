@@ -195,12 +195,13 @@ def test_micro_batches_keep_every_rollout_and_the_budget(shared):
     rng = random.Random(0)
     rollouts = [Rollout("solve", "deduction", [0] * rng.randint(1, 50), [0] * rng.randint(1, 50), "") for _ in range(100)]
     batches = micro_batches(rollouts, 300, shared)
-    assert sorted(map(id, sum(batches, []))) == sorted(map(id, rollouts))
+    assert sorted(id(r) for batch in batches for row in batch for r in row) == sorted(map(id, rollouts))
+    assert any(len(row) > 1 for batch in batches for row in batch) == shared
     for batch in batches:
-        widest = max(len(r.prompt_ids) + len(r.response_ids) for r in batch)
-        shares = shared and len({tuple(r.prompt_ids) for r in batch}) == 1
-        size = len(batch[0].prompt_ids) + sum(len(r.response_ids) for r in batch) if shares else len(batch) * widest
-        assert len(batch) == 1 or size <= 300
+        sizes = [len(row[0].prompt_ids) + sum(len(r.response_ids) for r in row) for row in batch]
+        assert len(batch) == 1 == len(batch[0]) or len(batch) * max(sizes) <= 300
+        for row in batch:
+            assert len({tuple(r.prompt_ids) for r in row}) == 1
 
 
 def test_one_step_makes_good_responses_likelier_and_bad_ones_less(policy):
@@ -295,7 +296,7 @@ def test_on_a_cpu_micro_batches_follow_from_free_memory(random_model, monkeypatc
     assert policy.micro_tokens == 10
     sizes, real = [], azr.response_logprobs
     monkeypatch.setattr(azr, "response_logprobs", lambda policy, batch: sizes.append(
-        len(batch) * max(r.tokens for r in batch)) or real(policy, batch))
+        len(batch) * max(r.tokens for row in batch for r in row)) or real(policy, batch))
     policy.micro_tokens = 100
     trr_update(policy, sgd(policy), rollouts_of(policy, [1.0] * 12), config(micro_tokens=10 ** 6))
     assert len(sizes) > 1 and max(sizes) <= 100

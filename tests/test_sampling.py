@@ -109,6 +109,30 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(policy, monkeypatch):
         generate(policy, PROMPTS, 60, greedy=True)
 
 
+def test_a_replayed_graph_decodes_what_the_model_does(policy, monkeypatch):
+    """A GPU's way on a CPU: the graph is a function that repeats the same operations on the same tensors."""
+    graphs, replays = [], []
+
+    def capture(operations):
+        graphs.append(operations)
+        return lambda: (replays.append(1), operations())
+
+    expected = greedy_of(policy, monkeypatch, uses_graphs=lambda policy: True, capture=capture)
+    forward = policy.causal.forward
+    for rows in (0, 4, 7):
+        policy.rows = rows
+        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert len(replays) > 10 * len(graphs) > 0 and policy.causal.forward == forward
+    free = policy.causal.generate
+    def interrupted(ids, **how):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(policy.causal, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(policy, PROMPTS, 60)
+    monkeypatch.setattr(policy.causal, "generate", free)
+    assert policy.causal.forward == forward and generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+
+
 def test_prompts_are_read_in_parts_that_fit(policy, monkeypatch):
     expected, seen = greedy_of(policy, monkeypatch, _tokens_in_a_pass=lambda policy: 24), []
     policy.causal.register_forward_pre_hook(

@@ -84,7 +84,7 @@ def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds():
 
 # --- gpu.py ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("way", ["azr", "static", "paged", "fused"])
+@pytest.mark.parametrize("way", ["azr", "eager", "fused", "paged", "static"])
 def test_each_way_to_decode_gives_the_greedy_tokens_of_plain_generate(way):
     torch.manual_seed(0)
     policy = make_policy("tiny", "bf16", "cpu", torch.float32, mean_response=16)
