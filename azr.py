@@ -215,8 +215,8 @@ def forecast(policy, cfg, memory=None):
 
     memory: bytes of the card; None: this machine's. On a CPU a third of the free memory is taken, since the
     system kills there and nothing raises. Bytes are a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients
-    and AdamW. Seconds are estimates for a 24 GB card: 4,100 tokens decoded one after the other, 1.25 ms a
-    layer to launch its kernels; an update of 1,000 tokens a rollout, at 60 TFLOP/s.
+    and AdamW. Seconds are estimates for a 24 GB card: at most 4,100 tokens decoded one after the other, of
+    0.5 ms a layer and 4.5 bytes a weight at 1 TB/s; an update of 650 tokens a rollout, at 60 TFLOP/s.
     """
     config = policy.causal.config.get_text_config()
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
@@ -231,7 +231,9 @@ def forecast(policy, cfg, memory=None):
     memory = memory or torch.cuda.get_device_properties(policy.device).total_memory
     held = policy.causal.get_memory_footprint() + 2.2e9
     policy.micro_tokens = max(1, min(cfg.micro_tokens, (memory - held) // a_token))
-    seconds = layers * (5 + 1.1e-9 * cfg.batch * (2 + cfg.samples) * width * inner)
+    token = 5e-4 + 4.5e-12 * 3 * width * (width + inner)
+    seconds = layers * (min(4100, 3 * cfg.max_response) * token
+                        + 0.7e-9 * cfg.batch * (2 + cfg.samples) * width * inner)
     return (f"expected, not measured: {(held + a_token * policy.micro_tokens) / 2 ** 30:.0f} GB, "
             f"{seconds:.0f} seconds a step, {seconds * cfg.steps / 3600:.0f} hours in all")
 
