@@ -9,7 +9,7 @@
 
 Four things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
 for prompts that wait (`generate`), the cache is neither copied at every token (`RoomyLayer`) nor once a query
-head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_Replay`). Axes as in azr.py: B rows,
+head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_replayed`). Axes as in azr.py: B rows,
 P prompt tokens, T prompt and response tokens.
 """
 
@@ -29,7 +29,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
@@ -161,59 +160,58 @@ def _join(batch, other):
     return _Batch(ids_BT, mask_BT, batch.cache, batch.owners + other.owners, batch.lengths + other.lengths)
 
 
-class _Replay:
-    """The forward of a model while a batch is decoded on a GPU: `with _Replay(causal, batch, tokens):`
+@contextlib.contextmanager
+def _replayed(causal, batch, tokens):
+    """In it so many tokens are decoded by replaying a CUDA graph, where causal.forward is called.
 
-    The first token runs as always. The second is captured as a CUDA graph, which the others replay: Python
-    launches one graph a token instead of the thousands of kernels in it, which take longer to launch than to
-    run. What changes from token to token stands in tensors, so each reads the whole room of the cache, under
-    a mask. The graph holds only for this batch and this room: the next segment captures its own.
+    The first token runs as always. The second is captured, which the others replay: Python launches one graph
+    a token instead of the thousands of kernels in it, which take longer to launch than to run. What changes
+    from token to token stands in tensors, so each reads the whole room of the cache, under a mask. The graph
+    holds only for this batch and this room: the next segment captures its own.
     """
+    plain, layers, begin = causal.forward, batch.cache.layers, batch.ids_BT.shape[1] - 1
+    for layer in layers:
+        layer.reserve(begin + tokens)
+    ids_B1, at = torch.empty_like(batch.ids_BT[:, -1:]), batch.ids_BT.new_empty(1)
+    unwritten = layers[0].room[0].shape[2] - batch.mask_BT.shape[1]
+    mask_B11T = functional.pad(batch.mask_BT, (0, unwritten)).bool()[:, None, None]
+    replay = output = None
 
-    def __init__(self, causal, batch, tokens):
-        self.causal, self.forward, self.batch, self.tokens = causal, causal.forward, batch, tokens
-        self.started, self.replay, self.logits_B1V = False, None, None
-        functools.update_wrapper(self, causal.forward)  # transformers looks at its signature
-
-    def __enter__(self):
-        ids_BT, mask_BT, self.layers = self.batch.ids_BT, self.batch.mask_BT, self.batch.cache.layers
-        for layer in self.layers:
-            layer.reserve(ids_BT.shape[1] - 1 + self.tokens)
-        self.ids_B1, self.at = torch.empty_like(ids_BT[:, -1:]), ids_BT.new_empty(1)
-        room = self.layers[0].room[0].shape[2] - mask_BT.shape[1]
-        self.mask_B11T = functional.pad(mask_BT, (0, room)).bool()[:, None, None]
-        self.causal.forward = self
-
-    def __exit__(self, *error):
-        self.causal.forward = self.forward
-
-    def __call__(self, input_ids, past_key_values, **options):
-        if not self.started:
-            self.started = True
-            return self.forward(input_ids=input_ids, past_key_values=past_key_values, **options)
-        end = past_key_values.get_seq_length()
-        self.ids_B1.copy_(input_ids)
-        self.at.fill_(end)
-        self.replay = self.replay or capture(self.decode)
-        self.replay()
-        for layer in self.layers:
-            layer.show(end + 1)
-        return CausalLMOutputWithPast(logits=self.logits_B1V, past_key_values=past_key_values)
-
-    def decode(self):
-        """The operations of one token; all that they read and write stands at a fixed place."""
-        self.mask_B11T.index_fill_(-1, self.at, True)
-        for layer in self.layers:
-            layer.at = self.at
-        positions_B1 = self.mask_B11T[:, 0].sum(-1) - 1
-        self.logits_B1V = self.forward(input_ids=self.ids_B1, attention_mask=self.mask_B11T,
-                                       position_ids=positions_B1, past_key_values=self.batch.cache).logits
-        for layer in self.layers:
+    def decode():
+        nonlocal output
+        mask_B11T.index_fill_(-1, at, True)
+        for layer in layers:
+            layer.at = at
+        output = plain(input_ids=ids_B1, attention_mask=mask_B11T, past_key_values=batch.cache,
+                       position_ids=mask_B11T[:, 0].sum(-1) - 1)
+        for layer in layers:
             layer.at = None
+
+    @functools.wraps(plain)  # transformers looks at the signature
+    def forward(input_ids, past_key_values, **options):
+        nonlocal replay
+        end = past_key_values.get_seq_length()
+        if end == begin:
+            return plain(input_ids=input_ids, past_key_values=past_key_values, **options)
+        ids_B1.copy_(input_ids)
+        at.fill_(end)
+        replay = replay or capture(decode)
+        replay()
+        for layer in layers:
+            layer.show(end + 1)
+        return output
+
+    causal.forward = forward
+    try:
+        yield
+    finally:
+        causal.forward = plain
 
 
 def uses_graphs(policy):
-    return policy.device.type == "cuda" and attends_to_all(policy.causal.config)
+    """Whether decoding can be captured: on a GPU, where no operation waits to see what another gave."""
+    return (policy.device.type == "cuda" and policy.causal._can_compile_fullgraph
+            and attends_to_all(policy.causal.config))
 
 
 def capture(operations):
@@ -267,7 +265,7 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
             segment = max(least, min(batch.lengths) // 4)
             segment = min(segment, max_tokens - max(batch.lengths))
             width = batch.ids_BT.shape[1]
-            with _Replay(policy.causal, batch, segment) if graphs else contextlib.nullcontext():
+            with _replayed(policy.causal, batch, segment) if graphs else contextlib.nullcontext():
                 batch.ids_BT = policy.causal.generate(
                     batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
                     eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=segment,
