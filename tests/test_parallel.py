@@ -15,7 +15,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+import azr
+import eval as evaluation
 import parallel
+import train as training
 
 SETUP = """\
     import json, random, sys, torch
@@ -106,11 +109,17 @@ CHECKS = """
 
 @pytest.fixture(scope="module")
 def said(random_model, tmp_path_factory):
-    """{ranks: [what each rank said]} of all CHECKS in one process, in two, and in three."""
-    found = {}
-    for count in (1, 2, 3):
+    """{ranks: [what each rank said]} of all CHECKS in one process, which is this one, in two, and in three."""
+    found, code = {}, "with parallel.joined():\n" + CHECKS
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("alone")
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["", random_model, str(folder)])
+        patch.setattr(azr, "generate", azr.generate)  # CHECKS sets another
+        exec(textwrap.dedent(SETUP) + code, {})
+        found[1] = [json.loads((folder / "0.json").read_text())]
+    for count in (2, 3):
         folder = tmp_path_factory.mktemp("ranks")
-        code = "with parallel.joined():\n" + CHECKS
         for process in start(count, code, random_model, folder):
             _, err = process.communicate(timeout=240)
             assert process.returncode == 0, err
@@ -222,12 +231,10 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp
     assert rows(tmp_path / "run") == rows(whole_run)[:6]
 
 
-def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
+def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path / "run")
-    [process] = train("--resume", tmp_path / "run", "--steps", 21, count=1)
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0
-    assert "this run had 2 ranks and now has 1: what it samples will differ" in error
+    assert training.main(["--resume", str(tmp_path / "run"), "--steps", "21"]) == 0
+    assert "this run had 2 ranks and now has 1: what it samples will differ" in capsys.readouterr().err
     assert rows(tmp_path / "run")[:21] == rows(whole_run) and len(rows(tmp_path / "run")) == 22
 
 
@@ -251,11 +258,11 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
     assert ranks[0].returncode == 1 and "Ranks 1 failed" in error.rstrip().splitlines()[-1]
 
 
-def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
+def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path, capsys):
     ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run")
     wait_for_step(ranks, tmp_path / "run", 1)
-    [(code, line)] = outcome(train("--resume", tmp_path / "run", count=1))
-    assert code == 2 and "another process trains in" in line
+    assert training.main(["--resume", str(tmp_path / "run")]) == 2
+    assert "another process trains in" in capsys.readouterr().err
     for process in ranks:
         process.send_signal(signal.SIGINT)
     assert [code for code, _ in outcome(ranks)] == [0, 0]
@@ -265,13 +272,12 @@ def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
 
 
 def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
+    arguments = ["--limit", "5", "--workers", "1", "--out"]
+    assert evaluation.main([*arguments, str(tmp_path / "alone")]) == 0
     code = "import eval; sys.exit(eval.main(json.loads(out)))"
-    answers = []
-    for count in (1, 2):
-        arguments = ["--limit", "5", "--workers", "1", "--out", str(tmp_path / str(count))]
-        for process in start(count, code, "", json.dumps(arguments)):
-            _, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error
-        rows = map(json.loads, (tmp_path / str(count) / "answers.jsonl").read_text().splitlines())
-        answers.append([{**row, "seconds": 0} for row in rows])
+    for process in start(2, code, "", json.dumps([*arguments, str(tmp_path / "ranks")])):
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+    answers = [[{**json.loads(line), "seconds": 0} for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
+               for name in ("alone", "ranks")]
     assert answers[0] == answers[1] and len(answers[0]) == 15

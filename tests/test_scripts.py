@@ -117,13 +117,14 @@ def test_reproduce_goes_the_whole_way_though_it_is_killed_while_training_and_whi
     run_until(command, lambda: (run / "checkpoint" / "state.pt").exists())
     run_until(command, lambda: (evaluation / "answers.jsonl").exists() and (evaluation / "answers.jsonl").stat().st_size)
     answered = (evaluation / "answers.jsonl").read_bytes().count(b"\n")
-    whole = subprocess.run(command, capture_output=True, text=True)
-    assert whole.returncode == 0 and "$ python train.py --resume" in whole.stdout
+    assert reproduce.main([*map(str, command[2:])]) == 0
+    printed = capsys.readouterr().out
+    assert "$ python train.py --resume" in printed
     assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 3  # steps 0, 1 and 2
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in whole.stdout.splitlines() if line.startswith("| heldout")}
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in printed.splitlines() if line.startswith("| heldout")}
     assert rows.keys() == {"heldout-deduction", "heldout-abduction", "heldout-induction"}
     assert all(0 <= float(cell) <= 100 for cells in rows.values() for cell in cells[:2])
-    assert "only the first 20 tasks" in whole.stdout and "no figures for this model" in whole.stdout
+    assert "only the first 20 tasks" in printed and "no figures for this model" in printed
     assert 0 < answered <= 120 == (evaluation / "answers.jsonl").read_bytes().count(b"\n")
     assert reproduce.main([*map(str, command[2:]), "--lr", "1"]) == 2
     assert "begun with another --lr" in capsys.readouterr().err
