@@ -1,7 +1,6 @@
 """Several ranks do what one process does: dealt out, added up, and ended together."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 
 import azr
 import eval as evaluation
@@ -43,11 +42,8 @@ def start(count, code, *arguments, setup=SETUP):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = textwrap.dedent(setup) + textwrap.dedent(code)
-    return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                                  "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    return [Forked(code, arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                                     "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
             for rank in range(count)]
 
 
