@@ -60,6 +60,10 @@ class Forked:
             raise subprocess.TimeoutExpired("a forked process", timeout)
         return tuple(self.texts)
 
+    def wait(self):
+        self.communicate()
+        return self.returncode
+
     def kill(self):
         self.process.kill()
 
