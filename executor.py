@@ -671,15 +671,15 @@ def _unsafe(tree):
 
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count: no program can make one call look like two. What is
-    the program's own (f.__kwdefaults__ may be of any class) does not meet args and kwargs."""
+    of them, or is no plain function, names do not count: no program can make one call look like two."""
     places, values, named = (), {}, False
     if type(f) is FunctionType:
-        count = f.__code__.co_argcount
-        names = f.__code__.co_varnames[:count + f.__code__.co_kwonlyargcount]
-        places, defaults = names[:count], f.__kwdefaults__ or {}
-        values = dict(zip(places[::-1], (f.__defaults__ or ())[::-1]))
-        values |= {name: defaults[name] for name in names[count:] if name in defaults}
+        # These may be of classes of the program's own, whose code has run and is gone before f's is looked at.
+        defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
+        options = {name: options[name] for name in options if type(name) is str}
+        f.__defaults__, f.__kwdefaults__ = defaults, options
+        places = f.__code__.co_varnames[:f.__code__.co_argcount]
+        values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
     values |= dict(zip([*places, *range(len(args))], args)) | kwargs
     return ", ".join(sorted((f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")
