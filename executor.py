@@ -671,10 +671,10 @@ def _unsafe(tree):
 
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count: no program can make one call look like two."""
+    of them, or is no plain function, names do not count. One call looks like two only in a forged report."""
     places, values, named = (), {}, False
     if type(f) is FunctionType:
-        # These may be of classes of the program's own, whose code has run and is gone before f's is looked at.
+        # These may be of classes of the program's own, whose code has run before that of f is looked at.
         defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
         options = {name: options[name] for name in options if type(name) is str}
         f.__defaults__, f.__kwdefaults__ = defaults, options
