@@ -19,7 +19,7 @@ import report
 import train
 from azr import Rollout
 
-SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "4", "--save-every", "2",
+SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
          "--eval-every", "2", "--workers", "2"]
 MACHINE = ("seconds/", "tokens_per_second", "memory_gb")  # what may differ from one run to the next
 
