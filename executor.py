@@ -10,29 +10,21 @@ never evaluates, compiles or unpickles what a model wrote. It reads canonical li
 and refuses a report of any other form. The worst that a program can do by forging its report is to "return" a
 value, and a `call`, of its choice.
 
-What happens to each kind of attack, and which wall stops it:
+What stands between a run and everything else:
 
-  loops, powers, sleeping    'timeout': killed from outside after `timeout` seconds, waiting for a core aside
-  memory                     'memory': RLIMIT_AS; shared memory and files in memory: seccomp
-  threads, forks, daemons    seccomp, RLIMIT_NPROC; runs die with their worker, and workers with the caller
-  output: huge, deep, lying  the report is bounded by RLIMIT_FSIZE; a value over the limit, over 80 levels or
-  __repr__                   of another class is 'unrepresentable', never cut
-  crashes, os._exit, kills   'killed'; SystemExit and KeyboardInterrupt are 'error'
-  bombs for the parser       programs, inputs and literals are parsed in runs, under their limits
-  files, running programs    seccomp: a run cannot open anything; modules are loaded before the fork
-  network, shared memory     seccomp; network and ipc namespaces
-  signals, ptrace, prlimit   on other processes: seccomp; user and pid namespaces
-  clock, pid, entropy        seccomp, and the data by which the vDSO tells the time are hidden
-  hash order, id(), repr()   'nondeterministic': validate runs each program under three hash seeds, in
-  of objects, randomness     processes with other addresses; run uses the first seed and takes the same path
-  forbidden modules, open()  'unsafe': by syntax tree, a guarded __import__ and audit events. Guards make
-                             refusals readable; they are Python, and no wall
-  answers that are code      evaluated in a process that holds nothing but the answer
+  fresh processes   one for each run, and for each input that is code: they find and spoil nothing of others
+  the clock         is watched from outside: 'timeout'. Waiting for a core does not count
+  rlimits           memory ('memory'), processes, the size of the report
+  seccomp           a run computes, gets memory, reads its job and writes its report. Nothing else: no files,
+                    programs, network, threads, signals, ptrace, shared memory, clock, process ids, entropy
+  namespaces        of processes, network, shared memory: a second wall, where the system grants it
+  three hash seeds  and other addresses, in which a valid task must return one value: 'nondeterministic'
+  guards            on imports and names: 'unsafe'. They make refusals readable; they are Python, and no wall
 
 Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
 memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. The caller needs 512 KiB of stack. A process that it forks gets workers of its own, and keeps the
-caller's alive as long as it lives. Not for several threads at once; not for Windows.
+seeds. docs/sandbox.md says what happens to each kind of attack, and has the small print. The caller needs
+512 KiB of stack. Not for several threads at once; not for Windows.
 """
 
 import ast
@@ -52,12 +44,11 @@ import signal
 import struct
 import sys
 import time
-import types
 import warnings
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 
-# Modules that a program may import. They compute and do nothing else: no files, network, processes, threads,
-# clocks or handles on the interpreter. To change the list, change it here.
+# Modules that a program may import. They compute, and have no files, network, processes, threads or clocks.
 ALLOWED = frozenset("""
     __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses decimal difflib
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
@@ -70,7 +61,6 @@ _PRELOADED = "_pylong collections.abc html.entities html.parser json.decoder".sp
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
-MAX_TIMEOUT = 1e6      # seconds
 
 
 @dataclass(frozen=True)
@@ -100,6 +90,7 @@ class Execution:
 # -- Values and their texts -------------------------------------------------------------------------
 
 _CONTAINERS = (list, tuple, set, dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
+_name = type.__dict__["__name__"].__get__              # of a class, without asking its metaclass
 
 
 def parse_literal(text, limit=MAX_TEXT):
@@ -155,7 +146,7 @@ def _write(value, depth, room, ordered):
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
-        raise ValueError(f"this value of type {_name(kind)} has no literal")
+        raise ValueError(f"this value of type {_name(kind)[:80]} has no literal")
     elif depth >= MAX_DEPTH:
         raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
     else:
@@ -179,16 +170,11 @@ def _write(value, depth, room, ordered):
     return text
 
 
-def _name(kind):
-    """A class's name for a message, without asking its metaclass."""
-    return type.__dict__["__name__"].__get__(kind)[:80]
-
-
 def _describe(error):
     """One line on an exception, without calling code of its class."""
     arguments = BaseException.args.__get__(error)
     text = arguments[0][:200] if arguments and type(arguments[0]) is str else ""
-    return f"{_name(type(error))}: {text}".removesuffix(": ")
+    return f"{_name(type(error))[:80]}: {text}".removesuffix(": ")
 
 
 # -- The caller's side ------------------------------------------------------------------------------
@@ -197,24 +183,24 @@ def _describe(error):
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-# What a run is for: a literal; an input, which is then a program of its own; a program with an input that may
-# have to be evaluated first; a program with what came of that.
+# What a run is for: a literal; an input that is code; a program and its input; a program and such values.
 _LITERAL, _INPUT, _PROGRAM, _VALUES = range(4)
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _ORDER = struct.Struct("=II")          # milliseconds, bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
-_STATUSES = "ok syntax error memory unsafe unrepresentable expression".split()
+_STATUSES = "ok syntax error unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
+# Its builtins are a copy, out of reach of programs that change `print.__self__`.
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
-         "module = util.module_from_spec(spec); spec.loader.exec_module(module); module._work(sys.argv[2])")
-# Literals alone, near enough to the canonical form: no names, no calls, no comments. There is one way for a
-# text to match, so that none takes long.
+         "module = util.module_from_spec(spec); module.__builtins__ = dict(vars(__builtins__)); "
+         "spec.loader.exec_module(module); module._work(sys.argv[2])")
+# Near the canonical form: no names, calls or comments. A text matches in one way at most: none takes long.
 _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
 
 
-class Executor:
+class Executor(contextlib.AbstractContextManager):
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
@@ -230,9 +216,8 @@ class Executor:
                  _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
-        if not (self._size >= 1 and 0 < timeout <= MAX_TIMEOUT and memory_mb >= 1):
-            raise ValueError("workers and memory_mb must be at least 1, and timeout above 0 and "
-                             f"at most {MAX_TIMEOUT:g} seconds")
+        if not (self._size >= 1 and 0 < timeout <= 1e6 and memory_mb >= 1):
+            raise ValueError("workers and memory_mb must be at least 1, timeout above 0 and at most 1e6 s")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
         self._idle = collections.defaultdict(list)    # workers, by seed
@@ -247,9 +232,6 @@ class Executor:
                 warnings.warn("this system denies the sandbox some of its walls; programs could: "
                               + "; ".join(weak), RuntimeWarning, stacklevel=2)
             failure.pop_all()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -266,8 +248,7 @@ class Executor:
         An input is what stands between the parentheses of a call: positional and keyword arguments. All but
         literals is evaluated once, in a process of its own that does not know the program, which meets values
         only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
-        Raises TypeError if they are not str, RuntimeError if the Executor is closed, OSError if the system
-        has no more descriptors or processes for it."""
+        Raises TypeError if not str, RuntimeError if closed, OSError if the system refuses a worker."""
         return self._run(_PROGRAM, jobs)
 
     def validate(self, jobs):
@@ -298,13 +279,9 @@ class Executor:
         jobs = [(program, text) for program, text in jobs]
         if not all(type(text) is str for job in jobs for text in job):
             raise TypeError("a job is a pair of str: program, input")
-        results = [None] * len(jobs)
-        queue = collections.deque()                   # (job, purpose, program, input, seconds spent)
-        for i, job in enumerate(jobs):
-            if max(map(len, job)) > self._max_text:
-                results[i] = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
-            else:
-                queue.append((i, purpose, *job, 0.0))
+        too_long = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
+        results = [too_long if max(map(len, job)) > self._max_text else None for job in jobs]
+        queue = collections.deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
         busy, poller, idle = {}, select.poll(), self._idle[seed]
         try:
             while queue or busy:
@@ -321,15 +298,14 @@ class Executor:
                     i, purpose, _, text, spent = job
                     poller.unregister(fd)
                     end = worker.receive()
-                    if not end:                       # the worker died; its job gets a second chance
-                        while idle:                   # they may be dead as well
+                    idle.append(worker)
+                    if not end:                               # it died, and the others may have
+                        while idle:
                             idle.pop().kill()
-                        worker.kill()
-                        if not results[i]:
+                        if not results[i]:                    # the job gets a second chance
                             queue.append(job)
                         results[i] = Execution("killed", "", "its worker died, twice", 0.0)
                         continue
-                    idle.append(worker)
                     result = self._result(worker, spent, *_END.unpack(end))
                     if result.status == "expression":         # the input has to be evaluated first
                         queue.appendleft((i, _INPUT, _EVALUATE % text, "", result.seconds))
@@ -347,7 +323,6 @@ class Executor:
         worker.report.seek(0)
         report = worker.report.read()
         seconds = spent + nanoseconds / 1e9
-        status, error = "killed", f"its process ended without a result (exit status {code})"
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
@@ -363,8 +338,9 @@ class Executor:
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
             status, error = "memory", "out of memory"
-        elif code < 0:
-            error = f"its process died of signal {-code}"
+        else:
+            end = f"died of signal {-code}" if code < 0 else f"ended without a result (exit status {code})"
+            status, error = "killed", f"its process {end}"
         if status == "ok":
             return Execution(status, output, "", seconds, call)
         line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
@@ -387,8 +363,7 @@ class _Worker:
         self.line, line = socket.socketpair()
         files = [each.fileno() for each in (line, self.job, self.report)]
         self.mark = os.urandom(16).hex()
-        # A lean start: nothing of the caller's environment (but what some interpreters need), directory,
-        # descriptors, terminal or memory, and no site-packages.
+        # Nothing of the caller but what some interpreters need, and no site-packages.
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
@@ -403,16 +378,12 @@ class _Worker:
             return self.line.recv(4096)
         return b""
 
-    @functools.cached_property
-    def promises(self):
-        """What this system does not let it keep, told when it is ready; b"" if it died."""
-        return self.receive()
+    promises = functools.cached_property(receive)     # the first: what this system does not let it keep
 
     def start(self, seconds, *job):
         """Has a run forked for a job."""
         data = marshal.dumps(job)
-        self.job.seek(0)
-        self.job.write(data)                          # the run reads no more than this
+        os.pwrite(self.job.fileno(), data, 0)         # the run reads no more than this
         self.report.seek(0)
         self.report.truncate()                        # no run reads what another wrote
         if self.promises:
@@ -430,23 +401,19 @@ class _Worker:
             each.close()
 
 
-# -- The zygote: puts up the walls, forks the runs, watches the clock, and kills --------------------
+# -- The worker's side: a zygote puts up the walls, forks the runs, watches the clock, and kills -----
 
 _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
-# System calls open to a run, on x86-64 and arm64. It can compute, get memory, read its job and write its
-# report; everything else fails with EPERM.
+# System calls open to a run, on x86-64 and arm64. Everything else fails with EPERM.
 _SYSCALLS = """
-    write 1 64         close 3 57          mmap 9 222           mprotect 10 226     munmap 11 215
-    brk 12 214         rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 mremap 25 216
-    sched_yield 24 124 madvise 28 233      exit 60 93           futex 202 98        exit_group 231 94
-    pread64 17 67"""
+    write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
+    rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
+    madvise 28 233  exit 60 93  futex 202 98  exit_group 231 94"""
 
 
 class _Zygote:
-
     def __init__(self, layers, line):
         self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
-        self.seccomp = None                           # puts up the filter of a run
 
     def call(self, name, *arguments):
         """Whether a C function that a system may lack or refuse did what it is asked for."""
@@ -454,9 +421,8 @@ class _Zygote:
 
     def separate(self):
         """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
-        kernel kills all that is left in them. Who it was waits for that end."""
-        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
-        self.alone = "namespaces" in self.layers and (
+        kernel kills all that is left in them. The process that called waits for that end."""
+        self.alone = "namespaces" in self.layers and (        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
             self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000))
         if os.fork():
             os.close(self.line)
@@ -468,37 +434,35 @@ class _Zygote:
         self.pid = os.getpid()
         os.dup2(1, 2)
         hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
-        for start, end, name in _mapped():
-            memory += end - start                     # the limit comes on top of what is in use
-            if hide and "[vvar" in name:
-                # The vDSO, the kernel's code in this process, tells the time without a system call from data
-                # in vvar. Without it (zeros; private, fixed, anonymous) it makes the call; runs may not.
-                hidden.append(self.call("mmap", start, end - start, 1, 0x32, -1, 0))
+        with contextlib.suppress(OSError), open("/proc/self/maps") as file:
+            for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
+                size = int(end, 16) - int(start, 16)
+                memory += size                        # the limit comes on top of what is in use
+                if hide and "[vvar" in name:
+                    # From this data the vDSO, the kernel's code in this process, tells the time without a
+                    # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
+                    hidden.append(self.call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
         for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
             with contextlib.suppress(OSError):        # root becomes nobody; others may not
                 step(value)
         # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
         for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
             self.call("prctl", *arguments)
-        if "seccomp" in self.layers and sys.platform == "linux":
-            self.seccomp = self.filter()
-            if not self.survives():
-                self.seccomp = None
+        self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
         for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
                             (resource.RLIMIT_AS, memory)):
             with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
                 resource.setrlimit(what, (value, value))
         gc.collect()
         gc.freeze()                                   # collections in runs leave these pages alone
-        kept = {"reach the network, signal processes of this user, leave some behind":
-                    self.alone or self.seccomp,
-                "tell the time, and return other values later":
-                    self.seccomp and (not hide or hidden and all(hidden)),
+        apart, timeless = self.alone or self.seccomp, self.seccomp and (not hide or hidden and all(hidden))
+        kept = {"reach the network, signal processes of this user, leave some behind": apart,
+                "tell the time, and return other values later": timeless,
                 "use more memory than their limit, read and change files of this user": self.seccomp}
         os.write(self.line, json.dumps([promise for promise in kept if not kept[promise]]).encode())
 
     def filter(self):
-        """A function that leaves its process the calls of _SYSCALLS alone. → -1 if the system refuses"""
+        """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
         machine, column = _MACHINES.get(os.uname().machine, (0, 1))
         allow, refuse = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)        # EPERM
         code = [(0x20, 0, 0, 4), (0x15, 1, 0, machine), refuse, (0x20, 0, 0, 0)]
@@ -507,26 +471,20 @@ class _Zygote:
         code = b"".join(struct.pack("HBBI", *each) for each in [*code, refuse])
         self.code = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
-        return functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)         # PR_SET_SECCOMP
-
-    def survives(self):
-        """Whether a process behind the walls of a run can live."""
+        enter = functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
         if not (pid := os.fork()):
-            self.enter()
-            os._exit(0)
-        return os.waitpid(pid, 0)[1] == 0
+            os._exit(enter())
+        return enter if os.waitpid(pid, 0)[1] == 0 else None
 
     def serve(self):
         """Forks a run for each order. Returns in the runs alone, with the size of their job."""
         while True:
-            order = os.read(self.line, _ORDER.size)
-            if not order:
+            if not (order := os.read(self.line, _ORDER.size)):
                 os._exit(0)                           # the caller is gone
             limit, size = _ORDER.unpack(order)
             alive, held = os.pipe()                   # the run holds it open
             start = time.monotonic_ns()
-            pid = os.fork()
-            if not pid:
+            if not (pid := os.fork()):
                 self.enter()
                 return size
             os.close(held)
@@ -542,17 +500,9 @@ class _Zygote:
         poller = select.poll()
         poller.register(alive, 0)                     # only their end is of interest
         poller.register(self.line, 0)
-        used = waited = 0
-        wait = limit
-        while True:
-            ready = dict(poller.poll(wait))
-            if self.line in ready:                    # the caller is gone
-                self.sweep(pid)
-                os._exit(0)
-            if ready:
-                return False
-            waited += wait
-            before = used
+        used, waited, wait = 0, 0, limit
+        while not (ready := dict(poller.poll(wait))):
+            waited, before = waited + wait, used
             try:
                 used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of this process, on Linux
             except OSError:                           # it ends just now, or this is another system
@@ -560,6 +510,10 @@ class _Zygote:
             if used >= limit or used - before < wait / 100 or waited > 25 * limit:
                 return True
             wait = max(limit - used, 10)
+        if self.line in ready:                        # the caller is gone
+            self.sweep(pid)
+            os._exit(0)
+        return False
 
     def sweep(self, pid):
         """Kills the run and all that it started. → its exit status"""
@@ -583,16 +537,6 @@ class _Zygote:
             os._exit(1)
 
 
-def _mapped():
-    """(start, end, name) of the parts of this process's memory, as far as the system tells."""
-    with contextlib.suppress(OSError), open("/proc/self/maps") as file:
-        return [(int(start, 16), int(end, 16), name)
-                for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read())]
-    return []
-
-
-# -- The run: what happens in the forked process ----------------------------------------------------
-
 # Names by which programs walk out of their namespace.
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__ __code__
     __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame ag_frame""".split())
@@ -600,15 +544,14 @@ _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loade
 _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: import [A-Z]\w*)? *$).*import"
                          % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
-_EVENTS = tuple("""os. open subprocess. socket. ctypes. shutil. signal. pty. fcntl. resource. mmap. syslog.
-    gc. sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint
-    time.sleep tempfile. glob. pathlib. sqlite3. urllib. webbrowser.""".split())
+_EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
+    sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
 
 class _Run:
-    """Made in the zygote, where it is cheaper; each run has its own copy."""
+    """What happens in the forked process. Made in the zygote, where it is cheaper; each run has a copy."""
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
@@ -620,7 +563,7 @@ class _Run:
         # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
         sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
-        self.numbers, self.numbering = {}, (seed * (10 ** 12 + 1), 16 * (seed - 250))
+        self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
         # `failure` is what an exception means now: 'error' while the program runs.
         self.guarded, self.failure, self.about = guarded, "syntax", ""
@@ -629,31 +572,26 @@ class _Run:
             sys.addaudithook(self.audit)
 
     def live(self, mark, job, file, size):
-        """The life of a run: reads its job, does it, reports, and ends."""
+        """The life of a run: reads its job, does it, reports its result or its failure, and ends."""
         self.file, self.mark = file, mark
         try:
             purpose, *texts = marshal.loads(os.pread(job, size, 0))       # which the caller wrote
             os.close(job)
-            self.work(purpose, texts)
+            try:
+                if purpose == _LITERAL:
+                    value, call = parse_literal(texts.pop(), MAX_TEXT), ""
+                else:                                 # popped: no program is to find the text of its input
+                    value, call = self.execute(*self.arguments(texts.pop(), purpose), texts.pop())
+                self.failure = "unrepresentable"
+                self.report("ok", "", literal(value, MAX_TEXT), call)
+            except BaseException as error:            # SystemExit and KeyboardInterrupt are no way out either
+                if isinstance(error, MemoryError) and self.failure != "syntax":
+                    raise                             # the parser says so of what is too deep for it
+                self.report(self.failure, _describe(error))
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         finally:
             os._exit(1)
-
-    def work(self, purpose, texts):
-        """Does a job, and reports its result or its failure. `texts` lose what is read: the program under
-        test must not find its input."""
-        try:
-            if purpose == _LITERAL:
-                value, call = parse_literal(texts.pop(), MAX_TEXT), ""
-            else:
-                value, call = self.execute(*self.arguments(texts.pop(), purpose), texts.pop())
-            self.failure = "unrepresentable"
-            self.report("ok", "", literal(value, MAX_TEXT), call)
-        except BaseException as error:                # SystemExit and KeyboardInterrupt are no way out either
-            if isinstance(error, MemoryError) and self.failure != "syntax":
-                raise                                 # the parser says so of what is too deep for it
-            self.report(self.failure, _describe(error))
 
     def report(self, status, error="", output="", call=""):
         """Tells the caller how the run ended, and ends it."""
@@ -663,12 +601,11 @@ class _Run:
 
     def number(self, thing, /):
         """What programs get for id(): objects are numbered as they are asked for, upwards or downwards."""
-        first, step = self.numbering
-        return self.numbers.setdefault(id(thing), (first + step * len(self.numbers), thing))[0]
+        return self.numbers.setdefault(id(thing), (self.first + self.step * len(self.numbers), thing))[0]
 
     def load(self, name, *rest, **options):
         """The program's own import statement; modules that it loads use another."""
-        if name.partition(".")[0] not in ALLOWED:
+        if str.partition(name, ".")[0] not in ALLOWED:
             self.report("unsafe", f"imports {name}")
         return builtins.__import__(name, *rest, **options)
 
@@ -704,26 +641,25 @@ class _Run:
         code = compile(text, "<program>", "exec")
         if self.guarded and _NEEDS_WALK.search(text) and (unsafe := _unsafe(ast.parse(text))):
             self.report("unsafe", unsafe)
-        module = sys.modules["program"] = types.ModuleType("program")     # classes look their module up
+        module = sys.modules["program"] = ModuleType("program")     # classes look their module up
         scope = vars(module)
         scope["__builtins__"] = self.builtins
         self.failure = "error"
         exec(code, scope)
         if "f" not in scope:
             raise NameError("the program defines no f")
-        call = _bound(scope["f"], args, kwargs)
-        return scope["f"](*args, **kwargs), call
+        f = scope["f"]                                # once: a key that is no plain str could give two
+        call = _bound(f, args, kwargs)
+        return f(*args, **kwargs), call
 
 
 def _unsafe(tree):
     """What a program uses that no task may, or ''."""
     for node in ast.walk(tree):
-        modules = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = ["." if node.level else node.module]
-            modules += sys.stdlib_module_names.intersection(alias.name for alias in node.names)
+        imports = isinstance(node, (ast.Import, ast.ImportFrom))
+        modules = [alias.name for alias in node.names] if imports else []
+        if isinstance(node, ast.ImportFrom):          # what it takes from the module may be one
+            modules = ["." if node.level else node.module, *sys.stdlib_module_names.intersection(modules)]
         for name in modules:
             if name.partition(".")[0] not in ALLOWED:
                 return f"imports {name}"
@@ -735,11 +671,15 @@ def _unsafe(tree):
 
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count: no program can make one call look like two."""
+    of them, or is no plain function, names do not count. One call looks like two only in a forged report."""
     places, values, named = (), {}, False
-    if type(f) is types.FunctionType:
+    if type(f) is FunctionType:
+        # These may be of classes of the program's own, whose code has run before that of f is looked at.
+        defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
+        options = {name: options[name] for name in options if type(name) is str}
+        f.__defaults__, f.__kwdefaults__ = defaults, options
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
-        values = dict(zip(places[::-1], (f.__defaults__ or ())[::-1])) | (f.__kwdefaults__ or {})
+        values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
     values |= dict(zip([*places, *range(len(args))], args)) | kwargs
     return ", ".join(sorted((f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")

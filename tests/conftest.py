@@ -1,8 +1,12 @@
 """What the tests share: the repository on the import path, a random model, one sandbox."""
 
+import multiprocessing
 import os
+import resource
 import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,68 @@ import torch  # noqa: E402
 # a shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["azr", "eval", "parallel", "pytest", "train", "torch.utils.tensorboard",
+                              "transformers.models.qwen2.modeling_qwen2"])
+
+
+class Forked:
+    """A process that runs `code`, with those parts of subprocess.Popen that the tests use. It is forked from one
+    that has imported what takes seconds to import. file_size: bytes that a file may have at most."""
+
+    def __init__(self, code, arguments=(), environment=(), file_size=None):
+        readers, writers = zip(*(FORKS.Pipe(duplex=False) for _ in range(2)))
+        self.process = FORKS.Process(target=live, args=(code, [*map(str, arguments)], dict(environment), file_size, *writers))
+        self.process.start()
+        self.pid, self.texts = self.process.pid, ["", ""]
+        for writer in writers:
+            writer.close()
+        self.threads = [threading.Thread(target=self.read, args=each, daemon=True) for each in enumerate(readers)]
+        for thread in self.threads:
+            thread.start()
+
+    def read(self, place, reader):
+        with open(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as file:
+            self.texts[place] = file.read()
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def communicate(self, timeout=240):
+        """What it wrote to (stdout, stderr), once it has ended."""
+        for end in (self.process, *self.threads):
+            end.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout)
+        return tuple(self.texts)
+
+    def wait(self):
+        self.communicate()
+        return self.returncode
+
+    def kill(self):
+        self.process.kill()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+def live(code, arguments, environment, file_size, *writers):
+    """The life of a Forked process."""
+    os.setsid()
+    for fd, writer in zip((1, 2), writers):
+        os.dup2(writer.fileno(), fd)
+        writer.close()
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv[1:] = arguments
+    exec(code, {"__name__": "__main__"})
 
 
 def make_random_model(folder, seed=0, vocab_size=None, **changes):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_random_model
+from conftest import ROOT, Forked, make_random_model
 
 import eval as e
 from judges.math import MathProblem
@@ -267,8 +267,7 @@ def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, 
 def test_a_killed_evaluation_goes_on(random_model, data, tmp_path, capsys):
     arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", data, "--out", tmp_path / "out",
                  "--max-response", "40", "--samples", "2", "--temperature", "0.9", "--device", "cpu"]
-    killed = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = Forked("import sys, eval; sys.exit(eval.main())", arguments)
     answers = tmp_path / "out" / "answers.jsonl"
     while killed.poll() is None and not (answers.exists() and answers.stat().st_size):
         time.sleep(0.05)
@@ -362,6 +361,7 @@ def test_heldout_figures_are_those_of_training(random_model, heldout, executor, 
 
 
 def test_the_shipped_model(tmp_path):
-    done = run("--limit", "2", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "heldout-induction" in done.stdout and (tmp_path / "out" / "results.json").exists()
+    process = Forked("import sys, eval; sys.exit(eval.main())", ["--limit", "2", "--out", tmp_path / "out"])
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "heldout-induction" in out and (tmp_path / "out" / "results.json").exists()

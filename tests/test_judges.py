@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -365,7 +366,7 @@ def test_input_and_output(tmp_path, executor):
 
 # --- mathematics -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("gold,right,wrong", [
+EQUAL = [                       # gold, right answers, wrong answers
     (r"\frac{1}{2}", [r"\dfrac12", "0.5", "1/2", r"\tfrac{2}{4}", "x = 1/2", ".5"],
      ["0.51", r"\frac{2}{1}", "12"]),
     ("13535", ["13,535", "13{,}535", r"13\,535", "13535.0", r"\$13535", "13535."],
@@ -447,11 +448,20 @@ def test_input_and_output(tmp_path, executor):
     # units as the solutions of Minerva write them
     ("25", [r"25\ \mathrm{erg\,s^{-1}}", r"25\, \frac{\text{erg}}{\text{s}}", r"25 \AA", r"25\ \Omega", "25 eV",
             r"25\, \mu\text{m}", r"25^\circ C", r"25^{\circ} \mathrm{C}", "25 nm"], [r"26\ \Omega", "25 c"]),
-])
-def test_equal_and_nearly_equal(gold, right, wrong):
+]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """The verdicts on all of EQUAL, from one process, which takes a second to start."""
+    pairs = [(gold, answer, False) for gold, right, wrong in EQUAL for answer in (gold, *right, *wrong)]
+    return dict(zip(pairs, mathematics.compare(pairs)))
+
+
+@pytest.mark.parametrize("gold,right,wrong", EQUAL)
+def test_equal_and_nearly_equal(compared, gold, right, wrong):
     answers = [gold, *right, *wrong]
-    verdicts = mathematics.compare([(gold, answer, False) for answer in answers])
-    assert [answer for answer, same in zip(answers, verdicts) if same] == [gold, *right]
+    assert [answer for answer in answers if compared[gold, answer, False]] == [gold, *right]
 
 
 @pytest.mark.parametrize("gold,answer,rough,right", [
@@ -466,8 +476,9 @@ def test_rounding_counts_only_where_it_is_asked_for(gold, answer, rough, right):
 
 def test_mathematics_that_hangs_is_wrong_and_does_not_stay():
     bombs = ["9^{9^{9^{9}}}", "\\boxed{" * 300, "x" * 900, "(" * 900, "1," * 450, r"\text{" * 150]
-    verdicts = mathematics.compare([("7", answer, False) for answer in [*bombs, "7"]])
-    assert verdicts == [False] * len(bombs) + [True]
+    halves = [[("7", answer, False) for answer in [*half, "7"]] for half in (bombs[:3], bombs[3:])]
+    with ThreadPoolExecutor() as pool:  # each half has one that takes all its time
+        assert list(pool.map(mathematics.compare, halves)) == [[False, False, False, True]] * 2
 
 
 def test_mathematical_formats(tmp_path, executor):
@@ -475,14 +486,17 @@ def test_mathematical_formats(tmp_path, executor):
                 "AIME24": ("60", "so\n\\boxed{25}"),
                 "AMC23": ("3", "<answer>27</answer>"), "Minerva": ("5", "Thus the answer is $4.5e33$."),
                 "OlympiadBench": ("9", r"First \boxed{5}. No: \boxed{(3,4), (1,2)}")}
+    problems, responses = [], []
     for file, (name, rows) in MATHS.items():
         write(tmp_path / file, rows)
         problem, = load(name, tmp_path)
         key, right = expected[name]
         assert problem.key == key and problem.question.endswith("\\boxed{}.")
-        verdicts = judges.judge([problem] * 4, [right, r"\boxed {26}", "I give up\nnow", ""], executor)
-        assert [v["correct"] for v in verdicts] == [True, False, False, False]
-        assert [v["well_formed"] for v in verdicts] == [True, True, False, False]
+        problems += [problem] * 4
+        responses += [right, r"\boxed {26}", "I give up\nnow", ""]
+    verdicts = judges.judge(problems, responses, executor)
+    assert [v["correct"] for v in verdicts] == [True, False, False, False] * 5
+    assert [v["well_formed"] for v in verdicts] == [True, True, False, False] * 5
 
 
 def test_boxes():

@@ -1,7 +1,6 @@
 """Several ranks do what one process does: dealt out, added up, and ended together."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,9 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 
+import azr
+import eval as evaluation
 import parallel
+import train as training
 
 SETUP = """\
     import json, random, sys, torch
@@ -40,11 +42,8 @@ def start(count, code, *arguments, setup=SETUP):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = textwrap.dedent(setup) + textwrap.dedent(code)
-    return [subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                                  "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                                  "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    return [Forked(code, arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                                     "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
             for rank in range(count)]
 
 
@@ -106,11 +105,17 @@ CHECKS = """
 
 @pytest.fixture(scope="module")
 def said(random_model, tmp_path_factory):
-    """{ranks: [what each rank said]} of all CHECKS in one process, in two, and in three."""
-    found = {}
-    for count in (1, 2, 3):
+    """{ranks: [what each rank said]} of all CHECKS in one process, which is this one, in two, and in three."""
+    found, code = {}, "with parallel.joined():\n" + CHECKS
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("alone")
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["", random_model, str(folder)])
+        patch.setattr(azr, "generate", azr.generate)  # CHECKS sets another
+        exec(textwrap.dedent(SETUP) + code, {})
+        found[1] = [json.loads((folder / "0.json").read_text())]
+    for count in (2, 3):
         folder = tmp_path_factory.mktemp("ranks")
-        code = "with parallel.joined():\n" + CHECKS
         for process in start(count, code, random_model, folder):
             _, err = process.communicate(timeout=240)
             assert process.returncode == 0, err
@@ -222,12 +227,10 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp
     assert rows(tmp_path / "run") == rows(whole_run)[:6]
 
 
-def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path):
+def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path / "run")
-    [process] = train("--resume", tmp_path / "run", "--steps", 21, count=1)
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0
-    assert "this run had 2 ranks and now has 1: what it samples will differ" in error
+    assert training.main(["--resume", str(tmp_path / "run"), "--steps", "21"]) == 0
+    assert "this run had 2 ranks and now has 1: what it samples will differ" in capsys.readouterr().err
     assert rows(tmp_path / "run")[:21] == rows(whole_run) and len(rows(tmp_path / "run")) == 22
 
 
@@ -251,11 +254,11 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path):
     assert ranks[0].returncode == 1 and "Ranks 1 failed" in error.rstrip().splitlines()[-1]
 
 
-def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
+def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path, capsys):
     ranks = train(*SMALL, "--steps", 50, "--out", tmp_path / "run")
     wait_for_step(ranks, tmp_path / "run", 1)
-    [(code, line)] = outcome(train("--resume", tmp_path / "run", count=1))
-    assert code == 2 and "another process trains in" in line
+    assert training.main(["--resume", str(tmp_path / "run")]) == 2
+    assert "another process trains in" in capsys.readouterr().err
     for process in ranks:
         process.send_signal(signal.SIGINT)
     assert [code for code, _ in outcome(ranks)] == [0, 0]
@@ -265,13 +268,12 @@ def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path):
 
 
 def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
+    arguments = ["--limit", "5", "--workers", "1", "--out"]
+    assert evaluation.main([*arguments, str(tmp_path / "alone")]) == 0
     code = "import eval; sys.exit(eval.main(json.loads(out)))"
-    answers = []
-    for count in (1, 2):
-        arguments = ["--limit", "5", "--workers", "1", "--out", str(tmp_path / str(count))]
-        for process in start(count, code, "", json.dumps(arguments)):
-            _, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error
-        rows = map(json.loads, (tmp_path / str(count) / "answers.jsonl").read_text().splitlines())
-        answers.append([{**row, "seconds": 0} for row in rows])
+    for process in start(2, code, "", json.dumps([*arguments, str(tmp_path / "ranks")])):
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+    answers = [[{**json.loads(line), "seconds": 0} for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
+               for name in ("alone", "ranks")]
     assert answers[0] == answers[1] and len(answers[0]) == 15

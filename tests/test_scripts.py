@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -97,35 +97,37 @@ def test_each_way_to_decode_gives_the_greedy_tokens_of_plain_generate(way):
 
 # --- reproduce.py ------------------------------------------------------------------------------------
 
-def run_until(command, is_there):
+def run_until(arguments, is_there):
     """Start it and kill it with all that it started, as soon as is_there(). Fails if it ends before."""
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Forked("import sys; sys.path.append('scripts'); import reproduce; sys.exit(reproduce.main())", arguments)
     while not is_there():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def test_reproduce_goes_the_whole_way_though_it_is_killed_while_training_and_while_evaluating(
-        tmp_path, capsys):
+        tmp_path, capsys, monkeypatch):
     flags = ("--steps 2 --batch 2 --samples 2 --max-response 48 --seed-factor 1 --save-every 1 --eval-every 0 "
              "--heldout-limit 2 --workers 1").split()
-    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "--model", "tiny", "--limit", "20",
-               "--out", tmp_path / "out", "--", *flags]
+    arguments = ["--model", "tiny", "--limit", "20", "--out", str(tmp_path / "out"), "--", *flags]
     run, evaluation = tmp_path / "out" / "run", tmp_path / "out" / "eval"
-    run_until(command, lambda: (run / "checkpoint" / "state.pt").exists())
-    run_until(command, lambda: (evaluation / "answers.jsonl").exists() and (evaluation / "answers.jsonl").stat().st_size)
+    run_until(arguments, lambda: (run / "checkpoint" / "state.pt").exists())
+    run_until(arguments, lambda: (evaluation / "answers.jsonl").exists() and (evaluation / "answers.jsonl").stat().st_size)
     answered = (evaluation / "answers.jsonl").read_bytes().count(b"\n")
-    whole = subprocess.run(command, capture_output=True, text=True)
-    assert whole.returncode == 0 and "$ python train.py --resume" in whole.stdout
+    monkeypatch.setattr(reproduce.subprocess, "Popen", lambda command: Forked(
+        f"import sys, {Path(command[1]).stem} as script; sys.exit(script.main())", command[2:]))
+    assert reproduce.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "$ python train.py --resume" in printed
     assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 3  # steps 0, 1 and 2
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in whole.stdout.splitlines() if line.startswith("| heldout")}
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in printed.splitlines() if line.startswith("| heldout")}
     assert rows.keys() == {"heldout-deduction", "heldout-abduction", "heldout-induction"}
     assert all(0 <= float(cell) <= 100 for cells in rows.values() for cell in cells[:2])
-    assert "only the first 20 tasks" in whole.stdout and "no figures for this model" in whole.stdout
+    assert "only the first 20 tasks" in printed and "no figures for this model" in printed
     assert 0 < answered <= 120 == (evaluation / "answers.jsonl").read_bytes().count(b"\n")
-    assert reproduce.main([*map(str, command[2:]), "--lr", "1"]) == 2
+    assert reproduce.main([*arguments, "--lr", "1"]) == 2
     assert "begun with another --lr" in capsys.readouterr().err
 
 

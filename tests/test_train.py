@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,20 +13,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 
 import report
 import train
 from azr import Rollout
 
-SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "4", "--save-every", "2",
+SMALL = ["--batch", "4", "--samples", "2", "--seed-factor", "1", "--heldout-limit", "2", "--save-every", "2",
          "--eval-every", "2", "--workers", "2"]
 MACHINE = ("seconds/", "tokens_per_second", "memory_gb")  # what may differ from one run to the next
 
 
 def command(*arguments, **options):
-    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+    return Forked("import sys, train; sys.exit(train.main())", arguments, **options)
 
 
 def finish(process):
@@ -60,8 +58,10 @@ def steps_logged(run):
 def whole_run(tmp_path_factory):
     """Six uninterrupted steps; the other tests look at it or compare with it."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    out = finish(command(*SMALL, "--steps", 6, "--out", run))
-    return SimpleNamespace(folder=run, out=out)
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--steps", "6", "--out", run], cwd=ROOT, text=True,
+                          capture_output=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=run, out=done.stdout)
 
 
 def test_a_run_leaves_all_its_files_and_says_where(whole_run):
@@ -153,24 +153,23 @@ def test_kill_9_at_any_moment_then_resume_writes_the_same_metrics(whole_run, tmp
 
 def test_ctrl_c_saves_and_more_steps_can_be_asked_for(whole_run, tmp_path):
     run = tmp_path / "stopped"
-    process = command(*SMALL, "--steps", 5, "--out", run)
+    process = command(*SMALL, "--steps", 4, "--out", run)
     wait_for(process, lambda: steps_logged(run) >= 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the trainer and all it started
     out = finish(process)
     assert f"--resume {run}" in out
     done = log(run)[-1]["step"]
-    assert done < 5 and torch.load(run / "checkpoint" / "state.pt", weights_only=True)["step"] == done
-    finish(command("--resume", run, "--steps", 6))
-    assert figures(run)[:5] == figures(whole_run.folder)[:5] and len(log(run)) == 7
+    assert done < 4 and torch.load(run / "checkpoint" / "state.pt", weights_only=True)["step"] == done
+    finish(command("--resume", run, "--steps", 5))
+    assert figures(run)[:4] == figures(whole_run.folder)[:4] and len(log(run)) == 6
 
 
-def test_a_full_disk_loses_nothing(whole_run, tmp_path):
+def test_a_full_disk_loses_nothing(tmp_path):
     """Files may not grow over 300 kB, so the checkpoint cannot be written; what is there stays."""
     run = tmp_path / "full"
-    finish(command(*SMALL, "--steps", 2, "--out", run))
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "2", "--out", str(run)]) == 0
     before = (run / "checkpoint" / "state.pt").read_bytes()
-    limit = 300_000
-    process = command("--resume", run, "--steps", 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    process = command("--resume", run, "--steps", 4, file_size=300_000)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "--resume" in err and "Traceback" not in err
     assert (run / "checkpoint" / "state.pt").read_bytes() == before
@@ -325,7 +324,7 @@ def test_ablations_run(tmp_path, capsys, flags):
 def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(report.RULES, "judge", re.compile("sorted"))  # the tiny model knows no worse word
     run = tmp_path / "run"
-    flags = [*SMALL, "--save-every", "100", "--max-flags", "1", "--steps", "9", "--out", str(run)]
+    flags = [*SMALL, "--types", "deduction", "--save-every", "100", "--max-flags", "1", "--steps", "9", "--out", str(run)]
     assert train.main(flags) == 3
     done = log(run)[-1]["step"]
     assert f"stopped after step {done}" in capsys.readouterr().out and 0 < done < 9
@@ -472,7 +471,7 @@ def test_a_run_moves_with_its_checkout_and_paths_hold_from_any_folder(tmp_path, 
 
 def test_a_disk_that_is_full_at_the_start_leaves_nothing_in_the_way(tmp_path):
     run = tmp_path / "run"
-    process = command(*SMALL, "--steps", 1, "--out", run, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    process = command(*SMALL, "--steps", 1, "--out", run, file_size=100)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "cannot write to the run folder" in err and "Traceback" not in err
     assert not run.exists()
@@ -500,10 +499,9 @@ def test_of_invalid_seeds_the_commonest_reason_is_named_with_a_whole_response():
     assert report.WHAT_TO_TRY.keys() == {verdicts.TRUNCATED, verdicts.MALFORMED, verdicts.INVALID, verdicts.UNSAFE}
 
 
-def test_a_disk_that_fills_during_seeding_is_one_line(tmp_path, room=4_000):
+def test_a_disk_that_fills_during_seeding_is_one_line(tmp_path):
     run = tmp_path / "run"
-    process = command(*SMALL, "--types", "deduction", "--steps", 1, "--out", run,
-                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    process = command(*SMALL, "--types", "deduction", "--steps", 1, "--out", run, file_size=4_000)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and f"--resume {run}" in err and "Traceback" not in err
     finish(command("--resume", run))  # the same command goes on once there is room
