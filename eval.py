@@ -24,8 +24,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, read_rows, sandbox
-from report import layout, mean_error, replace_file, table
+from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
+from report import layout, mean_error, read_config, read_rows, replace_file, table
+from rewards import load_heldout
 from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
@@ -37,8 +38,8 @@ FILES = "settings.json answers.jsonl results.json results.md".split()
 RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
           "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
           "seed": (0, sys.maxsize)}
-DETAILS = ("n unanswered samples pass@k base_tests well_formed truncated response_tokens response_characters "
-           "tokens seconds").split()
+DETAILS = ("n unanswered samples pass@k base_tests well_formed truncated response_tokens tokens "
+           "seconds").split()
 SETTINGS = ("judge model run adapter template samples temperature seed max_response heldout split quantize "
             "dtype").split()  # that decide what the answers are
 
@@ -63,7 +64,7 @@ def score(problems, rows, verdicts):
     """The figures of one benchmark. A problem without an answer counts as answered wrong."""
     samples = defaultdict(list)
     for row, verdict in zip(rows, verdicts, strict=True):
-        samples[row["id"]].append(row | verdict | {"characters": len(row["response"])})
+        samples[row["id"]].append(row | verdict)
     n = min(map(len, samples.values()), default=1)
     has_base = any(verdict.get("base") is not None for verdict in verdicts)
     wrong = [{"correct": False, "base": False if has_base else None, "well_formed": False}] * n
@@ -82,7 +83,7 @@ def score(problems, rows, verdicts):
             "unanswered": len(answers) - len(samples), "pass@k": passes,
             "base_tests": share("base", answers), "well_formed": share("well_formed", answers),
             "truncated": share("truncated", samples), "response_tokens": share("tokens", samples),
-            "response_characters": share("characters", samples), "correct": correct,
+            "correct": correct,
             **{name: round(sum(row.get(name, 0) for row in rows), 1) for name in ("tokens", "seconds")}}
 
 
@@ -100,7 +101,7 @@ def tables(results, markdown=False):
     lines = [["", "model", *(key.replace("_", " ") for key in DETAILS)]]
     lines += [[name, column, *(cell(key, scores[name][key]) for key in DETAILS)]
               for name in names for column, scores in results.items()]
-    return f'{table(columns, "pass@1, %", markdown, means)}\n\n{layout(lines, markdown)}'
+    return f'{table(columns, "pass@1, %", means, markdown)}\n\n{layout(lines, markdown)}'
 
 
 def cell(key, figure):
@@ -109,7 +110,7 @@ def cell(key, figure):
         return ", ".join(f"{k}: {cell(key, share)}" for k, share in figure.items())
     if isinstance(figure, tuple):
         mean, error = figure
-        if key.startswith("response"):
+        if key == "response_tokens":
             return f"{mean:.0f} ± {error:.0f}"
         return f"{100 * mean:.1f} ± {100 * error:.1f}%"
     return "–" if figure is None else figure
@@ -236,32 +237,13 @@ def evaluate_together(options):
 
 def read_answers(path):
     """The file of --judge → {("answers", benchmark): rows}. Raises UsageError."""
+    if not Path(path).is_file():
+        raise UsageError(f"--judge {path}: no such file")
     found = defaultdict(list)
-    for row in checked(read_rows(Path(path)), path, FOREIGN):
+    for row in read_rows(Path(path), FOREIGN, whole=True):
         for name in named(row["benchmark"]):
             found["answers", name].append({"id": str(row["id"]), "response": row["response"] or ""})
-    if not found:
-        raise UsageError(f"--judge {path}: there are no answers in it")
     return found
-
-
-def checked(rows, path, kinds):
-    """Yields the rows, each an object with fields of these kinds. Raises UsageError with a line's number."""
-    number = 0
-    try:
-        for number, row in enumerate((fields(row, kinds) for row in rows), 1):
-            yield row
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise UsageError(f"cannot read line {number + 1} of {path}: {str(error) or type(error).__name__}; "
-                         f"a line is an object with {', '.join(kinds)}") from error
-
-
-def fields(row, kinds):
-    """The row, if its fields are of these kinds. Raises KeyError or TypeError."""
-    for name, kind in kinds.items():
-        if not isinstance(row[name], kind):
-            raise TypeError(f"a wrong {name}")
-    return row
 
 
 @contextlib.contextmanager
@@ -289,31 +271,27 @@ class Folder:
     """An evaluation's folder: settings.json, answers.jsonl (as they come), results.json and results.md."""
 
     path: Path
-    settings: dict
+    settings: str  # what settings.json holds
 
     def check(self):
         """Raises UsageError if the folder holds what is not of these settings."""
-        try:
-            settings = json.loads((self.path / "settings.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            settings = None
-        if settings != self.settings and any(map(os.path.exists, map(self.path.joinpath, FILES))):
+        held = [path for path in map(self.path.joinpath, FILES) if path.exists()]  # settings.json comes first
+        if held and held[0].read_bytes() != self.settings.encode():
             raise UsageError(f"{self.path} holds answers with other settings (see settings.json there), or "
                              "files that are not from eval.py; give another --out")
 
     def start(self):
-        self.replace("settings.json", json.dumps(self.settings, indent=1) + "\n")
+        self.replace("settings.json", self.settings)
 
     def answers(self, samples):
         """{(column, benchmark): rows} of the problems that have all their samples; others are asked again."""
         path, groups, kept = self.path / "answers.jsonl", defaultdict(list), defaultdict(list)
+        for row in read_rows(path, ANSWER):
+            groups[row["column"], row["benchmark"], row["id"]].append(row)
+        for (column, name, _), rows in groups.items():
+            if len(rows) == samples:
+                kept[column, name] += rows
         if path.exists():
-            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line was cut off
-            for row in checked(map(json.loads, lines), path, ANSWER):
-                groups[row["column"], row["benchmark"], row["id"]].append(row)
-            for (column, name, _), rows in groups.items():
-                if len(rows) == samples:
-                    kept[column, name] += rows
             self.replace(path.name, "".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
         return kept
 
@@ -339,7 +317,7 @@ def evaluate(options):
         stem = Path(options.judge or options.run or options.model).stem
         out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
         with locked(out):
-            folder = Folder(out, settings)
+            folder = Folder(out, json.dumps(settings, indent=1) + "\n")
             folder.check()
             columns = {"answers": None} if given else columns_of(options)
             rows = given or generate_answers(columns, problems, options, folder)
@@ -356,9 +334,7 @@ def heldout(names, options, executor):
     """The held-out tasks that the group heldout needs; a user's own are checked. Raises UsageError."""
     if not any(BENCHMARKS[name].group == "heldout" for name in names):
         return []
-    from azr import HELDOUT
-    from rewards import load_heldout
-    splits = load_heldout(options.heldout or HELDOUT, executor=executor if options.heldout else None)
+    splits = load_heldout(options.heldout or "tiny", executor=executor)
     if options.split not in splits:
         raise UsageError(f"--split {options.split}: the held-out tasks have the splits {', '.join(splits)}")
     return splits[options.split]
@@ -380,10 +356,7 @@ def fill_in(options):
     config = {"model": "tiny", "quantize": "auto"}
     if options.run:
         run = Path(options.run)
-        try:
-            config = fields(json.loads((run / "config.json").read_bytes()), CONFIG)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{run} is not a run folder: its config.json is missing or damaged") from error
+        config = read_config(run, CONFIG)
         if (run / "adapter").is_dir():
             options.adapter = options.adapter or str(run / "adapter")
         elif not (run / "model").is_dir():

@@ -46,16 +46,15 @@ def test_pass_at_k_against_brute_force():
 
 def test_scores_count_what_is_missing_as_wrong():
     problems = [MathProblem(str(i), "", "") for i in range(4)]
-    rows = [{"id": "0", "response": "ab"}, {"id": "0", "response": "ab"}, {"id": "1", "response": ""},
-            {"id": "1", "response": "ab"}]
+    rows = [{"id": "0", "response": "ab", "tokens": 2}, {"id": "0", "response": "ab", "tokens": 2},
+            {"id": "1", "response": "", "tokens": 0}, {"id": "1", "response": "ab", "tokens": 2}]
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
     score = e.score(problems, rows, verdicts)
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
     assert score["n"] == 4 and score["truncated"] is None
     # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
     assert score["well_formed"] == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
-    assert score["response_characters"] == (1.5, pytest.approx(0.5 / math.sqrt(2)))
-    assert score["base_tests"] is None
+    assert score["response_tokens"] == (1.5, pytest.approx(0.5 / math.sqrt(2))) and score["base_tests"] is None
 
 
 def test_base_and_trained_differ_pairwise():

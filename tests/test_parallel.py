@@ -93,7 +93,7 @@ CHECKS = """
     torch.manual_seed(0)
     policy = azr.load_policy("tiny/longer", lora_rank=4, device="cpu")
     buffer = TaskBuffer(100, random.Random(0))
-    for task in load_heldout(azr.HELDOUT)["easy"][::40]:
+    for task in load_heldout("tiny")["easy"][::40]:
         buffer.add(task)
     with Executor(1, 5.0) as executor:
         proposals, tasks, estimates = azr.propose(policy, executor, buffer, cfg)
