@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 import sys
-import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -30,16 +29,14 @@ from rewards import load_heldout
 from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
-ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "seconds": (int, float),
-          "truncated": bool}
+ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "truncated": bool}
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int}
 FILES = "settings.json answers.jsonl results.json results.md".split()
 RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
           "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
           "seed": (0, sys.maxsize)}
-DETAILS = ("n unanswered samples pass@k base_tests well_formed truncated response_tokens tokens "
-           "seconds").split()
+DETAILS = "n unanswered samples pass@k base_tests well_formed truncated response_tokens".split()
 SETTINGS = ("judge model run adapter template samples temperature seed max_response heldout split quantize "
             "dtype").split()  # that decide what the answers are
 
@@ -83,8 +80,7 @@ def score(problems, rows, verdicts):
             "unanswered": len(answers) - len(samples), "pass@k": passes,
             "base_tests": share("base", answers), "well_formed": share("well_formed", answers),
             "truncated": share("truncated", samples), "response_tokens": share("tokens", samples),
-            "correct": correct,
-            **{name: round(sum(row.get(name, 0) for row in rows), 1) for name in ("tokens", "seconds")}}
+            "correct": correct}
 
 
 def tables(results, markdown=False):
@@ -146,12 +142,8 @@ def sample(loaded, source, column, name, problems, options):
     for start in tqdm(range(0, len(problems), size), f"{name}: {column}", leave=False, dynamic_ncols=True):
         chunk = problems[start:start + size]
         seed = zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode())
-        started = time.perf_counter()
-        answers = answer(loaded, *of_first((options, source, column, chunk, seed)))
-        seconds = round((time.perf_counter() - started) / len(answers), 4)
-        for place, row in enumerate(answers):
-            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key, **row,
-                   "seconds": seconds}
+        for place, row in enumerate(answer(loaded, *of_first((options, source, column, chunk, seed)))):
+            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key, **row}
 
 
 def answer(loaded, options, source, column, problems, seed):

@@ -604,7 +604,7 @@ def interruptible():
 def parse(arguments):
     """The command line → {name: value} of what was given."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter, argument_default=argparse.SUPPRESS,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
     add = parser.add_argument
     add("--out", help="run folder; default: runs/<model>-<date>")
@@ -613,7 +613,7 @@ def parse(arguments):
     add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
     add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
         "(holds for this process; give it again with --resume)")
-    add("--paper", action="store_true", default=None, help="the paper's values instead of the defaults below")
+    add("--paper", action="store_true", help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         convert = (*get_args(knob.type), knob.type)[0]
         how = {"action": argparse.BooleanOptionalAction} if convert is bool else {
@@ -621,13 +621,13 @@ def parse(arguments):
             "choices": knob.metadata["choices"]}
         presets = "\n(tiny {}, else {}, paper {})".format(*knob.metadata["presets"])
         add(flag(knob.name), help=knob.metadata["text"] + presets, **how)
-    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return vars(parser.parse_args(arguments))
 
 
 def configure(given):
     """What was given → (Config, Run). Raises UsageError for values that cannot work."""
     for name, value in given.items():
-        if value in ("", ("",)):
+        if value == "":
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
         if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
             raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")

@@ -272,6 +272,5 @@ def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
         for process in start(count, code, "", json.dumps(arguments)):
             _, error = process.communicate(timeout=240)
             assert process.returncode == 0, error
-        rows = map(json.loads, (tmp_path / str(count) / "answers.jsonl").read_text().splitlines())
-        answers.append([{**row, "seconds": 0} for row in rows])
+        answers.append((tmp_path / str(count) / "answers.jsonl").read_text().splitlines())
     assert answers[0] == answers[1] and len(answers[0]) == 15
