@@ -24,8 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
-from report import layout, mean_error, read_config, read_rows, replace_file, table
-from rewards import load_heldout
+from report import layout, read_config, read_rows, replace_file, table
+from rewards import load_heldout, mean_error
 from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
@@ -150,27 +150,20 @@ def answer(loaded, options, source, column, problems, seed):
     """Responses, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
     import torch
 
-    from azr import Rollout, base_weights
+    import azr
     from parallel import rank, spread
-    from sampling import generate
     policy = load(loaded, source, options)
     torch.manual_seed(seed + rank())
-    asked = [Rollout("solve", "", encode(policy, problem.question, options.template,
-                                         getattr(problem, "task", None))) for problem in problems]
-
-    def responses(mine):
-        found = generate(policy, [rollout.prompt_ids for rollout in mine], options.max_response,
-                         options.samples, greedy=not options.temperature,
-                         temperature=options.temperature or 1.0)
-        texts = map(policy.text, found)
-        return [{"response": text, "tokens": len(ids), "truncated":
-                 not (ids[-1] in policy.end_ids or "</answer>" in text)} for ids, text in zip(found, texts)]
-
+    asked = [azr.Rollout("solve", "", encode(policy, problem.question, options.template,
+                                             getattr(problem, "task", None))) for problem in problems]
+    how = options.max_response, options.samples, not options.temperature, options.temperature or 1.0
     try:
-        with base_weights(policy) if column == "base" else contextlib.nullcontext():
-            return spread(asked, responses)
+        with azr.base_weights(policy) if column == "base" else contextlib.nullcontext():
+            rollouts = spread(asked, lambda mine: azr.sample(policy, mine, *how))
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
+    return [{"response": rollout.response, "tokens": len(rollout.response_ids),
+             "truncated": rollout.truncated} for rollout in rollouts]
 
 
 def generate_answers(columns, problems, options, folder):

@@ -35,28 +35,18 @@ def average(values):
     return sum(values) / len(values) if values else None
 
 
-def mean_error(values):
-    """(mean, standard error) of independent values; for hits and misses this is the binomial error.
-
-    >>> mean_error([1, 1, 0, 0])
-    (0.5, 0.25)
-    """
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
-
-
 def mean_score(scores):
-    """[(score, error, …)] → (unweighted mean of the scores, its standard error)
+    """[(score, error)] → (unweighted mean of the scores, its standard error)
 
     >>> mean_score([(0.25, 0.03), (0.75, 0.04)])
     (0.5, 0.025)
     """
-    means, errors, *_ = zip(*scores)
+    means, errors = zip(*scores)
     return sum(means) / len(means), math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
 
 
 def table(columns, title, means, markdown=False):
-    """{column: {row: (accuracy, error, …)}} as text, in percent.
+    """{column: {row: (accuracy, error)}} as text, in percent.
 
     `means` adds a row for each {name: rows}. A cell without a figure is "–". The column called "difference"
     is written with signs.

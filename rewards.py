@@ -186,3 +186,13 @@ def task_relative_advantages(rewards, groups):
         moments[group] = mean, (0.0 if min(values) == max(values) else spread)
     return [(reward - moments[group][0]) / moments[group][1] if moments[group][1] else 0.0
             for reward, group in zip(rewards, groups)]
+
+
+def mean_error(values):
+    """(mean, standard error) of independent values; for hits and misses this is the binomial error.
+
+    >>> mean_error([1, 1, 0, 0])
+    (0.5, 0.25)
+    """
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)

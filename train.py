@@ -203,7 +203,7 @@ def train(cfg, run):
                 run.draw()
             if stop:
                 break
-    return run.finish(stop)
+    return run.finish(stop, cfg.heldout)
 
 
 def set_advantages(rollouts, cfg, rng):
@@ -282,7 +282,7 @@ def measure(policy, executor, heldout, cfg):
     metrics = {}
     for split, tasks in heldout.items():
         scores = heldout_accuracy(policy, executor, tasks, cfg)
-        for name, (score, error, *_) in (scores | {"mean": mean_score(scores.values())}).items():
+        for name, (score, error) in (scores | {"mean": mean_score(scores.values())}).items():
             metrics |= {f"heldout/{split}{name}": score, f"heldout_stderr/{split}{name}": error}
     return metrics
 
@@ -410,7 +410,7 @@ class Run:
 
         Nothing is written before all has been read. Raises UsageError.
         """
-        step, logs, self.heldout = None, dict.fromkeys(self.LOGS, []), cfg.heldout
+        step, logs = None, dict.fromkeys(self.LOGS, [])
         content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else None)
         if content is not None:
             step, counts = load(content, *state)
@@ -509,7 +509,7 @@ class Run:
         hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
         return f"{hint} with: python train.py --resume {self.folder}"
 
-    def finish(self, stopped):
+    def finish(self, stopped, heldout):
         """Print how to go on, or held-out accuracy before and after. → exit code; 3 after too many flags"""
         count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
         if stopped:
@@ -517,7 +517,7 @@ class Run:
             print(f"stopped after step {self.metrics[-1]['step']}{reason}; go on with: "
                   f"python train.py --resume {self.folder}" + " --max-flags N" * self.flagged())
             return 3 * self.flagged()
-        print(f"\n{heldout_table(self.metrics, self.heldout)}\n\nrun folder  {self.folder}\n"
+        print(f"\n{heldout_table(self.metrics, heldout)}\n\nrun folder  {self.folder}\n"
               f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html")
         if count:
             print(f"flags       {count}, in {flags}")

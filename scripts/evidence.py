@@ -38,8 +38,8 @@ from matplotlib import pyplot  # noqa: E402
 
 from azr import TINY  # noqa: E402
 from eval import pass_at_k  # noqa: E402
-from report import layout, mean_error  # noqa: E402
-from rewards import load_heldout  # noqa: E402
+from report import layout  # noqa: E402
+from rewards import load_heldout, mean_error  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import Config, flag  # noqa: E402
 

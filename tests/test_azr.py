@@ -327,7 +327,7 @@ def answer(text):
 
 def script(policy, monkeypatch, reply):
     """Let `reply(prompt, copy)` say what the model answers; everything else stays real."""
-    def scripted(policy, prompts, max_tokens, copies=1, greedy=False):
+    def scripted(policy, prompts, max_tokens, copies, greedy, temperature):
         return [policy.tokenizer(reply(policy.decode(prompt), copy)).input_ids
                 for prompt in prompts for copy in range(copies)]
     monkeypatch.setattr(azr, "generate", scripted)

@@ -240,10 +240,10 @@ def test_damaged_model_files(what, damage, policy, random_model, tmp_path, capsy
 
 
 def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, tmp_path, capsys, monkeypatch):
-    import sampling
+    import azr
     arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", str(data), "--max-response", "8",
                  "--device", "cpu", "--out", str(tmp_path / "out")]
-    generate, calls = sampling.generate, []
+    generate, calls = azr.generate, []
 
     def full_at_the_second_call(*args, **kwargs):
         calls.append(args)
@@ -251,7 +251,7 @@ def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "generate", full_at_the_second_call)
+    monkeypatch.setattr(azr, "generate", full_at_the_second_call)
     assert e.main(arguments) == 1
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
     assert len(message) == 1 and "--generate-batch" in message[0] and "answers so far are kept" in message[0]
@@ -354,7 +354,7 @@ def test_heldout_figures_are_those_of_training(random_model, heldout, executor, 
     assert e.main(["--model", random_model, "--heldout", str(heldout), "--device", "cpu",
                    "--max-response", "12", "--out", str(tmp_path / "a")]) == 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]["model"]
-    assert scores == {name.removeprefix("heldout-"): (s["accuracy"], s["stderr"], s["n"])
+    assert scores == {name.removeprefix("heldout-"): (s["accuracy"], s["stderr"])
                       for name, s in results.items()}
 
 

@@ -88,7 +88,7 @@ CHECKS = """
 
     # a greedy step
     plain = azr.generate
-    azr.generate = lambda policy, prompts, limit, copies=1, greedy=False: plain(policy, prompts, limit, copies, True)
+    azr.generate = lambda policy, prompts, limit, copies, greedy, temperature: plain(policy, prompts, limit, copies, True)
     cfg = train.Config(batch=3, samples=2)
     torch.manual_seed(0)
     policy = azr.load_policy("tiny/longer", lora_rank=4, device="cpu")

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 import report
-from report import ROOM, alarms, draw_curves, layout, mean_error, mean_score, screen, table, write_page
+from report import ROOM, alarms, draw_curves, layout, mean_score, screen, table, write_page
+from rewards import mean_error
 from tasks import TASK_TYPES, UsageError
 
 
@@ -29,7 +30,7 @@ def test_the_examples_in_the_docstrings():
 def test_standard_errors():
     share, error = mean_error([True] * 30 + [False] * 70)
     assert share == 0.3 and error == pytest.approx((0.3 * 0.7 / 100) ** 0.5)
-    mean, error = mean_score([(0.2, 0.03, 10), (0.4, 0.04, 10)])
+    mean, error = mean_score([(0.2, 0.03), (0.4, 0.04)])
     assert mean == pytest.approx(0.3) and error == pytest.approx(0.025)
 
 
