@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from parallel import share, spread, sum_gradients
-from rewards import Verdict, composite_reward, judge, learnability
+from rewards import Verdict, composite_reward, judge, learnability, mean_error
 from sampling import attends_to_all, decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
@@ -332,7 +332,7 @@ def draft(policy, executor, buffer, types, cfg):
 
 def _drafts(policy, executor, requests, cfg):
     """The requests' responses, validated. → [Rollout]"""
-    rollouts = _sample(policy, requests, cfg.max_response)
+    rollouts = sample(policy, requests, cfg.max_response)
     drafts = [parse_proposal(r.type, r.response, r.program, cfg.inputs) for r in rollouts]
     jobs = [KINDS[task.type].runs(task) if task else [] for task in drafts]
     with policy.timed("execute"):
@@ -395,7 +395,7 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
 def _answers(policy, executor, requests, cfg, copies, greedy):
     """The requests' responses, `copies` each, judged. → [Rollout]"""
-    rollouts = _sample(policy, requests, cfg.max_response, copies, greedy)
+    rollouts = sample(policy, requests, cfg.max_response, copies, greedy)
     with policy.timed("execute"):
         answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
         verdicts = judge([rollout.task for rollout in rollouts], answers, executor)
@@ -406,10 +406,11 @@ def _answers(policy, executor, requests, cfg, copies, greedy):
     return rollouts
 
 
-def _sample(policy, requests, max_tokens, copies=1, greedy=False):
+def sample(policy, requests, max_tokens, copies=1, greedy=False, temperature=1.0):
     """`copies` of each request, side by side, with responses that still count as malformed. → [Rollout]"""
+    prompts = [request.prompt_ids for request in requests]
     with policy.timed("generate"), policy.autocast():
-        responses = generate(policy, [request.prompt_ids for request in requests], max_tokens, copies, greedy)
+        responses = generate(policy, prompts, max_tokens, copies, greedy, temperature)
     policy.clock["tokens"] += sum(map(len, responses))
     rollouts = [replace(request) for request in requests for _ in range(copies)]
     for rollout, ids in zip(rollouts, responses):
@@ -420,15 +421,10 @@ def _sample(policy, requests, max_tokens, copies=1, greedy=False):
 
 
 def heldout_accuracy(policy, executor, tasks, cfg):
-    """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error, tasks)}"""
-    rollouts, scores = solve(policy, executor, tasks, cfg, greedy=True), {}
-    for kind in KINDS:
-        hits = [rollout.verdict is Verdict.CORRECT for rollout in rollouts if rollout.type == kind]
-        if hits:
-            mean = sum(hits) / len(hits)
-            error = math.sqrt(sum((hit - mean) ** 2 for hit in hits)) / len(hits)
-            scores[kind] = mean, error, len(hits)
-    return scores
+    """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error)}"""
+    rollouts = solve(policy, executor, tasks, cfg, greedy=True)
+    hits = {kind: [r.verdict is Verdict.CORRECT for r in rollouts if r.type == kind] for kind in KINDS}
+    return {kind: mean_error(values) for kind, values in hits.items() if values}
 
 
 # --- TRR++ -------------------------------------------------------------------------------------------
