@@ -142,12 +142,14 @@ def sample(loaded, source, column, name, problems, options):
     for start in tqdm(range(0, len(problems), size), f"{name}: {column}", leave=False, dynamic_ncols=True):
         chunk = problems[start:start + size]
         seed = zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode())
-        for place, row in enumerate(answer(loaded, *of_first((options, source, column, chunk, seed)))):
-            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key, **row}
+        for place, rollout in enumerate(answer(loaded, *of_first((options, source, column, chunk, seed)))):
+            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key,
+                   "response": rollout.response, "tokens": len(rollout.response_ids),
+                   "truncated": rollout.truncated}
 
 
 def answer(loaded, options, source, column, problems, seed):
-    """Responses, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
+    """`options.samples` responses to each problem, of which each rank makes its share. → [Rollout]"""
     import torch
 
     import azr
@@ -159,11 +161,9 @@ def answer(loaded, options, source, column, problems, seed):
     how = options.max_response, options.samples, not options.temperature, options.temperature or 1.0
     try:
         with azr.base_weights(policy) if column == "base" else contextlib.nullcontext():
-            rollouts = spread(asked, lambda mine: azr.sample(policy, mine, *how))
+            return spread(asked, lambda mine: azr.sample(policy, mine, *how))
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
-    return [{"response": rollout.response, "tokens": len(rollout.response_ids),
-             "truncated": rollout.truncated} for rollout in rollouts]
 
 
 def generate_answers(columns, problems, options, folder):
