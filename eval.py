@@ -187,13 +187,9 @@ def generate_answers(columns, problems, options, folder):
 
 def load(loaded, source, options):
     """The policy of (model, adapter), kept in `loaded`: one alone, since two may not fit into memory."""
-    import torch
-
-    from azr import SHIPPED, load_policy
+    from azr import load_policy
     if source not in loaded:
         model, adapter = source
-        if model in SHIPPED:
-            torch.set_num_threads(1)  # its matrices are too small for more
         loaded.clear()
         loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype,
                                      options.device, adapter, rows=options.generate_batch, trained=False)

@@ -70,8 +70,13 @@ def _verdict(answer, runs):
         return Verdict.MALFORMED, ""
     if runs and not failed:
         return Verdict.CORRECT, ""
-    reason = next((f"{run.status}: {run.error}" for run in failed if not run.ok), "")
-    return Verdict.UNSAFE if any(run.status == "unsafe" for run in failed) else Verdict.WRONG, reason
+    return blame(failed, Verdict.WRONG)
+
+
+def blame(runs, verdict):
+    """(`verdict`, or UNSAFE if the sandbox refused a run; what the first run that is not ok says, or '')"""
+    reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok), "")
+    return Verdict.UNSAFE if any(run.status == "unsafe" for run in runs) else verdict, reason
 
 
 def _equal(output, expected):

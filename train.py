@@ -138,8 +138,6 @@ def say(text):
 
 def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
-    if cfg.model in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # their matrices are too small for more
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
@@ -319,9 +317,8 @@ def describe(proposals, solutions, cfg):
             f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     return metrics | {
         "truncated": average(r.truncated for r in proposals + solutions),
-        "diversity/unique_ast": average(r.fresh for r in proposals),
         **{f"diversity/{name}": average(r.traits.get(name) for r in proposals)
-           for name in ("edit_distance", "complexity", "answers", "trivial")}}
+           for name in ("unique_ast", "edit_distance", "complexity", "answers", "trivial")}}
 
 
 def cost(policy):
@@ -464,9 +461,10 @@ class Run:
     def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
         metrics, found = self.metrics[-1], {alarm["name"]: alarm for alarm in alarms(self.metrics)}
-        for name in found.keys() - self.alarms:
-            say("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
-                step=metrics["step"], **found[name]))
+        for name, alarm in found.items():
+            if name not in self.alarms:
+                say(f"step {metrics['step']}: {name} is {alarm['value']:.3g}, should be {alarm['band']}: "
+                    f"{alarm['advice']}")
         self.alarms = found.keys()
         solved = average(value for key, value in metrics.items() if key.endswith("/accuracy"))
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
