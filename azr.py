@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from parallel import share, spread, sum_gradients
-from rewards import Verdict, composite_reward, judge, learnability, mean_error
+from rewards import Verdict, blame, composite_reward, judge, learnability, mean_error
 from sampling import attends_to_all, decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
@@ -72,8 +72,7 @@ class Rollout:
     solve_rate: float | None = None  # of a new task: share of the n estimates that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
-    fresh: bool | None = None       # of a valid program: whether its syntax tree was not seen before
-    traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
+    traits: dict = field(default_factory=dict)  # of a valid proposal: what diversity/… is the mean of
 
     @property
     def tokens(self):
@@ -168,6 +167,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     only answers are wanted.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
+    if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # their matrices are too small for more
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # of this rank
     try:
         device = torch.empty(0, device=device or own).device
@@ -290,13 +291,13 @@ def propose(policy, executor, buffer, cfg):
         # a valid one earns nothing until its tries are counted
         rollout.reward = composite_reward(0.0 if rollout.task else None, rollout.well_formed)
         if rollout.task and KINDS[rollout.type].own_program:
-            rollout.fresh = not buffer.is_repeat(rollout.task)
-        if cfg.dedup and rollout.fresh is False:
+            rollout.traits["unique_ast"] = not buffer.is_repeat(rollout.task)
+        if cfg.dedup and rollout.traits.get("unique_ast") is False:
             # Not in the paper: a program seen before earns nothing and is not stored. Without this
             # the proposer finds that repeating one learnable program pays best.
             rollout.verdict, rollout.task = Verdict.REPEAT, None
         elif rollout.task:
-            rollout.traits = _traits(rollout, buffer)
+            rollout.traits |= _traits(rollout, buffer)
             buffer.add(rollout.task)
     accepted = [rollout for rollout in rollouts if rollout.task]
     tasks = [rollout.task for rollout in accepted]
@@ -369,10 +370,9 @@ def _complete(policy, rollout, draft, runs, max_prompt):
     task = KINDS[rollout.type].complete(draft, runs)
     rollout.verdict = Verdict.INVALID
     if task is None:
-        rollout.reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok),
-                              f"its runs make no {rollout.type} task")  # inputs that are all the same, say
-        if any(run.status == "unsafe" for run in runs):
-            rollout.verdict = Verdict.UNSAFE
+        rollout.verdict, reason = blame(runs, Verdict.INVALID)
+        # nothing failed, but the inputs are all the same, say
+        rollout.reason = reason or f"its runs make no {rollout.type} task"
     elif problem := within_limits(task):
         rollout.reason = f"too long: {problem}"
     elif len(policy.encode(solve_prompt(task, policy.frame))) > max_prompt:

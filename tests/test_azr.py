@@ -394,7 +394,7 @@ def test_repeated_programs_earn_nothing_unless_asked(policy, executor, monkeypat
     _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver,
                                          config(types=("deduction",), batch=2, dedup=False))
     assert [r.verdict for r in rollouts] == ["valid", "valid"] and len(tasks) == 2
-    assert [r.fresh for r in rollouts] == [True, False]  # the log sees a repeat also where it is paid
+    assert [r.traits["unique_ast"] for r in rollouts] == [True, False]  # the log sees a repeat also where it is paid
 
 
 def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypatch):
