@@ -160,7 +160,8 @@ def answer(loaded, options, source, column, problems, seed):
                                              getattr(problem, "task", None))) for problem in problems]
     how = options.max_response, options.samples, not options.temperature, options.temperature or 1.0
     try:
-        with azr.base_weights(policy) if column == "base" else contextlib.nullcontext():
+        is_switched_off = column == "base" and source[1]  # the adapter
+        with policy.model.disable_adapter() if is_switched_off else contextlib.nullcontext():
             return spread(asked, lambda mine: azr.sample(policy, mine, *how))
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error

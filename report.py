@@ -187,7 +187,8 @@ def alarms(metrics):
     rows = [row for row in metrics if row["step"]]  # step 0 is only an evaluation
     found = []
     for name, (metric, low, high, *advice) in BANDS.items():
-        values = _averages(rows, metric)
+        keys = _keys(rows, metric)
+        values = [average(map(row.get, keys)) for row in rows]  # over the task types
         if name in RELATIVE:
             start = average(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
             low, high = low * start, high * start
@@ -216,12 +217,6 @@ def _heldout_alarm(metrics):
     return [{"name": "held-out", "since": fallen[0], "value": score, "advice": HELDOUT_ADVICE,
              "band": f"at least {floor:.3f} (the best was {best:.3f} at step {best_step}; "
                      f"{HELDOUT_DROP:g} or {HELDOUT_ERRORS:g} standard errors below it are allowed)"}]
-
-
-def _averages(rows, metric):
-    """For each row the mean of the metrics that match, such as one of all task types; None without any."""
-    keys = _keys(rows, metric)
-    return [average(map(row.get, keys)) for row in rows]
 
 
 def _keys(rows, pattern):

@@ -315,7 +315,12 @@ def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, 
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]
     assert list(results) == ["base", "trained"] and results["base"]["heldout-deduction"]["n"] == 2
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 and {row["response"] for row in rows[:6]} != {row["response"] for row in rows[6:]}
+    base, trained = ([row["response"] for row in rows if row["column"] == column] for column in results)
+    assert len(rows) == 12 and base != trained
+    assert e.main(["--model", random_model, "--max-response", "12", "--quantize", "none", *arguments[2:],
+                   "--out", str(tmp_path / "b")]) == 0
+    alone = (tmp_path / "b" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in alone] == base
 
 
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
