@@ -271,11 +271,6 @@ def _loading(what, advice=""):
         raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
 
 
-def base_weights(policy):
-    """A context in which the policy is the model it started from: LoRA switched off."""
-    return policy.model.disable_adapter() if policy.model is not policy.causal else contextlib.nullcontext()
-
-
 # --- propose -----------------------------------------------------------------------------------------
 
 def propose(policy, executor, buffer, cfg):

@@ -452,13 +452,6 @@ def test_a_model_that_cannot_be_had_says_so_in_one_line(tmp_path):
         load_policy("whatever", quantize="4bit", lora_rank=0)
 
 
-def test_base_weights_switch_the_adapter_off(policy):
-    before = generate(policy, PROMPTS, 10, greedy=True)
-    with azr.base_weights(policy):
-        base = generate(policy, PROMPTS, 10, greedy=True)
-    assert base != before and generate(policy, PROMPTS, 10, greedy=True) == before
-
-
 def test_lora_is_on_every_linear_layer_but_the_head(policy):
     touched = {name.split(".lora_")[0].split(".")[-1] for name in policy.trainable()}
     assert touched == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
