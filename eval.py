@@ -57,13 +57,13 @@ def paired_difference(before, after):
     return mean_error([statistics.fmean(hits) - statistics.fmean(before[key]) for key, hits in after.items()])
 
 
-def score(problems, rows, verdicts):
-    """The figures of one benchmark. A problem without an answer counts as answered wrong."""
+def score(problems, rows):
+    """The figures of one benchmark, from rows with verdicts. A problem without one counts as answered wrong."""
     samples = defaultdict(list)
-    for row, verdict in zip(rows, verdicts, strict=True):
-        samples[row["id"]].append(row | verdict)
+    for row in rows:
+        samples[row["id"]].append(row)
     n = min(map(len, samples.values()), default=1)
-    has_base = any(verdict.get("base") is not None for verdict in verdicts)
+    has_base = any(row.get("base") is not None for row in rows)
     wrong = [{"correct": False, "base": False if has_base else None, "well_formed": False}] * n
     answers = {problem.key: samples.get(problem.key, wrong) for problem in problems}
     correct = {key: [verdict["correct"] for verdict in tries] for key, tries in answers.items()}
@@ -330,7 +330,7 @@ def judged(name, problems, rows, executor):
               "do not count", file=sys.stderr)
     rows = [row for row in rows if row["id"] in known]
     verdicts = judge([known[row["id"]] for row in rows], [row["response"] for row in rows], executor, name)
-    return score(problems, rows, verdicts)
+    return score(problems, [row | verdict for row, verdict in zip(rows, verdicts, strict=True)])
 
 
 def fill_in(options):

@@ -202,17 +202,10 @@ def final_answer(response):
 
 def fenced_blocks(text, tag):
     """The contents of all fenced blocks of `text` whose tag matches the pattern `tag`, in order."""
-    blocks, block, opening = [], None, re.compile(rf"```{tag}")
-    for line in text.split("\n"):
-        fence = line.strip(" \t")
-        if block is not None and fence == "```":
-            blocks.append("\n".join(block).strip("\n").rstrip())
-            block = None
-        elif block is not None:
-            block.append(line)
-        elif opening.fullmatch(fence):
-            block = []
-    return blocks
+    # a block that is never closed takes all that follows, so that the search stays linear
+    block = rf"^[ \t]*```{tag}[ \t]*\n(.*?)(?:^[ \t]*(```)[ \t]*$|\Z)"
+    return [content.strip("\n").rstrip()
+            for content, closing in re.findall(block, text, re.DOTALL | re.MULTILINE) if closing]
 
 
 def parse_proposal(kind, response, program="", count=10):

@@ -49,7 +49,7 @@ def test_scores_count_what_is_missing_as_wrong():
     rows = [{"id": "0", "response": "ab", "tokens": 2}, {"id": "0", "response": "ab", "tokens": 2},
             {"id": "1", "response": "", "tokens": 0}, {"id": "1", "response": "ab", "tokens": 2}]
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
-    score = e.score(problems, rows, verdicts)
+    score = e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
     assert score["n"] == 4 and score["truncated"] is None
     # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
@@ -66,7 +66,7 @@ def test_base_and_trained_differ_pairwise():
     for column, answers in (("base", before), ("trained", after)):
         rows = [{"id": key, "response": "a"} for key, hits in answers.items() for _ in hits]
         verdicts = [{"correct": hit, "well_formed": True} for hits in answers.values() for hit in hits]
-        columns[column] = {"AIME24": e.score(problems, rows, verdicts)}
+        columns[column] = {"AIME24": e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
     first, second = e.tables(columns).splitlines()[:2]
     assert first.split() == ["pass@1,", "%", "base", "trained", "difference"]
     assert second.endswith("+37.5 ± 20.7")
