@@ -58,7 +58,7 @@ def paired_difference(before, after):
 
 
 def score(problems, rows):
-    """The figures of one benchmark from rows with verdicts. A problem without one counts as answered wrong."""
+    """The figures of one benchmark from rows with verdicts. A problem without one counts as wrong."""
     samples = defaultdict(list)
     for row in rows:
         samples[row["id"]].append(row)
