@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from parallel import share, spread, sum_gradients
-from rewards import Verdict, composite_reward, judge, learnability
+from rewards import Verdict, blame, composite_reward, judge, learnability, mean_error
 from sampling import attends_to_all, decoded_logprobs, free_memory, generate
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
@@ -46,7 +46,6 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for ea
 
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
-HELDOUT = TINY / "heldout.jsonl"
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "gemma": "google"}
 # All that transformers, peft and safetensors raise for a wrong name or a damaged file
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
@@ -73,8 +72,7 @@ class Rollout:
     solve_rate: float | None = None  # of a new task: share of the n estimates that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
-    fresh: bool | None = None       # of a valid program: whether its syntax tree was not seen before
-    traits: dict = field(default_factory=dict)      # of a new task: edit_distance, complexity, answers
+    traits: dict = field(default_factory=dict)  # of a valid proposal: what diversity/… is the mean of
 
     @property
     def tokens(self):
@@ -169,6 +167,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     only answers are wanted.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
+    if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # their matrices are too small for more
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # of this rank
     try:
         device = torch.empty(0, device=device or own).device
@@ -273,11 +273,6 @@ def _loading(what, advice=""):
         raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
 
 
-def base_weights(policy):
-    """A context in which the policy is the model it started from: LoRA switched off."""
-    return policy.model.disable_adapter() if policy.model is not policy.causal else contextlib.nullcontext()
-
-
 # --- propose -----------------------------------------------------------------------------------------
 
 def propose(policy, executor, buffer, cfg):
@@ -293,13 +288,13 @@ def propose(policy, executor, buffer, cfg):
         # a valid one earns nothing until its tries are counted
         rollout.reward = composite_reward(0.0 if rollout.task else None, rollout.well_formed)
         if rollout.task and KINDS[rollout.type].own_program:
-            rollout.fresh = not buffer.is_repeat(rollout.task)
-        if cfg.dedup and rollout.fresh is False:
+            rollout.traits["unique_ast"] = not buffer.is_repeat(rollout.task)
+        if cfg.dedup and rollout.traits.get("unique_ast") is False:
             # Not in the paper: a program seen before earns nothing and is not stored. Without this
             # the proposer finds that repeating one learnable program pays best.
             rollout.verdict, rollout.task = Verdict.REPEAT, None
         elif rollout.task:
-            rollout.traits = _traits(rollout, buffer)
+            rollout.traits |= _traits(rollout, buffer)
             buffer.add(rollout.task)
     accepted = [rollout for rollout in rollouts if rollout.task]
     tasks = [rollout.task for rollout in accepted]
@@ -335,7 +330,7 @@ def draft(policy, executor, buffer, types, cfg):
 
 def _drafts(policy, executor, requests, cfg):
     """The requests' responses, validated. → [Rollout]"""
-    rollouts = _sample(policy, requests, cfg.max_response)
+    rollouts = sample(policy, requests, cfg.max_response)
     drafts = [parse_proposal(r.type, r.response, r.program, cfg.inputs) for r in rollouts]
     jobs = [KINDS[task.type].runs(task) if task else [] for task in drafts]
     with policy.timed("execute"):
@@ -372,10 +367,9 @@ def _complete(policy, rollout, draft, runs, max_prompt):
     task = KINDS[rollout.type].complete(draft, runs)
     rollout.verdict = Verdict.INVALID
     if task is None:
-        rollout.reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok),
-                              f"its runs make no {rollout.type} task")  # inputs that are all the same, say
-        if any(run.status == "unsafe" for run in runs):
-            rollout.verdict = Verdict.UNSAFE
+        rollout.verdict, reason = blame(runs, Verdict.INVALID)
+        # nothing failed, but the inputs are all the same, say
+        rollout.reason = reason or f"its runs make no {rollout.type} task"
     elif problem := within_limits(task):
         rollout.reason = f"too long: {problem}"
     elif len(policy.encode(solve_prompt(task, policy.frame))) > max_prompt:
@@ -398,7 +392,7 @@ def solve(policy, executor, tasks, cfg, copies=1, greedy=False):
 
 def _answers(policy, executor, requests, cfg, copies, greedy):
     """The requests' responses, `copies` each, judged. → [Rollout]"""
-    rollouts = _sample(policy, requests, cfg.max_response, copies, greedy)
+    rollouts = sample(policy, requests, cfg.max_response, copies, greedy)
     with policy.timed("execute"):
         answers = [parse_answer(rollout.type, rollout.response) for rollout in rollouts]
         verdicts = judge([rollout.task for rollout in rollouts], answers, executor)
@@ -409,10 +403,11 @@ def _answers(policy, executor, requests, cfg, copies, greedy):
     return rollouts
 
 
-def _sample(policy, requests, max_tokens, copies=1, greedy=False):
+def sample(policy, requests, max_tokens, copies=1, greedy=False, temperature=1.0):
     """`copies` of each request, side by side, with responses that still count as malformed. → [Rollout]"""
+    prompts = [request.prompt_ids for request in requests]
     with policy.timed("generate"), policy.autocast():
-        responses = generate(policy, [request.prompt_ids for request in requests], max_tokens, copies, greedy)
+        responses = generate(policy, prompts, max_tokens, copies, greedy, temperature)
     policy.clock["tokens"] += sum(map(len, responses))
     rollouts = [replace(request) for request in requests for _ in range(copies)]
     for rollout, ids in zip(rollouts, responses):
@@ -423,15 +418,10 @@ def _sample(policy, requests, max_tokens, copies=1, greedy=False):
 
 
 def heldout_accuracy(policy, executor, tasks, cfg):
-    """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error, tasks)}"""
-    rollouts, scores = solve(policy, executor, tasks, cfg, greedy=True), {}
-    for kind in KINDS:
-        hits = [rollout.verdict is Verdict.CORRECT for rollout in rollouts if rollout.type == kind]
-        if hits:
-            mean = sum(hits) / len(hits)
-            error = math.sqrt(sum((hit - mean) ** 2 for hit in hits)) / len(hits)
-            scores[kind] = mean, error, len(hits)
-    return scores
+    """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error)}"""
+    rollouts = solve(policy, executor, tasks, cfg, greedy=True)
+    hits = {kind: [r.verdict is Verdict.CORRECT for r in rollouts if r.type == kind] for kind in KINDS}
+    return {kind: mean_error(values) for kind, values in hits.items() if values}
 
 
 # --- TRR++ -------------------------------------------------------------------------------------------

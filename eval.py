@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 import sys
-import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,21 +23,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, read_rows, sandbox
-from report import layout, mean_error, replace_file, table
+from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
+from report import layout, read_config, read_rows, replace_file, table
+from rewards import load_heldout, mean_error
 from tasks import FRAME, UsageError, solve_prompt
 
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
-ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "seconds": (int, float),
-          "truncated": bool}
+ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "truncated": bool}
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int}
 FILES = "settings.json answers.jsonl results.json results.md".split()
 RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
           "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
           "seed": (0, sys.maxsize)}
-DETAILS = ("n unanswered samples pass@k base_tests well_formed truncated response_tokens response_characters "
-           "tokens seconds").split()
+DETAILS = "n unanswered samples pass@k base_tests well_formed truncated response_tokens".split()
 SETTINGS = ("judge model run adapter template samples temperature seed max_response heldout split quantize "
             "dtype").split()  # that decide what the answers are
 
@@ -59,13 +57,13 @@ def paired_difference(before, after):
     return mean_error([statistics.fmean(hits) - statistics.fmean(before[key]) for key, hits in after.items()])
 
 
-def score(problems, rows, verdicts):
-    """The figures of one benchmark. A problem without an answer counts as answered wrong."""
+def score(problems, rows):
+    """The figures of one benchmark from rows with verdicts. A problem without one counts as wrong."""
     samples = defaultdict(list)
-    for row, verdict in zip(rows, verdicts, strict=True):
-        samples[row["id"]].append(row | verdict | {"characters": len(row["response"])})
+    for row in rows:
+        samples[row["id"]].append(row)
     n = min(map(len, samples.values()), default=1)
-    has_base = any(verdict.get("base") is not None for verdict in verdicts)
+    has_base = any(row.get("base") is not None for row in rows)
     wrong = [{"correct": False, "base": False if has_base else None, "well_formed": False}] * n
     answers = {problem.key: samples.get(problem.key, wrong) for problem in problems}
     correct = {key: [verdict["correct"] for verdict in tries] for key, tries in answers.items()}
@@ -82,8 +80,7 @@ def score(problems, rows, verdicts):
             "unanswered": len(answers) - len(samples), "pass@k": passes,
             "base_tests": share("base", answers), "well_formed": share("well_formed", answers),
             "truncated": share("truncated", samples), "response_tokens": share("tokens", samples),
-            "response_characters": share("characters", samples), "correct": correct,
-            **{name: round(sum(row.get(name, 0) for row in rows), 1) for name in ("tokens", "seconds")}}
+            "correct": correct}
 
 
 def tables(results, markdown=False):
@@ -100,7 +97,7 @@ def tables(results, markdown=False):
     lines = [["", "model", *(key.replace("_", " ") for key in DETAILS)]]
     lines += [[name, column, *(cell(key, scores[name][key]) for key in DETAILS)]
               for name in names for column, scores in results.items()]
-    return f'{table(columns, "pass@1, %", markdown, means)}\n\n{layout(lines, markdown)}'
+    return f'{table(columns, "pass@1, %", means, markdown)}\n\n{layout(lines, markdown)}'
 
 
 def cell(key, figure):
@@ -109,7 +106,7 @@ def cell(key, figure):
         return ", ".join(f"{k}: {cell(key, share)}" for k, share in figure.items())
     if isinstance(figure, tuple):
         mean, error = figure
-        if key.startswith("response"):
+        if key == "response_tokens":
             return f"{mean:.0f} ± {error:.0f}"
         return f"{100 * mean:.1f} ± {100 * error:.1f}%"
     return "–" if figure is None else figure
@@ -145,37 +142,27 @@ def sample(loaded, source, column, name, problems, options):
     for start in tqdm(range(0, len(problems), size), f"{name}: {column}", leave=False, dynamic_ncols=True):
         chunk = problems[start:start + size]
         seed = zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode())
-        started = time.perf_counter()
-        answers = answer(loaded, *of_first((options, source, column, chunk, seed)))
-        seconds = round((time.perf_counter() - started) / len(answers), 4)
-        for place, row in enumerate(answers):
-            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key, **row,
-                   "seconds": seconds}
+        for place, rollout in enumerate(answer(loaded, *of_first((options, source, column, chunk, seed)))):
+            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key,
+                   "response": rollout.response, "tokens": len(rollout.response_ids),
+                   "truncated": rollout.truncated}
 
 
 def answer(loaded, options, source, column, problems, seed):
-    """Responses, of which each rank makes its share. → [{"response", "tokens", "truncated"}]"""
+    """`options.samples` responses to each problem, of which each rank makes its share. → [Rollout]"""
     import torch
 
-    from azr import Rollout, base_weights
+    import azr
     from parallel import rank, spread
-    from sampling import generate
     policy = load(loaded, source, options)
     torch.manual_seed(seed + rank())
-    asked = [Rollout("solve", "", encode(policy, problem.question, options.template,
-                                         getattr(problem, "task", None))) for problem in problems]
-
-    def responses(mine):
-        found = generate(policy, [rollout.prompt_ids for rollout in mine], options.max_response,
-                         options.samples, greedy=not options.temperature,
-                         temperature=options.temperature or 1.0)
-        texts = map(policy.text, found)
-        return [{"response": text, "tokens": len(ids), "truncated":
-                 not (ids[-1] in policy.end_ids or "</answer>" in text)} for ids, text in zip(found, texts)]
-
+    asked = [azr.Rollout("solve", "", encode(policy, problem.question, options.template,
+                                             getattr(problem, "task", None))) for problem in problems]
+    how = options.max_response, options.samples, not options.temperature, options.temperature or 1.0
     try:
-        with base_weights(policy) if column == "base" else contextlib.nullcontext():
-            return spread(asked, responses)
+        is_switched_off = column == "base" and source[1]  # the adapter
+        with policy.model.disable_adapter() if is_switched_off else contextlib.nullcontext():
+            return spread(asked, lambda mine: azr.sample(policy, mine, *how))
     except torch.OutOfMemoryError as error:
         raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
 
@@ -201,13 +188,9 @@ def generate_answers(columns, problems, options, folder):
 
 def load(loaded, source, options):
     """The policy of (model, adapter), kept in `loaded`: one alone, since two may not fit into memory."""
-    import torch
-
-    from azr import SHIPPED, load_policy
+    from azr import load_policy
     if source not in loaded:
         model, adapter = source
-        if model in SHIPPED:
-            torch.set_num_threads(1)  # its matrices are too small for more
         loaded.clear()
         loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype,
                                      options.device, adapter, rows=options.generate_batch, trained=False)
@@ -236,32 +219,13 @@ def evaluate_together(options):
 
 def read_answers(path):
     """The file of --judge → {("answers", benchmark): rows}. Raises UsageError."""
+    if not Path(path).is_file():
+        raise UsageError(f"--judge {path}: no such file")
     found = defaultdict(list)
-    for row in checked(read_rows(Path(path)), path, FOREIGN):
+    for row in read_rows(Path(path), FOREIGN, whole=True):
         for name in named(row["benchmark"]):
             found["answers", name].append({"id": str(row["id"]), "response": row["response"] or ""})
-    if not found:
-        raise UsageError(f"--judge {path}: there are no answers in it")
     return found
-
-
-def checked(rows, path, kinds):
-    """Yields the rows, each an object with fields of these kinds. Raises UsageError with a line's number."""
-    number = 0
-    try:
-        for number, row in enumerate((fields(row, kinds) for row in rows), 1):
-            yield row
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise UsageError(f"cannot read line {number + 1} of {path}: {str(error) or type(error).__name__}; "
-                         f"a line is an object with {', '.join(kinds)}") from error
-
-
-def fields(row, kinds):
-    """The row, if its fields are of these kinds. Raises KeyError or TypeError."""
-    for name, kind in kinds.items():
-        if not isinstance(row[name], kind):
-            raise TypeError(f"a wrong {name}")
-    return row
 
 
 @contextlib.contextmanager
@@ -289,31 +253,27 @@ class Folder:
     """An evaluation's folder: settings.json, answers.jsonl (as they come), results.json and results.md."""
 
     path: Path
-    settings: dict
+    settings: str  # what settings.json holds
 
     def check(self):
         """Raises UsageError if the folder holds what is not of these settings."""
-        try:
-            settings = json.loads((self.path / "settings.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            settings = None
-        if settings != self.settings and any(map(os.path.exists, map(self.path.joinpath, FILES))):
+        held = [path for path in map(self.path.joinpath, FILES) if path.exists()]  # settings.json comes first
+        if held and held[0].read_bytes() != self.settings.encode():
             raise UsageError(f"{self.path} holds answers with other settings (see settings.json there), or "
                              "files that are not from eval.py; give another --out")
 
     def start(self):
-        self.replace("settings.json", json.dumps(self.settings, indent=1) + "\n")
+        self.replace("settings.json", self.settings)
 
     def answers(self, samples):
         """{(column, benchmark): rows} of the problems that have all their samples; others are asked again."""
         path, groups, kept = self.path / "answers.jsonl", defaultdict(list), defaultdict(list)
+        for row in read_rows(path, ANSWER):
+            groups[row["column"], row["benchmark"], row["id"]].append(row)
+        for (column, name, _), rows in groups.items():
+            if len(rows) == samples:
+                kept[column, name] += rows
         if path.exists():
-            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line was cut off
-            for row in checked(map(json.loads, lines), path, ANSWER):
-                groups[row["column"], row["benchmark"], row["id"]].append(row)
-            for (column, name, _), rows in groups.items():
-                if len(rows) == samples:
-                    kept[column, name] += rows
             self.replace(path.name, "".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
         return kept
 
@@ -339,7 +299,7 @@ def evaluate(options):
         stem = Path(options.judge or options.run or options.model).stem
         out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
         with locked(out):
-            folder = Folder(out, settings)
+            folder = Folder(out, json.dumps(settings, indent=1) + "\n")
             folder.check()
             columns = {"answers": None} if given else columns_of(options)
             rows = given or generate_answers(columns, problems, options, folder)
@@ -356,9 +316,7 @@ def heldout(names, options, executor):
     """The held-out tasks that the group heldout needs; a user's own are checked. Raises UsageError."""
     if not any(BENCHMARKS[name].group == "heldout" for name in names):
         return []
-    from azr import HELDOUT
-    from rewards import load_heldout
-    splits = load_heldout(options.heldout or HELDOUT, executor=executor if options.heldout else None)
+    splits = load_heldout(options.heldout or "tiny", executor=executor)
     if options.split not in splits:
         raise UsageError(f"--split {options.split}: the held-out tasks have the splits {', '.join(splits)}")
     return splits[options.split]
@@ -372,7 +330,7 @@ def judged(name, problems, rows, executor):
               "do not count", file=sys.stderr)
     rows = [row for row in rows if row["id"] in known]
     verdicts = judge([known[row["id"]] for row in rows], [row["response"] for row in rows], executor, name)
-    return score(problems, rows, verdicts)
+    return score(problems, [row | verdict for row, verdict in zip(rows, verdicts, strict=True)])
 
 
 def fill_in(options):
@@ -380,10 +338,7 @@ def fill_in(options):
     config = {"model": "tiny", "quantize": "auto"}
     if options.run:
         run = Path(options.run)
-        try:
-            config = fields(json.loads((run / "config.json").read_bytes()), CONFIG)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{run} is not a run folder: its config.json is missing or damaged") from error
+        config = read_config(run, CONFIG)
         if (run / "adapter").is_dir():
             options.adapter = options.adapter or str(run / "adapter")
         elif not (run / "model").is_dir():

@@ -35,45 +35,37 @@ def average(values):
     return sum(values) / len(values) if values else None
 
 
-def mean_error(values):
-    """(mean, standard error) of independent values; for hits and misses this is the binomial error.
-
-    >>> mean_error([1, 1, 0, 0])
-    (0.5, 0.25)
-    """
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
-
-
 def mean_score(scores):
-    """{name: (score, error, …)} → (unweighted mean of the scores, its standard error)
+    """[(score, error)] → (unweighted mean of the scores, its standard error)
 
-    >>> mean_score({"deduction": (0.25, 0.03), "abduction": (0.75, 0.04)})
+    >>> mean_score([(0.25, 0.03), (0.75, 0.04)])
     (0.5, 0.025)
     """
-    means, errors, *_ = zip(*scores.values())
+    means, errors = zip(*scores)
     return sum(means) / len(means), math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
 
 
-def table(columns, title="held-out accuracy", markdown=False, means=None):
-    """{column: {row: (accuracy, error, …)}} as text, in percent.
+def table(columns, title, means, markdown=False):
+    """{column: {row: (accuracy, error)}} as text, in percent.
 
-    `means` adds a row for each {name: rows}; without it there is one mean, over all rows. A cell without a
-    figure is "–". The column called "difference" is written with signs.
+    `means` adds a row for each {name: rows}. A cell without a figure is "–". The column called "difference"
+    is written with signs.
 
-    >>> print(table({"step 0": {"deduction": (0.095, 0.021)}, "step 60": {"deduction": (0.755, 0.03)}}))
-    held-out accuracy     step 0     step 60
-    deduction          9.5 ± 2.1  75.5 ± 3.0
-    mean               9.5 ± 2.1  75.5 ± 3.0
+    >>> base, trained = {"easy": (0.095, 0.021)}, {"easy": (0.755, 0.03), "hard": (0.105, 0.04)}
+    >>> print(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]}))
+    accuracy       base     trained
+    easy      9.5 ± 2.1  75.5 ± 3.0
+    hard              –  10.5 ± 4.0
+    mean              –  43.0 ± 2.5
     """
     rows = {row: [row] for scores in columns.values() for row in scores}
     lines = [[title, *columns]]
-    for row, members in (rows | ({"mean": list(rows)} if means is None else means)).items():
+    for row, members in (rows | means).items():
         lines.append([row])
         for column, scores in columns.items():
             cell = "–"
             if {*members} <= {*scores}:
-                mean, error = mean_score({name: scores[name] for name in members})
+                mean, error = mean_score([scores[name] for name in members])
                 cell = f"{100 * mean:{'+' if column == 'difference' else ''}.1f} ± {100 * error:.1f}"
             lines[-1].append(cell)
     return layout(lines, markdown)
@@ -127,7 +119,6 @@ WINDOW = 10            # steps: one step has 16 responses of a type, which is no
 HELDOUT_DROP = 0.05    # below the best so far, and at least HELDOUT_ERRORS standard errors of the difference,
 HELDOUT_ERRORS = 2.0   # which is 5.5 points with 600 tasks
 HELDOUT_REPEATS = 2    # evaluations in a row, because the best of many is partly luck
-TRAINING_SLACK = 0.05  # training accuracy that fell by less has not fallen: two standard errors of ten steps
 
 # figure: (metrics, lowest, highest, advice if their mean is too low, if it is too high)
 BANDS = {
@@ -155,11 +146,8 @@ BANDS = {
                         "answers: read its samples, lower --lr", "read the samples: this is fine if the text "
                         "makes sense and held-out accuracy rises; if not, lower --lr or --max-response")}
 RELATIVE = ("entropy", "response length")
-HELDOUT_ADVICE = (
-    "training accuracy falls with it: the proposer may only have become harder, but the solver became worse "
-    "as well; lower --lr",
-    "training accuracy holds while held-out accuracy falls: read samples with reward 1 to see what the judge "
-    "lets pass; lower --lr or raise --batch")
+HELDOUT_ADVICE = ("if training accuracy holds, read samples with reward 1 to see what the judge lets pass; "
+                  "if it falls as well, the solver became worse: lower --lr or raise --batch")
 
 
 def seeding_figures(drafts, clock):
@@ -197,10 +185,10 @@ def alarms(metrics):
     ['truncated']
     """
     rows = [row for row in metrics if row["step"]]  # step 0 is only an evaluation
-    tried = _finite(_averages(rows, "propose/.+/solve_rate"))  # none with --samples 0
     found = []
     for name, (metric, low, high, *advice) in BANDS.items():
-        values = _averages(rows, metric)
+        keys = _keys(rows, metric)
+        values = [average(map(row.get, keys)) for row in rows]  # over the task types
         if name in RELATIVE:
             start = average(values[:WINDOW]) or math.nan  # with nothing to compare to, nothing is outside
             low, high = low * start, high * start
@@ -209,18 +197,14 @@ def alarms(metrics):
             middle = statistics.median(_finite(values[end - WINDOW:end]) or [low])
             side = (middle > high) - (middle < low)
             since = side and (since or rows[end - 1]["step"])
-        if since and (tried or name != "learnable"):
+        if since:
             found.append({"name": name, "since": since, "value": middle, "advice": advice[side > 0],
                           "band": f"{low:.2g} to {high:.2g} (median of {WINDOW} steps)"})
     return found + _heldout_alarm(metrics)
 
 
 def _heldout_alarm(metrics):
-    """[] or one alarm: held-out accuracy has fallen from its best. Training accuracy decides the advice."""
-    def training(step):
-        return average(_averages([row for row in metrics if abs(row["step"] - step) < WINDOW],
-                               "solve/.+/accuracy")) or 0
-
+    """[] or one alarm: held-out accuracy has fallen from its best."""
     measured = [(row["heldout/mean"], average([row.get("heldout_stderr/mean")]) or 0, row["step"])
                 for row in metrics if _finite([row.get("heldout/mean")])]
     fallen = []  # steps of the newest evaluations, as long as these are below their floors
@@ -230,16 +214,9 @@ def _heldout_alarm(metrics):
         fallen = fallen + [step] if score < floor else []
     if len(fallen) < HELDOUT_REPEATS:
         return []
-    return [{"name": "held-out", "since": fallen[0], "value": score,
-             "advice": HELDOUT_ADVICE[training(step) >= training(best_step) - TRAINING_SLACK],
+    return [{"name": "held-out", "since": fallen[0], "value": score, "advice": HELDOUT_ADVICE,
              "band": f"at least {floor:.3f} (the best was {best:.3f} at step {best_step}; "
                      f"{HELDOUT_DROP:g} or {HELDOUT_ERRORS:g} standard errors below it are allowed)"}]
-
-
-def _averages(rows, metric):
-    """For each row the mean of the metrics that match, such as one of all task types; None without any."""
-    keys = _keys(rows, metric)
-    return [average(map(row.get, keys)) for row in rows]
 
 
 def _keys(rows, pattern):
@@ -376,7 +353,7 @@ LOGS = {  # the logs on the page, and the fields that must be text in their rows
     "samples": ("role", "type", "verdict", "prompt", "response"),
     "tasks": ("type", "program"),
     "flags": ("role", "type", "rule", "match", "context")}
-ROOM = 1_500_000  # characters of each log on the page, which so stays near 5 MB: a phone still opens it
+ROOM = 1_500_000  # characters of each log on the page, about; it so stays near 5 MB: a phone still opens it
 MAX_BINS = 30     # columns in the picture of solve rates
 
 
@@ -388,21 +365,17 @@ def write_page(folder):
     no run, or a log with a damaged line.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        data = {"name": folder.resolve().name, "model": config["model"], "steps": config["steps"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{folder} is not a run folder: its config.json is missing or not a run's; "
-                         "give a folder that train.py wrote, such as runs/<model>-<date>") from error
-    metrics = read_rows(folder / "metrics.jsonl")
+    config = read_config(folder, {"model": str, "steps": int})
+    metrics = read_rows(folder / "metrics.jsonl", {"step": int})
     if not metrics:
         raise UsageError(f"{folder} has no metrics yet: the run ended before its first measurement; "
                          f"continue it with python train.py --resume {folder}")
-    logs = {name: read_rows(folder / f"{name}.jsonl", texts) for name, texts in LOGS.items()}
-    data |= {"config": config, "alarms": alarms(metrics),
-             "curves": {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")},
-             "rates": _solve_rates(logs["tasks"]), "rules": Counter(flag["rule"] for flag in logs["flags"]),
-             **{name: _thinned(rows) for name, rows in logs.items()}}
+    logs = {name: read_rows(folder / f"{name}.jsonl", {"step": int, **dict.fromkeys(texts, str)})
+            for name, texts in LOGS.items()}
+    data = {"name": folder.resolve().name, "config": config, "alarms": alarms(metrics),
+            "curves": {key: [row.get(key) for row in metrics] for key in _keys(metrics, ".+")},
+            "rates": _solve_rates(logs["tasks"]), "rules": Counter(flag["rule"] for flag in logs["flags"]),
+            **{name: _thinned(rows) for name, rows in logs.items()}}
     # The model's text must not end the script element or open a comment in it. json.dumps also escapes all
     # that is not ASCII, such as lone surrogates and U+2028.
     text = re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", json.dumps(data))
@@ -411,21 +384,41 @@ def write_page(folder):
     return folder / "report.html"
 
 
-def read_rows(path, texts=()):
-    """The rows of a file of JSON lines, [] if there is no file. Raises UsageError for a damaged line."""
+def read_config(folder, kinds):
+    """A run's config.json. Raises UsageError if there is none with fields of these kinds: {name: type}."""
+    try:
+        return checked(json.loads((folder / "config.json").read_bytes()), kinds)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{folder} is not a run folder: its config.json is missing or not a run's; "
+                         "give a folder that train.py wrote, such as runs/<model>-<date>") from error
+
+
+def read_rows(path, kinds, whole=False):
+    """The rows of a file of JSON lines, objects with fields of these kinds; [] if there is no file.
+
+    What follows the last end of a line was cut off by a kill, unless the file is known to be whole. Raises
+    UsageError for a damaged line.
+    """
     # split, not splitlines: the model's text may hold U+2028, which ends no line here
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.rstrip().split(b"\n") if whole else content.split(b"\n")[:-1]
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last end of a line was cut off
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=lambda name: None)  # nan and infinity become None
-            if not isinstance(row["step"], int) or {type(row[name]) for name in texts} - {str}:
-                raise TypeError("a field of another type")
-            rows.append(row)
+            rows.append(checked(row, kinds))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"line {number} of {path} is damaged: it is not a row that train.py wrote; "
-                             "put a copy back, or remove that line") from error
+            raise UsageError(f"cannot read line {number} of {path}, which must be an object with "
+                             f"{', '.join(kinds)}; put a copy back, or remove that line") from error
     return rows
+
+
+def checked(row, kinds):
+    """The row, if it is an object with fields of these kinds. Raises KeyError or TypeError."""
+    for name, kind in kinds.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"a wrong {name}")
+    return row
 
 
 def _solve_rates(tasks):
@@ -445,13 +438,9 @@ def _solve_rates(tasks):
 
 def _thinned(rows):
     """{"rows", "total"}: the rows of every n-th step, counted back from the last; n is as small as fits."""
-    steps = sorted({row["step"] for row in rows})
-    kept, stride = rows, 1
-    while len(json.dumps(kept)) > ROOM and stride < len(steps):
-        stride += 1
-        chosen = set(steps[::-stride])
-        kept = [row for row in rows if row["step"] in chosen]
-    return {"rows": kept, "total": len(rows)}
+    stride = 1 + len(json.dumps(rows)) // ROOM
+    chosen = set(sorted({row["step"] for row in rows})[::-stride])
+    return {"rows": [row for row in rows if row["step"] in chosen], "total": len(rows)}
 
 
 def write_through(path, mode, content):

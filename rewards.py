@@ -70,8 +70,13 @@ def _verdict(answer, runs):
         return Verdict.MALFORMED, ""
     if runs and not failed:
         return Verdict.CORRECT, ""
-    reason = next((f"{run.status}: {run.error}" for run in failed if not run.ok), "")
-    return Verdict.UNSAFE if any(run.status == "unsafe" for run in failed) else Verdict.WRONG, reason
+    return blame(failed, Verdict.WRONG)
+
+
+def blame(runs, verdict):
+    """(`verdict`, or UNSAFE if the sandbox refused a run; what the first run that is not ok says, or '')"""
+    reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok), "")
+    return Verdict.UNSAFE if any(run.status == "unsafe" for run in runs) else verdict, reason
 
 
 def _equal(output, expected):
@@ -83,17 +88,17 @@ def _equal(output, expected):
 
 
 def load_heldout(source, limit=None, executor=None):
-    """{split: [Task]} from a file of JSON lines with `split` and the fields of a Task, or with the fields of
-    CRUXEval; "cruxeval" takes these from the Hugging Face hub.
+    """{split: [Task]} of the held-out tasks of the tiny model ("tiny"), of CRUXEval from the Hugging Face hub
+    ("cruxeval"), or of a file of JSON lines with `split` and the fields of a Task, or the fields of CRUXEval.
 
-    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program
-    and compare with its outputs. Raises UsageError with the line's number.
+    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program of
+    a file and compare with its outputs. Raises UsageError with the line's number.
     """
     splits, where = defaultdict(list), ""
     try:
         for number, row in _heldout_rows(source):
             where = f"line {number}: "
-            split, task = _heldout_task(row, executor)
+            split, task = _heldout_task(row, None if source in ("tiny", "cruxeval") else executor)
             if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
                 splits[split].append(task)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -110,12 +115,13 @@ def _heldout_rows(source):
         rows = load_dataset("cruxeval-org/cruxeval", split="test",
                             revision="e536997e8381421cb107d285b4ae542aa12c6c31")
     else:
-        rows = map(json.loads, Path(source).read_bytes().splitlines())
+        path = Path(__file__).parent / "tiny" / "heldout.jsonl" if source == "tiny" else Path(source)
+        rows = map(json.loads, path.read_bytes().splitlines())
     for number, row in enumerate(rows, 1):
-        kinds = [kind for kind in KINDS if KINDS[kind].is_triplet and "code" in row]
-        yield from ((number, {"split": "cruxeval", "type": kind, "program": row["code"], **row})
-                    for kind in kinds)
-        if not kinds:
+        if "code" in row:
+            yield from ((number, {"split": "cruxeval", "type": kind, "program": row["code"], **row})
+                        for kind in KINDS if KINDS[kind].is_triplet)
+        else:
             yield number, row
 
 
@@ -185,3 +191,13 @@ def task_relative_advantages(rewards, groups):
         moments[group] = mean, (0.0 if min(values) == max(values) else spread)
     return [(reward - moments[group][0]) / moments[group][1] if moments[group][1] else 0.0
             for reward, group in zip(rewards, groups)]
+
+
+def mean_error(values):
+    """(mean, standard error) of independent values; for hits and misses this is the binomial error.
+
+    >>> mean_error([1, 1, 0, 0])
+    (0.5, 0.25)
+    """
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)

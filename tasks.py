@@ -202,17 +202,10 @@ def final_answer(response):
 
 def fenced_blocks(text, tag):
     """The contents of all fenced blocks of `text` whose tag matches the pattern `tag`, in order."""
-    blocks, block, opening = [], None, re.compile(rf"```{tag}")
-    for line in text.split("\n"):
-        fence = line.strip(" \t")
-        if block is not None and fence == "```":
-            blocks.append("\n".join(block).strip("\n").rstrip())
-            block = None
-        elif block is not None:
-            block.append(line)
-        elif opening.fullmatch(fence):
-            block = []
-    return blocks
+    # a block that is never closed takes all that follows, so that the search stays linear
+    block = rf"^[ \t]*```{tag}[ \t]*\n(.*?)(?:^[ \t]*(```)[ \t]*$|\Z)"
+    return [content.strip("\n").rstrip()
+            for content, closing in re.findall(block, text, re.DOTALL | re.MULTILINE) if closing]
 
 
 def parse_proposal(kind, response, program="", count=10):
@@ -505,9 +498,7 @@ class TaskBuffer:
 
     At most `capacity` tasks a type. A full buffer throws out a random task (the official code: the
     oldest, so the seeds go first and the references drift with the proposer). The zero triplet stays,
-    so that there always is a reference and a program, and so do the seeds once `protect` was called, in at
-    most half of the places.
-    `rng` (random.Random) makes all choices.
+    so that there always is a reference and a program. `rng` (random.Random) makes all choices.
     """
 
     def __init__(self, capacity, rng):
@@ -518,11 +509,6 @@ class TaskBuffer:
         for kind in KINDS:
             if KINDS[kind].is_triplet:
                 self.add(replace(ZERO_TRIPLET, type=kind))
-        self.protect()
-
-    def protect(self):
-        """From now on keep all tasks that are there (a type's first), but at most half of the capacity."""
-        self.kept = {kind: min(len(bucket), self.capacity // 2) for kind, bucket in self.tasks.items()}
 
     def add(self, task):
         bucket = self.tasks[task.type]
@@ -530,7 +516,8 @@ class TaskBuffer:
         if len(bucket) < self.capacity:
             bucket.append(task)
         else:
-            bucket[self.rng.randrange(self.kept[task.type], len(bucket))] = task
+            zero_triplets = int(KINDS[task.type].is_triplet)
+            bucket[self.rng.randrange(zero_triplets, len(bucket))] = task
 
     def is_repeat(self, task):
         """Whether the task brings its own program, and one with the same syntax tree was accepted before."""
@@ -566,11 +553,11 @@ class TaskBuffer:
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
         return {"tasks": {kind: [asdict(t) for t in tasks] for kind, tasks in self.tasks.items()},
-                "kept": self.kept, "seen": sorted(self.seen)}
+                "seen": sorted(self.seen)}
 
     def restore(self, state):
         self.tasks = {kind: [Task.from_dict(t) for t in tasks] for kind, tasks in state["tasks"].items()}
-        self.kept, self.seen = dict(state["kept"]), set(state["seen"])
+        self.seen = set(state["seen"])
 
     def _triplets(self):
         return [task for kind, tasks in self.tasks.items() if KINDS[kind].is_triplet for task in tasks]

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import signal
@@ -30,10 +29,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import parallel
-from azr import (HELDOUT, SHIPPED, draft, forecast, heldout_accuracy, load_policy, propose, solve,
-                 trr_update)
+from azr import SHIPPED, draft, forecast, heldout_accuracy, load_policy, propose, solve, trr_update
 from executor import Executor
-from report import (alarms, average, draw_curves, mean_score, read_rows, replace_file, screen,
+from report import (alarms, average, draw_curves, mean_score, read_config, read_rows, replace_file, screen,
                     seeding_figures, table, why_none_is_valid, write_page, write_through)
 from rewards import Verdict, load_heldout, task_relative_advantages
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
@@ -130,20 +128,22 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def say(text):
+    """One rank says it on standard error, above the progress bar."""
+    if parallel.rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
 # --- Algorithm 1 -----------------------------------------------------------------------------------
 
 def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
-    if cfg.model in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # their matrices are too small for more
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device,
                          rows=cfg.generate_batch, frame=cfg.frame)
-    if cfg.model not in SHIPPED or policy.device.type == "cuda":  # every rank plans, and one tells
-        expected = forecast(policy, cfg)
-        if parallel.rank() == 0:
-            print(expected)
+    if cfg.model not in SHIPPED or policy.device.type == "cuda":
+        say(forecast(policy, cfg))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     state = policy, optimizer, buffer, rng
@@ -201,7 +201,7 @@ def train(cfg, run):
                 run.draw()
             if stop:
                 break
-    return run.finish(stop)
+    return run.finish(stop, cfg.heldout)
 
 
 def set_advantages(rollouts, cfg, rng):
@@ -232,35 +232,32 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
     drafts, target = [], cfg.batch * cfg.seed_factor
     triplets = [kind for kind in KINDS if KINDS[kind].is_triplet]
     groups = [triplets, *([kind] for kind in cfg.types if kind not in triplets)]
-    bar = tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True,
-               disable=parallel.rank() > 0)
-    for kinds in groups:
-        bucket = buffer.tasks[kinds[0]]
-        for number in range(1, 10 * cfg.seed_factor + 1):
-            if len(bucket) >= target:
-                break
-            fresh = draft(policy, executor, buffer, kinds, cfg)
-            drafts += fresh
-            for task in (rollout.task for rollout in fresh if rollout.task):
-                if len(bucket) < target and not (cfg.dedup and buffer.is_repeat(task)):
-                    for kind in kinds:
-                        buffer.add(replace(task, type=kind))
-                    bar.update()
-            run.write_samples(0, fresh)
-            bar.set_postfix_str(seeding_figures(drafts, policy.clock))
-            if number == 2 and not any(rollout.task for rollout in drafts) and parallel.rank() == 0:
-                bar.write(why_none_is_valid(drafts), file=sys.stderr)
-            if any(parallel.gather(bool(asked))):
-                raise KeyboardInterrupt
-        if drafts and not any(rollout.task for rollout in drafts):
-            bar.close()
-            raise UsageError(f"none of {len(drafts)} proposals is a valid task: nothing to train on; "
-                             f"read {run.folder}/samples.jsonl, then try another --frame or --model")
-        if len(bucket) < target and parallel.rank() == 0:
-            bar.write(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
-                      "the model seldom writes valid ones, and batches will repeat tasks", file=sys.stderr)
-    bar.close()
-    buffer.protect()
+    with tqdm(total=len(groups) * target, desc="seed the buffers", unit="task", dynamic_ncols=True,
+              disable=parallel.rank() > 0) as bar:
+        for kinds in groups:
+            bucket = buffer.tasks[kinds[0]]
+            for number in range(1, 10 * cfg.seed_factor + 1):
+                if len(bucket) >= target:
+                    break
+                fresh = draft(policy, executor, buffer, kinds, cfg)
+                drafts += fresh
+                for task in (rollout.task for rollout in fresh if rollout.task):
+                    if len(bucket) < target and not (cfg.dedup and buffer.is_repeat(task)):
+                        for kind in kinds:
+                            buffer.add(replace(task, type=kind))
+                        bar.update()
+                run.append("samples.jsonl", pick_samples(0, fresh))
+                bar.set_postfix_str(seeding_figures(drafts, policy.clock))
+                if number == 2 and not any(rollout.task for rollout in drafts):
+                    say(why_none_is_valid(drafts))
+                if any(parallel.gather(bool(asked))):
+                    raise KeyboardInterrupt
+            if drafts and not any(rollout.task for rollout in drafts):
+                raise UsageError(f"none of {len(drafts)} proposals is a valid task: nothing to train on; "
+                                 f"read {run.folder}/samples.jsonl, then try another --frame or --model")
+            if len(bucket) < target:
+                say(f"warning: only {len(bucket)} of {target} seed tasks for {' and '.join(kinds)}; "
+                    "the model seldom writes valid ones, and batches will repeat tasks")
     return drafts
 
 
@@ -268,13 +265,12 @@ def seed_buffers(policy, executor, buffer, cfg, run, asked):
 
 def heldout_tasks(cfg, executor):
     """{"": [Task]} of the first split to measure, and {"<split>/": [Task]} of others. Raises UsageError."""
-    path = HELDOUT if cfg.heldout == "tiny" else cfg.heldout
-    splits = load_heldout(path, cfg.heldout_limit, None if cfg.heldout in ("tiny", "cruxeval") else executor)
+    splits = load_heldout(cfg.heldout, cfg.heldout_limit, executor)
     default = "easy" if "easy" in splits else ",".join(splits)
     names = (cfg.heldout_splits or default).split(",")
     for name in names:
         if name not in splits:
-            raise UsageError(f"there are no held-out tasks of the split {name!r} in {path}; "
+            raise UsageError(f"there are no held-out tasks of the split {name!r} in {cfg.heldout}; "
                              f"it has {', '.join(splits) or 'none'}")
     return {f"{name}/" if i else "": splits[name] for i, name in enumerate(names)}
 
@@ -284,22 +280,19 @@ def measure(policy, executor, heldout, cfg):
     metrics = {}
     for split, tasks in heldout.items():
         scores = heldout_accuracy(policy, executor, tasks, cfg)
-        for name, (score, error, *_) in (scores | {"mean": mean_score(scores)}).items():
+        for name, (score, error) in (scores | {"mean": mean_score(scores.values())}).items():
             metrics |= {f"heldout/{split}{name}": score, f"heldout_stderr/{split}{name}": error}
     return metrics
 
 
-def heldout_tables(metrics, name):
-    """What `measure` found first and last, as text: a table for each split."""
+def heldout_table(metrics, name):
+    """What `measure` found first and last, as text."""
     measured = [row for row in metrics if "heldout/mean" in row]
-    tables = []
-    for split in re.findall("^heldout/(|.+/)mean$", "\n".join(measured[-1]), re.MULTILINE):
-        columns = {f"step {row['step']}": {
-            kind: (row[f"heldout/{split}{kind}"], row[f"heldout_stderr/{split}{kind}"])
-            for kind in KINDS if f"heldout/{split}{kind}" in row} for row in (measured[0], measured[-1])}
-        title = "held-out accuracy" + f", {Path(name).name}" * (name != "tiny")
-        tables.append(table(columns, f"{title}, {split}".strip(", /")))
-    return "\n\n".join(tables)
+    names = [key.removeprefix("heldout/") for key in measured[-1] if key.startswith("heldout/")]
+    columns = {f"step {row['step']}": {
+        name: (row[f"heldout/{name}"], row[f"heldout_stderr/{name}"]) for name in names}
+        for row in (measured[0], measured[-1])}
+    return table(columns, "held-out accuracy" + f", {Path(name).name}" * (name != "tiny"), {})
 
 
 def sizes(buffer):
@@ -314,7 +307,8 @@ def describe(proposals, solutions, cfg):
         metrics |= {
             f"propose/{kind}/valid": average(r.verdict in (Verdict.VALID, Verdict.REPEAT) for r in new),
             f"propose/{kind}/reward": average(r.reward for r in new),
-            f"propose/{kind}/learnable": average(r.solve_rate not in (None, 0, 1) for r in new),
+            f"propose/{kind}/learnable": average(
+                r.solve_rate not in (None, 0, 1) for r in new if cfg.samples),
             f"propose/{kind}/solve_rate": average(r.solve_rate for r in new),
             f"response_tokens/propose/{kind}": average(len(r.response_ids) for r in new),
             f"solve/{kind}/accuracy": average(r.verdict is Verdict.CORRECT for r in solved),
@@ -323,9 +317,8 @@ def describe(proposals, solutions, cfg):
             f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     return metrics | {
         "truncated": average(r.truncated for r in proposals + solutions),
-        "diversity/unique_ast": average(r.fresh for r in proposals),
         **{f"diversity/{name}": average(r.traits.get(name) for r in proposals)
-           for name in ("edit_distance", "complexity", "answers", "trivial")}}
+           for name in ("unique_ast", "edit_distance", "complexity", "answers", "trivial")}}
 
 
 def cost(policy):
@@ -372,15 +365,12 @@ class Run:
 
     def config(self, changes):
         """The run's Config with some values changed; `restore` keeps the changes. Raises UsageError."""
-        try:
-            values = json.loads((self.folder / "config.json").read_text())
-            del values["versions"]
-            values["types"] = tuple(values["types"])
-            if values.keys() != asdict(Config()).keys():
-                raise KeyError
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(f"{self.folder} is not a run folder, or one of another version of this code: "
-                             "cannot read its config.json") from error
+        values = read_config(self.folder, {"types": list, "versions": dict})
+        del values["versions"]
+        if values.keys() != asdict(Config()).keys():
+            raise UsageError(f"{self.folder} is not a run folder of this version of the code: "
+                             "its config.json has other settings")
+        values["types"] = tuple(values["types"])
         cfg, self.changes = Config(**values | changes), changes
         self.acquire()
         return cfg
@@ -417,7 +407,7 @@ class Run:
 
         Nothing is written before all has been read. Raises UsageError.
         """
-        step, logs, self.heldout = None, dict.fromkeys(self.LOGS, []), cfg.heldout
+        step, logs = None, dict.fromkeys(self.LOGS, [])
         content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else None)
         if content is not None:
             step, counts = load(content, *state)
@@ -432,8 +422,8 @@ class Run:
             self.write_config(cfg)
             print("kept from now on:", *(f"{flag(name)} {value}" for name, value in self.changes.items()))
         if self.killed:
-            print(f"the last process of this run was killed after step {step or 0}; if the system was out of "
-                  "memory, lower --micro-tokens, --generate-batch or --workers", file=sys.stderr)
+            say(f"the last process of this run was killed after step {step or 0}; if the system was out of "
+                "memory, lower --micro-tokens, --generate-batch or --workers")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
@@ -441,7 +431,7 @@ class Run:
 
     def read_log(self, name, step, count):
         """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
-        rows = [row for row in read_rows(self.folder / name) if row["step"] <= step]
+        rows = [row for row in read_rows(self.folder / name, {"step": int}) if row["step"] <= step]
         if len(rows) < count:
             raise UsageError(f"{self.folder / name} has lost {count - len(rows)} of its {count} lines up to "
                              f"step {step}; put a copy back, or start a new run")
@@ -454,25 +444,15 @@ class Run:
         """
         metrics = {**metrics, "flags": len(flags)}
         self.metrics.append({"step": step, **metrics})
-        self.write_samples(step, rollouts)
-        rows = {"flags.jsonl": flags,
-                "tasks.jsonl": [{"step": step, "solve_rate": rate, **asdict(task)}
-                                for task, rate in accepted],
-                "metrics.jsonl": self.metrics[-1:]}
-        for name, new in rows.items():
-            self.append(name, new)
+        self.append("samples.jsonl", pick_samples(step, rollouts))
+        self.append("flags.jsonl", flags)
+        self.append("tasks.jsonl", [{"step": step, "solve_rate": rate, **asdict(task)}
+                                    for task, rate in accepted])
+        self.append("metrics.jsonl", self.metrics[-1:])
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
-
-    def write_samples(self, step, rollouts):
-        """Add one rollout of each role and type to samples.jsonl and TensorBoard."""
-        samples = pick_samples(step, rollouts)
-        self.append("samples.jsonl", samples)
-        for sample in samples:
-            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample.items())
-            self.writer.add_text(f"{sample['role']}/{sample['type']}", text, step)
 
     def append(self, name, rows):
         self.lines[name] += len(rows)
@@ -481,9 +461,10 @@ class Run:
     def show(self, bar):
         """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
         metrics, found = self.metrics[-1], {alarm["name"]: alarm for alarm in alarms(self.metrics)}
-        for name in found.keys() - self.alarms:
-            bar.write("step {step}: {name} is {value:.3g}, should be {band}: {advice}".format(
-                step=metrics["step"], **found[name]), file=sys.stderr)
+        for name, alarm in found.items():
+            if name not in self.alarms:
+                say(f"step {metrics['step']}: {name} is {alarm['value']:.3g}, should be {alarm['band']}: "
+                    f"{alarm['advice']}")
         self.alarms = found.keys()
         solved = average(value for key, value in metrics.items() if key.endswith("/accuracy"))
         bar.set_postfix({"solved": solved, "flags": self.lines["flags.jsonl"]}
@@ -495,7 +476,7 @@ class Run:
         try:
             write_page(self.folder)
         except UsageError as error:  # a log that somebody edited is no reason to end the run
-            tqdm.write(f"warning: report.html is not written: {error}", file=sys.stderr)
+            say(f"warning: report.html is not written: {error}")
 
     def flagged(self):
         """Whether there are more flags than --max-flags."""
@@ -505,7 +486,9 @@ class Run:
         """Write the adapter for others to load, then `state`: everything that the next step depends on."""
         self.export(policy)  # first, so that a kill in between leaves no finished run with an old adapter
         self.checkpoint.parent.mkdir(exist_ok=True)
-        replace_file(self.checkpoint, to_bytes({"step": step, "lines": self.lines, **state}))
+        content = io.BytesIO()
+        torch.save({"step": step, "lines": self.lines, **state}, content)
+        replace_file(self.checkpoint, content.getbuffer())
 
     def export(self, policy):
         """The policy as a PEFT folder, or as a whole model if all weights are trained."""
@@ -524,7 +507,7 @@ class Run:
         hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
         return f"{hint} with: python train.py --resume {self.folder}"
 
-    def finish(self, stopped):
+    def finish(self, stopped, heldout):
         """Print how to go on, or held-out accuracy before and after. → exit code; 3 after too many flags"""
         count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
         if stopped:
@@ -532,7 +515,7 @@ class Run:
             print(f"stopped after step {self.metrics[-1]['step']}{reason}; go on with: "
                   f"python train.py --resume {self.folder}" + " --max-flags N" * self.flagged())
             return 3 * self.flagged()
-        print(f"\n{heldout_tables(self.metrics, self.heldout)}\n\nrun folder  {self.folder}\n"
+        print(f"\n{heldout_table(self.metrics, heldout)}\n\nrun folder  {self.folder}\n"
               f"picture     {self.folder}/curves.png\npage        {self.folder}/report.html")
         if count:
             print(f"flags       {count}, in {flags}")
@@ -561,9 +544,9 @@ def load(content, policy, optimizer, buffer, rng):
         rng.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-        if state["ranks"] != parallel.ranks() and parallel.rank() == 0:
-            print(f"this run had {state['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
-                  "differ from an uninterrupted run", file=sys.stderr)
+        if state["ranks"] != parallel.ranks():
+            say(f"this run had {state['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
+                "differ from an uninterrupted run")
         return state["step"], state["lines"]
     except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -582,12 +565,6 @@ class Follower:
 
     def __getattr__(self, name):
         return lambda *arguments: None
-
-
-def to_bytes(state):
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getbuffer()
 
 
 def pick_samples(step, rollouts):
@@ -625,7 +602,7 @@ def interruptible():
 def parse(arguments):
     """The command line → {name: value} of what was given."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter, argument_default=argparse.SUPPRESS,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
     add = parser.add_argument
     add("--out", help="run folder; default: runs/<model>-<date>")
@@ -634,7 +611,7 @@ def parse(arguments):
     add("--report", metavar="RUN", help="only write RUN/report.html anew, from the run's logs")
     add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
         "(holds for this process; give it again with --resume)")
-    add("--paper", action="store_true", default=None, help="the paper's values instead of the defaults below")
+    add("--paper", action="store_true", help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         convert = (*get_args(knob.type), knob.type)[0]
         how = {"action": argparse.BooleanOptionalAction} if convert is bool else {
@@ -642,13 +619,13 @@ def parse(arguments):
             "choices": knob.metadata["choices"]}
         presets = "\n(tiny {}, else {}, paper {})".format(*knob.metadata["presets"])
         add(flag(knob.name), help=knob.metadata["text"] + presets, **how)
-    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return vars(parser.parse_args(arguments))
 
 
 def configure(given):
     """What was given → (Config, Run). Raises UsageError for values that cannot work."""
     for name, value in given.items():
-        if value in ("", ("",)):
+        if value == "":
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
         if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
             raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
@@ -668,8 +645,7 @@ def configure(given):
         try:
             load_heldout("cruxeval")
         except UsageError as error:
-            print(f"{error}\nheld-out tasks are the tiny model's, which say little of another",
-                  file=sys.stderr)
+            say(f"{error}\nheld-out tasks are the tiny model's, which say little of another")
             cfg = replace(cfg, heldout="tiny")
     run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
     run.create(cfg)
@@ -692,9 +668,7 @@ def main(arguments=None):
             print(f"{name}: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            if parallel.rank() == 0:
-                hint = run.resume_hint() if run else "nothing was written"
-                print(f"\nstopped at once; {hint}", file=sys.stderr)
+            say(f"\nstopped at once; {run.resume_hint() if run else 'nothing was written'}")
             return 130
         except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
             print(f"{name}: {error or 'out of memory'}; {run and run.resume_hint() or ''}", file=sys.stderr)

@@ -36,10 +36,10 @@ import numpy  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from azr import HELDOUT, TINY  # noqa: E402
+from azr import TINY  # noqa: E402
 from eval import pass_at_k  # noqa: E402
-from report import layout, mean_error  # noqa: E402
-from rewards import load_heldout  # noqa: E402
+from report import layout  # noqa: E402
+from rewards import load_heldout, mean_error  # noqa: E402
 from tasks import TASK_TYPES, fingerprint  # noqa: E402
 from train import Config, flag  # noqa: E402
 
@@ -113,9 +113,9 @@ def scarce(base):
 
 
 def heldout_of(base, out):
-    """The file of the held-out tasks that lie beside a base."""
+    """The held-out tasks that lie beside a base, as --heldout takes them."""
     if base == BASE:
-        return HELDOUT
+        return "tiny"
     return out / base.removesuffix("longer") / "heldout.jsonl"
 
 

@@ -46,16 +46,15 @@ def test_pass_at_k_against_brute_force():
 
 def test_scores_count_what_is_missing_as_wrong():
     problems = [MathProblem(str(i), "", "") for i in range(4)]
-    rows = [{"id": "0", "response": "ab"}, {"id": "0", "response": "ab"}, {"id": "1", "response": ""},
-            {"id": "1", "response": "ab"}]
+    rows = [{"id": "0", "response": "ab", "tokens": 2}, {"id": "0", "response": "ab", "tokens": 2},
+            {"id": "1", "response": "", "tokens": 0}, {"id": "1", "response": "ab", "tokens": 2}]
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
-    score = e.score(problems, rows, verdicts)
+    score = e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
     assert score["n"] == 4 and score["truncated"] is None
     # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
     assert score["well_formed"] == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
-    assert score["response_characters"] == (1.5, pytest.approx(0.5 / math.sqrt(2)))
-    assert score["base_tests"] is None
+    assert score["response_tokens"] == (1.5, pytest.approx(0.5 / math.sqrt(2))) and score["base_tests"] is None
 
 
 def test_base_and_trained_differ_pairwise():
@@ -67,7 +66,7 @@ def test_base_and_trained_differ_pairwise():
     for column, answers in (("base", before), ("trained", after)):
         rows = [{"id": key, "response": "a"} for key, hits in answers.items() for _ in hits]
         verdicts = [{"correct": hit, "well_formed": True} for hits in answers.values() for hit in hits]
-        columns[column] = {"AIME24": e.score(problems, rows, verdicts)}
+        columns[column] = {"AIME24": e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
     first, second = e.tables(columns).splitlines()[:2]
     assert first.split() == ["pass@1,", "%", "base", "trained", "difference"]
     assert second.endswith("+37.5 ± 20.7")
@@ -203,10 +202,8 @@ def test_what_fails_first_does_not_stand_in_the_way(random_model, data, tmp_path
 @pytest.mark.parametrize("line", [
     "garbage", "", "[]", "\x00\x00\x00",
     '{"column": "model", "benchmark": "AIME24", "id": "0", "response": ""}',
-    '{"column": [], "benchmark": "AIME24", "id": "0", "response": "", "tokens": 1, "seconds": 1, '
-    '"truncated": false}',
-    '{"column": "model", "benchmark": "AIME24", "id": "0", "response": "", "tokens": "x", "seconds": 1, '
-    '"truncated": false}'])
+    '{"column": [], "benchmark": "AIME24", "id": "0", "response": "", "tokens": 1, "truncated": false}',
+    '{"column": "model", "benchmark": "AIME24", "id": "0", "response": "", "tokens": "x", "truncated": false}'])
 def test_a_damaged_line_of_answers_is_named(line, random_model, data, tmp_path, capsys):
     arguments = ["--benchmarks", "aime24", "--data", data, "--out", tmp_path / "out", "--limit", "2",
                  "--max-response", "8", "--device", "cpu", "--model", random_model]
@@ -243,10 +240,10 @@ def test_damaged_model_files(what, damage, policy, random_model, tmp_path, capsy
 
 
 def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, tmp_path, capsys, monkeypatch):
-    import sampling
+    import azr
     arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", str(data), "--max-response", "8",
                  "--device", "cpu", "--out", str(tmp_path / "out")]
-    generate, calls = sampling.generate, []
+    generate, calls = azr.generate, []
 
     def full_at_the_second_call(*args, **kwargs):
         calls.append(args)
@@ -254,7 +251,7 @@ def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "generate", full_at_the_second_call)
+    monkeypatch.setattr(azr, "generate", full_at_the_second_call)
     assert e.main(arguments) == 1
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
     assert len(message) == 1 and "--generate-batch" in message[0] and "answers so far are kept" in message[0]
@@ -282,7 +279,7 @@ def test_a_killed_evaluation_goes_on(random_model, data, tmp_path, capsys):
     assert sorted(row["id"] for row in rows) == sorted(str(i) for i in range(300) for _ in range(2))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]["AIME24"]
     assert results["n"] == 300 and results["samples"] == 2
-    assert results["tokens"] == sum(row["tokens"] for row in rows)
+    assert results["response_tokens"][0] == pytest.approx(sum(row["tokens"] for row in rows) / 600)
     assert e.main([*map(str, arguments), "--seed", "5"]) == 2 and "other settings" in capsys.readouterr().err
 
 
@@ -317,7 +314,12 @@ def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, 
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]
     assert list(results) == ["base", "trained"] and results["base"]["heldout-deduction"]["n"] == 2
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 and {row["response"] for row in rows[:6]} != {row["response"] for row in rows[6:]}
+    base, trained = ([row["response"] for row in rows if row["column"] == column] for column in results)
+    assert len(rows) == 12 and base != trained
+    assert e.main(["--model", random_model, "--max-response", "12", "--quantize", "none", *arguments[2:],
+                   "--out", str(tmp_path / "b")]) == 0
+    alone = (tmp_path / "b" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in alone] == base
 
 
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
@@ -356,7 +358,7 @@ def test_heldout_figures_are_those_of_training(random_model, heldout, executor, 
     assert e.main(["--model", random_model, "--heldout", str(heldout), "--device", "cpu",
                    "--max-response", "12", "--out", str(tmp_path / "a")]) == 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]["model"]
-    assert scores == {name.removeprefix("heldout-"): (s["accuracy"], s["stderr"], s["n"])
+    assert scores == {name.removeprefix("heldout-"): (s["accuracy"], s["stderr"])
                       for name, s in results.items()}
 
 

@@ -41,7 +41,7 @@ def test_proposals_and_answers_are_judged_and_rewarded(policy, executor, monkeyp
     good, bad = text(("python", "def f(x):\n    return x + 2")), text(("python", BROKEN))
     replies = {4: says, 1: [good, bad, bad, bad]}
 
-    def speak(policy, prompts, max_tokens, copies=1, greedy=False):
+    def speak(policy, prompts, max_tokens, copies, greedy, temperature):
         return [policy.tokenizer(reply).input_ids for reply in replies[len(prompts)]]
     monkeypatch.setattr(azr, "generate", speak)
     buffer = tasks.TaskBuffer(10, random.Random(0))

@@ -128,7 +128,7 @@ def test_a_run_on_a_gpu_goes_on_where_it_was(tmp_path):
     def run(*arguments):
         done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
     small = ["--batch", 4, "--samples", 2, "--seed-factor", 1, "--heldout-limit", 4, "--save-every", 1, "--device", "cuda"]
     out = run(*small, "--steps", 4, "--out", tmp_path / "whole")
     assert "expected, not measured" in out

@@ -87,12 +87,12 @@ CHECKS = """
 
     # a greedy step
     plain = azr.generate
-    azr.generate = lambda policy, prompts, limit, copies=1, greedy=False: plain(policy, prompts, limit, copies, True)
+    azr.generate = lambda policy, prompts, limit, copies, greedy, temperature: plain(policy, prompts, limit, copies, True)
     cfg = train.Config(batch=3, samples=2)
     torch.manual_seed(0)
     policy = azr.load_policy("tiny/longer", lora_rank=4, device="cpu")
     buffer = TaskBuffer(100, random.Random(0))
-    for task in load_heldout(azr.HELDOUT)["easy"][::40]:
+    for task in load_heldout("tiny")["easy"][::40]:
         buffer.add(task)
     with Executor(1, 5.0) as executor:
         proposals, tasks, estimates = azr.propose(policy, executor, buffer, cfg)
@@ -274,6 +274,5 @@ def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
     for process in start(2, code, "", json.dumps([*arguments, str(tmp_path / "ranks")])):
         _, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
-    answers = [[{**json.loads(line), "seconds": 0} for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
-               for name in ("alone", "ranks")]
+    answers = [(tmp_path / name / "answers.jsonl").read_text().splitlines() for name in ("alone", "ranks")]
     assert answers[0] == answers[1] and len(answers[0]) == 15

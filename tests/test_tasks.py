@@ -268,26 +268,6 @@ def test_buffer_starts_with_the_identity_and_keeps_it_when_full():
     assert not buffer.is_repeat(Task("deduction", program(200)))
 
 
-def test_protected_seeds_outlive_any_number_of_later_tasks_but_leave_room_for_them():
-    buffer = TaskBuffer(8, random.Random(0))
-    for n in range(3):
-        buffer.add(Task("deduction", program(n), "1", "1"))
-    for n in range(6):
-        buffer.add(Task("induction", program(n), inputs=("1", "2"), outputs=("1", "2")))
-    buffer.protect()
-    seeds = {kind: [task.program for task in tasks] for kind, tasks in buffer.tasks.items()}
-    twin = TaskBuffer(8, random.Random(0))
-    twin.restore(json.loads(json.dumps(buffer.state())))
-    for buffer in (buffer, twin):
-        for n in range(100, 300):
-            buffer.add(Task("deduction", program(n), "1", "1"))
-            buffer.add(Task("induction", program(n), inputs=("1", "2"), outputs=("1", "2")))
-        programs = {kind: [task.program for task in tasks] for kind, tasks in buffer.tasks.items()}
-        assert programs["deduction"][:4] == seeds["deduction"] and len(programs["deduction"]) == 8
-        assert programs["induction"][:4] == seeds["induction"][:4]  # at most half of the places
-        assert not set(programs["induction"][4:]) & set(seeds["induction"]) and len(programs["induction"]) == 8
-
-
 def test_eviction_is_random_not_oldest_first():
     survivors = set()
     for seed in range(40):

@@ -106,14 +106,13 @@ def test_tasks_and_samples_are_whole(whole_run):
     assert all(s["prompt"].endswith("<think>") and s["response"] and s["verdict"] for s in samples)
 
 
-def test_tensorboard_shows_curves_and_texts(whole_run):
+def test_tensorboard_shows_curves(whole_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(whole_run.folder / "tensorboard"))
     events.Reload()
     steps = [e.step for e in events.Scalars("heldout/mean")]
     assert steps == [0, 2, 4, 6]
     assert set(events.Tags()["scalars"]) == {key for row in log(whole_run.folder) for key in row} - {"step"}
-    assert any("solve/deduction" in tag for tag in events.Tags()["tensors"])
 
 
 def test_adapter_loads_with_plain_peft_and_is_the_trained_policy(whole_run):
@@ -315,9 +314,8 @@ def test_ablations_run(tmp_path, capsys, flags):
     types = flags[flags.index("--types") + 1].split(",") if "--types" in flags else ["deduction", "abduction", "induction"]
     assert {key.split("/")[1] for key in row if key.startswith("solve/")} == set(types)
     assert ("heldout/easy/mean" in row) == ("--heldout-splits" in flags) and "heldout/mean" in row
-    printed = capsys.readouterr().out  # every split that was measured, and none that was not
-    assert [line.split("  ")[0] for line in printed.splitlines() if line.startswith("held-out accuracy")] == [
-        "held-out accuracy", "held-out accuracy, easy"][:1 + ("--heldout-splits" in flags)]
+    printed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed.count("mean") == 1 and ("easy/mean" in printed) == ("--heldout-splits" in flags)
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
 
 
@@ -522,5 +520,5 @@ def test_a_real_model_is_measured_on_cruxeval_or_says_why_not(capsys, tmp_path, 
     assert "cannot read the held-out tasks cruxeval" in capsys.readouterr().err
     metrics = [{"step": 0} | {f"heldout{key}": 0.5 for key in (
         "/mean", "_stderr/mean", "/deduction", "_stderr/deduction")}]
-    assert train.heldout_tables(metrics, "cruxeval").startswith("held-out accuracy, cruxeval")
-    assert train.heldout_tables(metrics, "tiny").startswith("held-out accuracy  ")
+    assert train.heldout_table(metrics, "cruxeval").startswith("held-out accuracy, cruxeval")
+    assert train.heldout_table(metrics, "tiny").startswith("held-out accuracy  ")
