@@ -176,6 +176,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
                          "cpu, or leave it out") from error
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # where graphs are captured and memory is counted
     if quantize == "auto":
         quantize = "4bit" if on_gpu and lora_rank else "none"
     if quantize == "4bit" and not lora_rank and not adapter:

@@ -605,7 +605,7 @@ class _Run:
 
     def load(self, name, *rest, **options):
         """The program's own import statement; modules that it loads use another."""
-        if str.partition(name, ".")[0] not in ALLOWED:
+        if type(name) is not str or name.partition(".")[0] not in ALLOWED:
             self.report("unsafe", f"imports {name}")
         return builtins.__import__(name, *rest, **options)
 
@@ -671,7 +671,7 @@ def _unsafe(tree):
 
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count. One call looks like two only in a forged report."""
+    of them, or is no plain function, names do not count. One call of a plain function without *args looks like two only in a forged report."""
     places, values, named = (), {}, False
     if type(f) is FunctionType:
         # These may be of classes of the program's own, whose code has run before that of f is looked at.

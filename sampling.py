@@ -92,6 +92,7 @@ class RoomyLayer(DynamicLayer):
             start = self.get_seq_length()
             room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
             self.room = room
+            self.show(start)  # lets go of the old one, a layer at a time
 
     def show(self, columns):
         """Count so many columns of the room as written."""
@@ -169,7 +170,8 @@ def _replayed(causal, batch, tokens):
     from token to token stands in tensors, so each reads the whole room of the cache, under a mask. The graph
     holds only for this batch and this room: the next segment captures its own.
     """
-    plain, layers, begin = causal.forward, batch.cache.layers, batch.ids_BT.shape[1] - 1
+    own, plain = "forward" in vars(causal), causal.forward
+    layers, begin = batch.cache.layers, batch.ids_BT.shape[1] - 1
     for layer in layers:
         layer.reserve(begin + tokens)
     ids_B1, at = torch.empty_like(batch.ids_BT[:, -1:]), batch.ids_BT.new_empty(1)
@@ -205,7 +207,9 @@ def _replayed(causal, batch, tokens):
     try:
         yield
     finally:
-        causal.forward = plain
+        del causal.forward  # not `= plain`, which would be a cycle that keeps the model in memory
+        if own:
+            causal.forward = plain
 
 
 def uses_graphs(policy):
@@ -368,9 +372,10 @@ def decoded_logprobs(policy, rollouts, tokens):
     batch = _prefill(policy, [r.prompt_ids for r in rollouts], 1, [[]] * len(rollouts), range(len(rollouts)))
     ids_B1, mask_BT, logps = batch.ids_BT[:, -1:], batch.mask_BT, []
     targets_BN = torch.tensor([r.response_ids[:tokens] for r in rollouts], device=policy.device)
-    for targets_B1 in targets_BN.split(1, 1):
-        logits_BV = policy.causal(input_ids=ids_B1, attention_mask=mask_BT, past_key_values=batch.cache,
-                                  position_ids=mask_BT.sum(1, keepdim=True) - 1).logits[:, 0]
-        logps.append(torch.log_softmax(logits_BV.float(), -1).gather(1, targets_B1))
-        ids_B1, mask_BT = targets_B1, functional.pad(mask_BT, (0, 1), value=1)
+    with _replayed(policy.causal, batch, tokens) if uses_graphs(policy) else contextlib.nullcontext():
+        for targets_B1 in targets_BN.split(1, 1):
+            logits_BV = policy.causal(input_ids=ids_B1, attention_mask=mask_BT, past_key_values=batch.cache,
+                                      position_ids=mask_BT.sum(1, keepdim=True) - 1).logits[:, 0]
+            logps.append(torch.log_softmax(logits_BV.float(), -1).gather(1, targets_B1))
+            ids_B1, mask_BT = targets_B1, functional.pad(mask_BT, (0, 1), value=1)
     return torch.cat(logps, 1)

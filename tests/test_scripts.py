@@ -153,6 +153,6 @@ def test_a_dry_run_says_steps_sizes_and_hours_and_writes_nothing(tmp_path, capsy
     out = tmp_path / "out"
     assert reproduce.main(["--model", "Qwen2.5-3B", "--out", str(out), "--dry-run", "--", "--steps", "100"]) == 0
     text = capsys.readouterr().out
-    assert "100 steps" in text and "2048 tokens" in text and " 9 hours in all" in text and "not measured" in text
+    assert "100 steps" in text and "2048 tokens" in text and " 6 hours in all" in text and "not measured" in text
     assert not out.exists()
     assert reproduce.main(["--model", "tiny", "--dry-run", "--", "--steps", "0"]) == 2
