@@ -290,7 +290,8 @@ def heldout_table(metrics, name):
     measured = [row for row in metrics if "heldout/mean" in row]
     names = [key.removeprefix("heldout/") for key in measured[-1] if key.startswith("heldout/")]
     columns = {f"step {row['step']}": {
-        key: (row[f"heldout/{key}"], row[f"heldout_stderr/{key}"]) for key in names if f"heldout/{key}" in row}
+        key: (row[f"heldout/{key}"], row[f"heldout_stderr/{key}"])
+        for key in names if f"heldout/{key}" in row}  # a resumed run may measure other tasks
         for row in (measured[0], measured[-1])}
     return table(columns, "held-out accuracy" + f", {Path(name).name}" * (name != "tiny"), {})
 
