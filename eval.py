@@ -23,8 +23,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import judges
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
-from report import layout, read_config, read_rows, replace_file, table
+from report import checked, layout, read_config, read_rows, replace_file, table
 from rewards import load_heldout, mean_error
 from tasks import FRAME, UsageError, solve_prompt
 
@@ -219,12 +220,18 @@ def evaluate_together(options):
 
 def read_answers(path):
     """The file of --judge → {("answers", benchmark): rows}. Raises UsageError."""
-    if not Path(path).is_file():
-        raise UsageError(f"--judge {path}: no such file")
-    found = defaultdict(list)
-    for row in read_rows(Path(path), FOREIGN, whole=True):
+    rows, found = [], defaultdict(list)
+    try:
+        for row in judges.read_rows(Path(path)):
+            rows.append(checked(row, FOREIGN))
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
+        raise UsageError(f"cannot read line {len(rows) + 1} of {path}: {str(error) or type(error).__name__}; "
+                         f"a line is an object with {', '.join(FOREIGN)}") from error
+    for row in rows:
         for name in named(row["benchmark"]):
             found["answers", name].append({"id": str(row["id"]), "response": row["response"] or ""})
+    if not found:
+        raise UsageError(f"--judge {path}: there are no answers in it")
     return found
 
 

@@ -393,16 +393,13 @@ def read_config(folder, kinds):
                          "give a folder that train.py wrote, such as runs/<model>-<date>") from error
 
 
-def read_rows(path, kinds, whole=False):
+def read_rows(path, kinds):
     """The rows of a file of JSON lines, objects with fields of these kinds; [] if there is no file.
 
-    What follows the last end of a line was cut off by a kill, unless the file is known to be whole. Raises
-    UsageError for a damaged line.
+    What follows the last end of a line was cut off by a kill. Raises UsageError for a damaged line.
     """
     # split, not splitlines: the model's text may hold U+2028, which ends no line here
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.rstrip().split(b"\n") if whole else content.split(b"\n")[:-1]
-    rows = []
+    lines, rows = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=lambda name: None)  # nan and infinity become None

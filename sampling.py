@@ -214,8 +214,10 @@ def _replayed(causal, batch, tokens):
 
 def uses_graphs(policy):
     """Whether decoding can be captured: on a GPU, where no operation waits to see what another gave."""
-    return (policy.device.type == "cuda" and policy.causal._can_compile_fullgraph
-            and attends_to_all(policy.causal.config))
+    config = policy.causal.config
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return (policy.device.type == "cuda" and policy.causal._can_compile_fullgraph and attends_to_all(config)
+            and rope.get("rope_type") not in ("dynamic", "longrope"))  # these look at the longest position
 
 
 def capture(operations):

@@ -1,9 +1,11 @@
 """eval.py: figures, resuming, folders that are not its own, damaged files, judging from a file."""
 
+import gzip
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +182,15 @@ def test_damaged_answers_from_elsewhere(line, judging, tmp_path, capsys):
     with open(judging[1], "a") as file:
         file.write(line + "\n")
     refused(judging, "cannot read line 2", capsys, tmp_path)
+
+
+def test_answers_from_elsewhere_may_be_compressed_and_hold_blank_lines(judging, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n" + (tmp_path / "answers.jsonl").read_bytes() + b"\n\n"))
+    assert e.main([judging[0], str(path), *judging[2:]]) == 0
+    shutil.rmtree(tmp_path / "out")
+    path.write_bytes(gzip.compress(b"\n"))
+    refused([judging[0], str(path), *judging[2:]], "no answers", capsys, tmp_path)
 
 
 def test_two_at_once_are_kept_apart(judging, tmp_path, capsys):

@@ -1128,6 +1128,21 @@ TWO_CALLS = {                   # programs that try to be called with one value 
 }
 
 
+def test_a_str_that_lies_about_its_value_imports_nothing(executor):
+    """It is equal to an allowed name when the guard asks, and to `os` afterwards."""
+    program = """
+        class S(str):
+            asked = 0
+            def __hash__(self): return hash("os") if S.asked else hash("math")
+            def __eq__(self, other):
+                S.asked += 1
+                return True
+        load = globals()["__buil" + "tins__"]["__imp" + "ort__"]
+        def f(): return str(load(S("os")))[:40]
+    """
+    assert one(executor, textwrap.dedent(program), "").status == "unsafe"
+
+
 @pytest.mark.parametrize("name", TWO_CALLS)
 def test_no_program_makes_one_call_look_like_two(box, name):
     runs = box.run([(TWO_CALLS[name], argument) for argument in ("1, 2", "a=1, b=2", "b=2, a=1", "1, b=2", "1, 2, c=3")])

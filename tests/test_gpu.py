@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
 
 
 def rollouts_of(policy, count=12, tokens=40):
-    ids = generate(policy, PROMPTS, tokens, copies=-(-count // len(PROMPTS)))[:count]
+    with policy.autocast():  # as in sampling, when all weights are trained
+        ids = generate(policy, PROMPTS, tokens, copies=-(-count // len(PROMPTS)))[:count]
     return [Rollout("solve", "deduction", PROMPTS[i // -(-count // len(PROMPTS))], response, advantage=(-1.0) ** i)
             for i, response in enumerate(ids)]
 

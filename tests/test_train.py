@@ -522,3 +522,6 @@ def test_a_real_model_is_measured_on_cruxeval_or_says_why_not(capsys, tmp_path, 
         "/mean", "_stderr/mean", "/deduction", "_stderr/deduction")}]
     assert train.heldout_table(metrics, "cruxeval").startswith("held-out accuracy, cruxeval")
     assert train.heldout_table(metrics, "tiny").startswith("held-out accuracy  ")
+    metrics.append({"step": 1} | {f"heldout{key}": 0.25 for key in (  # resumed with other held-out tasks
+        "/mean", "_stderr/mean", "/abduction", "_stderr/abduction")})
+    assert re.search("abduction +– +25.0", train.heldout_table(metrics, "other.jsonl"))
