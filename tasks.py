@@ -58,19 +58,30 @@ ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'H
 
 
 # Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
-# held-out or public task.
+# held-out or public task. All have one argument: small models shown two often call f with one.
 EXAMPLES = {
-    Task("deduction", "def f(hours, minutes):\n    return hours * 60 + minutes", "2, 15", "135",
-         ("2, 15", "1, 0", "0, 5"), ("135", "60", "5"), "The minutes since midnight."):
-    "f(2, 15) is 2 * 60 + 15.",
+    Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
+         ("135", "60", "5"), ("(2, 15)", "(1, 0)", "(0, 5)"), "Hours, and the minutes that are left."):
+    "f(135) is 135 // 60, 135 % 60.",
     Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
          ("13", "5", "40"), ("'adult'", "'child'", "'adult'"), "Who pays the full price?"):
     "f(13) is 'adult', as 13 < 13 is false.",
     Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
          ("[4, 9, 6]", "[7]", "[1, 2]"), ("5", "0", "1"), "How far the prices lie apart."):
     "f([4, 9, 6]) is 9 - 4.",
+    Task("deduction",
+         "def f(kilos):\n    price = kilos * 3\n    if price > 20:\n        price -= 2\n    return price",
+         "8", "22", ("8", "2", "7"), ("22", "6", "19"), "Large orders are cheaper."):
+    "price is 24, and over 20, so f(8) is 24 - 2.",
+    Task("deduction", "def f(scores):\n    return [s for s in scores if s >= 5]", "[3, 8, 5]", "[8, 5]",
+         ("[3, 8, 5]", "[1]", "[5, 6]"), ("[8, 5]", "[]", "[5, 6]"), "Who passes?"):
+    "Of [3, 8, 5] only 3 is under 5.",
+    Task("deduction",
+         "def f(days):\n    coins = 1\n    for day in range(days):\n        coins *= 2\n    return coins",
+         "3", "8", ("3", "0", "5"), ("8", "1", "32"), "Savings that double every day."):
+    "coins is 1, then 2, 4 and 8.",
 }
-SHOTS = 3  # earlier responses that a proposer is shown at least
+SHOTS, SOLVER_SHOTS = 6, 3  # earlier responses that a proposer is shown at least, and a solver exactly
 
 
 def split_pairs(task):
@@ -133,7 +144,7 @@ _TRIPLET_SHOT = """\
 Write a new function f and an input, so that one has to think to {aim}.
 
 ### Response
-<think>This is new.</think>
+<think>New.</think>
 <answer>
 ```python
 {program}
@@ -166,8 +177,8 @@ def solve_prompt(task, frame="long"):
     entry = KINDS[task.type]
     if frame == "long" or not entry.solve_example:
         return entry.solve.format(**_slots(task))
-    earlier = (_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items())
-    return _few_shot(entry.solve_example, earlier, _slots(task))
+    earlier = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
+    return _few_shot(entry.solve_example, earlier[:SOLVER_SHOTS], _slots(task))
 
 
 def _few_shot(example, earlier, asked):
@@ -357,7 +368,7 @@ Give the input, as it would stand between the parentheses of the call f(...), in
 Write inputs for f, and a message that helps to find f.
 
 ### Response
-<think>This is new.</think>
+<think>New.</think>
 <answer>
 ```message
 {message}
