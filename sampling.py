@@ -304,25 +304,25 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.
 def _prefill(policy, prompts, copies, responses, owners):
     """Read the prompts of these responses, and what they have said, into a batch with a row a response.
 
-    A prompt is read once for all copies that begin. Too many tokens for one pass are read half by half.
+    Rows that begin alike are read once. Too many tokens for one pass are read half by half.
     """
-    keys = [(owner // copies, *responses[owner]) for owner in owners]
-    texts = {key: prompts[key[0]] + list(key[1:]) for key in keys}
-    width = max(2, *map(len, texts.values()))  # at least one column for the cache
+    keys = [(*prompts[owner // copies], *responses[owner]) for owner in owners]
+    texts = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    width = max(2, *map(len, texts))  # at least one column for the cache
     cache = DynamicCache(config=policy.causal.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
         halves = owners[:len(owners) // 2], owners[len(owners) // 2:]
         return _join(*(_prefill(policy, prompts, copies, responses, half) for half in halves))
-    gaps = [width - len(ids) for ids in texts.values()]
-    ids_BT = [[policy.pad_id] * gap + ids for gap, ids in zip(gaps, texts.values())]
+    gaps = [width - len(ids) for ids in texts]
+    ids_BT = [[policy.pad_id] * gap + [*ids] for gap, ids in zip(gaps, texts)]
     mask_BT = [[0] * gap + [1] * (width - gap) for gap in gaps]
     ids_BT, mask_BT = (torch.tensor(x, device=policy.device) for x in (ids_BT, mask_BT))
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
-    rows = torch.tensor([[*texts].index(key) for key in keys], device=policy.device)
+    rows = torch.tensor([texts[key] for key in keys], device=policy.device)
     cache.batch_select_indices(rows)
     return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [len(responses[i]) for i in owners])
 

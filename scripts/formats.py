@@ -1,6 +1,6 @@
 """Which prompts does a model follow? Shares of well-formed, valid and truncated responses.
 
-    python scripts/formats.py --model ~/smollm2          # a CPU: half an hour for a model of 135 M
+    python scripts/formats.py --model ~/smollm2    # for a model of 135 M two minutes on a GPU, hours on a CPU
 
 For each variant of the frame, each role and task type: the proposals of one seeding round, then a solver's batch,
 with the prompts, the sampling at temperature 1, the parsing and the sandbox of training. `valid` is the share of

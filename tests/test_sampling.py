@@ -33,6 +33,15 @@ def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
     assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
 
 
+def test_equal_prompts_are_read_once(policy, monkeypatch):
+    seen, plain = [], policy.causal.forward
+    monkeypatch.setattr(policy.causal, "forward", lambda *args, **named: seen.append(named["input_ids"].shape) or plain(*args, **named))
+    expected = generate(policy, [[1, 2, 3], [4, 5, 6]], 20, greedy=True)
+    seen.clear()
+    assert generate(policy, [[1, 2, 3], [4, 5, 6], [1, 2, 3]] * 5, 20, greedy=True) == [expected[i] for i in (0, 1, 0)] * 5
+    assert seen[0] == (2, 2) and seen[1][0] == 15  # all but the last token of two prompts, then a row a response
+
+
 @pytest.mark.parametrize("cpu", (True, False))
 @pytest.mark.parametrize("key_heads", (1, 2, 4))
 @pytest.mark.parametrize("masked", (False, True))
