@@ -58,7 +58,8 @@ ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'H
 
 
 # Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
-# held-out or public task. All have one argument: small models shown two often call f with one.
+# held-out or public task. All have one argument: shown functions of two, small
+# models often call f with one.
 EXAMPLES = {
     Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
          ("135", "60", "5"), ("(2, 15)", "(1, 0)", "(0, 5)"), "Hours, and the minutes that are left."):
@@ -81,7 +82,7 @@ EXAMPLES = {
          "3", "8", ("3", "0", "5"), ("8", "1", "32"), "Savings that double every day."):
     "coins is 1, then 2, 4 and 8.",
 }
-SHOTS, SOLVER_SHOTS = 6, 3  # earlier responses that a proposer is shown at least, and a solver exactly
+SHOTS, SOLVER_SHOTS = 6, 3  # earlier responses: a proposer is shown at least 6, a solver exactly 3
 
 
 def split_pairs(task):
