@@ -58,8 +58,7 @@ ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'H
 
 
 # Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
-# held-out or public task. All have one argument: shown functions of two, small
-# models often call f with one.
+# held-out or public task. All have one argument: shown functions of two, small models often call f with one.
 EXAMPLES = {
     Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
          ("135", "60", "5"), ("(2, 15)", "(1, 0)", "(0, 5)"), "Hours, and the minutes that are left."):
