@@ -53,11 +53,13 @@ LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --eval-every 20 --heldout-s
 
 
 class Row(NamedTuple):
-    """changes: of the recipe; None: of a feature that was taken out after commit 09afc7c. base: a folder in --out."""
+    """changes: of the recipe; None: of a feature that was taken out after commit 09afc7c. base: a folder in --out.
+    control: what scripts/controls.py replaces; {followed} is the run of the same seed that trains its proposer."""
 
     changes: str | None
     seeds: range
     base: str = BASE
+    control: str = ""
 
 
 ROWS = {
@@ -81,6 +83,17 @@ ROWS = {
 # fewer new tasks, and shorter ones: with more steps both sample about as many tokens.
 ROWS |= {f"scarce{name} ({base})": Row(f"{LONG} {changes}", range(5), f"scarce-{base}") for base in range(3)
          for name, changes in {"": "--steps 140", ", proposer not trained": "--steps 270 --no-train-proposer"}.items()}
+# Controls and variants of the first base's pairs.
+ROWS |= {f"scarce, {name} (0)": Row(f"{LONG} --steps 140 {changes}", range(1, 3), "scarce-0", control) for name, changes, control in [
+    ("shuffled rewards", "--shuffle-rewards", ""),
+    ("lengths imposed", "--no-train-proposer", "--tasks lengths --follow {followed}"),
+    ("drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
+    ("rewarded by variance", "", "--reward variance"),
+    ("rewarded for novelty", "", "--reward novelty"),
+    ("no references", "--references 0", ""),
+    ("six references", "--references 6 --max-prompt 1024", ""),
+    ("four tries", "--samples 4", ""),
+]}
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
 HARDER = (4, 5, 6)  # statements
 TRIES, PROPOSALS = 8, 3 * 16  # of a task, and of a step, in the recipe
@@ -152,7 +165,9 @@ def do(name, seed, out):
     do_base(base, out)
     if not (folder / "evidence").exists():
         begun = (folder / "config.json").exists()
-        call("train.py", *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
+        control = ROWS[name].control.format(followed=out / slug("scarce (0)", seed)).split()
+        call("scripts/controls.py" if control else "train.py", *control,
+             *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
         done = rows_of(folder / "metrics.jsonl")[-1]["step"]
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")

@@ -1,0 +1,135 @@
+"""Controls and variants for docs/evidence.md: train.py with one part of the proposer's side replaced.
+
+    python scripts/controls.py --tasks grammar --follow RUN --no-train-proposer …   # the rest goes to train.py
+    python scripts/controls.py --tasks lengths --follow RUN --no-train-proposer …
+    python scripts/controls.py --reward variance …
+
+--tasks: where a step's new tasks come from. They are as many and as long (in statements, by type) as those that RUN,
+a run that trains its proposer, accepted in the same step.
+
+    grammar   drawn from the grammar that the base was pretrained on: a perfect curriculum of these lengths
+    lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is dropped
+
+--reward: what a new task earns whose tries were solved with rate r, instead of equation 4.
+
+    variance  4·r·(1 − r), which pays most for what is solved half of the time
+    novelty   1 whatever r is: only being valid and new counts
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter, defaultdict
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+
+import azr  # noqa: E402
+import make  # noqa: E402
+import train  # noqa: E402
+from report import read_rows  # noqa: E402
+from rewards import Verdict, learnability, load_heldout  # noqa: E402
+from tasks import KINDS  # noqa: E402
+
+ROUNDS = 8    # of proposals in a step, at most
+LONGEST = 8   # statements that the grammar is asked for; longer programs seldom stay within its bounds
+REWARDS = {"variance": lambda rate, zero=0.0: 4 * rate * (1 - rate), "novelty": lambda rate, zero=0.0: 1.0}
+
+
+def lengths_of(run):
+    """{step: {type: Counter of the statements of the tasks that a run accepted}}"""
+    found = defaultdict(lambda: defaultdict(Counter))
+    for row in read_rows(Path(run) / "tasks.jsonl", {"step": int, "type": str, "program": str}):
+        found[row["step"]][row["type"]][statements_of(row["program"])] += 1
+    return found
+
+
+def statements_of(program):
+    return program.count("\n") - 1
+
+
+def from_grammar(policy, executor, buffer, cfg, wanted, rng):
+    """New tasks of the wanted lengths, as rollouts that nobody sampled."""
+    rollouts, heldout = [], heldout_programs(cfg)
+    for kind, lengths in wanted.items():
+        for length in lengths.elements():
+            while True:
+                task, _, _ = make.draw_solution(rng, kind, max(1, min(length, LONGEST)), heldout)
+                if not buffer.is_repeat(task):
+                    break
+            rollouts.append(azr.Rollout("propose", kind, [], verdict=Verdict.VALID, task=task))
+            buffer.add(task)
+    return rollouts
+
+
+def of_own(policy, executor, buffer, cfg, wanted, rng):
+    """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
+    rollouts, left = [], {kind: Counter(lengths) for kind, lengths in wanted.items()}
+    for _ in range(ROUNDS):
+        for rollout in azr.draft(policy, executor, buffer, [kind for kind in left if left[kind].total()], cfg):
+            task = rollout.task
+            if task and not buffer.is_repeat(task) and left[task.type][statements_of(task.program)] > 0:
+                left[task.type][statements_of(task.program)] -= 1
+                rollouts.append(rollout)
+                buffer.add(task)
+    return rollouts
+
+
+SOURCES = {"grammar": from_grammar, "lengths": of_own}
+
+
+@lru_cache
+def heldout_programs(cfg):
+    """The programs of all held-out tasks beside those that the run measures."""
+    files = {Path(cfg.heldout), *Path(cfg.heldout).parent.glob("*.jsonl")} if cfg.heldout != "tiny" else ["tiny"]
+    return frozenset(task.program for file in files for tasks in load_heldout(file).values() for task in tasks)
+
+
+def proposing(source, run, steps):
+    """A stand-in for azr.propose whose new tasks come from `source`. steps: the numbers of the coming steps."""
+    lengths = lengths_of(run)
+
+    def propose(policy, executor, buffer, cfg):
+        step = next(steps)
+        rng = random.Random(f"{cfg.seed} {step}")
+        rollouts = source(policy, executor, buffer, cfg, lengths[step], rng)
+        estimates = azr.solve(policy, executor, [r.task for r in rollouts], cfg, copies=cfg.samples)
+        for number, rollout in enumerate(rollouts):
+            tries = estimates[number * cfg.samples:][:cfg.samples]
+            rollout.solve_rate = sum(r.verdict is Verdict.CORRECT for r in tries) / cfg.samples
+            rollout.reward = learnability(rollout.solve_rate)
+            if KINDS[rollout.type].own_program:
+                rollout.traits["unique_ast"] = True
+        return rollouts, [rollout.task for rollout in rollouts], estimates
+
+    return propose
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--tasks", choices=SOURCES)
+    parser.add_argument("--follow", type=Path, metavar="RUN", help="the run whose lengths --tasks takes")
+    parser.add_argument("--reward", choices=REWARDS)
+    options, rest = parser.parse_known_args()
+    if bool(options.tasks) != bool(options.follow):
+        parser.error("--tasks and --follow go together")
+    if options.reward:
+        azr.learnability = REWARDS[options.reward]
+    if options.tasks:
+        restore = train.Run.restore
+
+        def restore_and_count(run, *arguments):
+            done = restore(run, *arguments)
+            train.propose = proposing(SOURCES[options.tasks], options.follow, count((done or 0) + 1))
+            return done
+
+        train.Run.restore = restore_and_count
+    return train.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
