@@ -57,31 +57,43 @@ class Task:
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
-# Worked examples for models that must be shown the format, with the solver's thought. Our own, and unlike any
-# held-out or public task. All have one argument: shown functions of two, small models often call f with one.
-EXAMPLES = {
-    Task("deduction", "def f(minutes):\n    return minutes // 60, minutes % 60", "135", "(2, 15)",
-         ("135", "60", "5"), ("(2, 15)", "(1, 0)", "(0, 5)"), "Hours, and the minutes that are left."):
-    "f(135) is 135 // 60, 135 % 60.",
-    Task("deduction", "def f(age):\n    return 'child' if age < 13 else 'adult'", "13", "'adult'",
-         ("13", "5", "40"), ("'adult'", "'child'", "'adult'"), "Who pays the full price?"):
-    "f(13) is 'adult', as 13 < 13 is false.",
-    Task("deduction", "def f(prices):\n    return max(prices) - min(prices)", "[4, 9, 6]", "5",
-         ("[4, 9, 6]", "[7]", "[1, 2]"), ("5", "0", "1"), "How far the prices lie apart."):
-    "f([4, 9, 6]) is 9 - 4.",
-    Task("deduction",
-         "def f(kilos):\n    price = kilos * 3\n    if price > 20:\n        price -= 2\n    return price",
-         "8", "22", ("8", "2", "7"), ("22", "6", "19"), "Large orders are cheaper."):
-    "price is 24, and over 20, so f(8) is 24 - 2.",
-    Task("deduction", "def f(scores):\n    return [s for s in scores if s >= 5]", "[3, 8, 5]", "[8, 5]",
-         ("[3, 8, 5]", "[1]", "[5, 6]"), ("[8, 5]", "[]", "[5, 6]"), "Who passes?"):
-    "Of [3, 8, 5] only 3 is under 5.",
-    Task("deduction",
-         "def f(days):\n    coins = 1\n    for day in range(days):\n        coins *= 2\n    return coins",
-         "3", "8", ("3", "0", "5"), ("8", "1", "32"), "Savings that double every day."):
-    "coins is 1, then 2, 4 and 8.",
-}
-SHOTS, SOLVER_SHOTS = 6, 3  # earlier responses: a proposer is shown at least 6, a solver exactly 3
+def _example(program, message, calls):
+    """A worked example; calls: "input → output; …", the first of which is the one to solve."""
+    inputs, outputs = zip(*(call.split(" → ") for call in calls.split("; ")))
+    return Task("deduction", program, inputs[0], outputs[0], inputs, outputs, message)
+
+
+# For models that must be shown the format. Our own, and unlike any held-out or public task. All have one
+# argument: shown functions of two, small models often call f with one.
+EXAMPLES = (
+    _example("def f(minutes):\n    return minutes // 60, minutes % 60",
+             "Hours, and the minutes that are left.",
+             "135 → (2, 15); 60 → (1, 0); 5 → (0, 5); 0 → (0, 0); 200 → (3, 20)"),
+    _example("def f(age):\n    return 'child' if age < 13 else 'adult'", "Who pays the full price?",
+             "13 → 'adult'; 5 → 'child'; 40 → 'adult'; 12 → 'child'; 77 → 'adult'"),
+    _example("def f(prices):\n    return max(prices) - min(prices)", "How far the prices lie apart.",
+             "[4, 9, 6] → 5; [7] → 0; [1, 2] → 1; [3, 3, 8] → 5; [10, 0] → 10"),
+    _example("def f(kilos):\n    price = kilos * 3\n    if price > 20:\n        price -= 2\n"
+             "    return price", "Large orders are cheaper.",
+             "8 → 22; 2 → 6; 7 → 19; 6 → 18; 20 → 58"),
+    _example("def f(scores):\n    return [s for s in scores if s >= 5]", "Who passes?",
+             "[3, 8, 5] → [8, 5]; [1] → []; [5, 6] → [5, 6]; [4, 9] → [9]; [] → []"),
+    _example("def f(days):\n    coins = 1\n    for day in range(days):\n        coins *= 2\n"
+             "    return coins", "Savings that double every day.",
+             "3 → 8; 0 → 1; 5 → 32; 1 → 2; 6 → 64"),
+    _example("def f(name):\n    return name[0].upper() + '.'", "How a name is cut short.",
+             "'ada' → 'A.'; 'bob' → 'B.'; 'carl' → 'C.'; 'Zoe' → 'Z.'; 'eva' → 'E.'"),
+    _example("def f(degrees):\n    return 'ice' if min(degrees) < 0 else 'rain'", "Is it cold enough?",
+             "[3, -1, 4] → 'ice'; [5] → 'rain'; [-2, 8] → 'ice'; [0, 1] → 'rain'; [-9, -3] → 'ice'"),
+    _example("def f(hour):\n    end = hour + 8\n    if end > 24:\n        end -= 24\n    return end",
+             "When the night shift is over.", "20 → 4; 9 → 17; 16 → 24; 23 → 7; 0 → 8"),
+    _example("def f(bags):\n    load = 0\n    for bag in bags:\n        if load + bag <= 20:\n"
+             "            load += bag\n    return load", "The car takes only so much.",
+             "[12, 9, 6] → 18; [5] → 5; [20, 1] → 20; [25] → 0; [8, 8, 8] → 16"),
+)
+THOUGHTS = (  # of a solver, on the first of them
+    "f(135) is 135 // 60, 135 % 60.", "f(13) is 'adult', as 13 < 13 is false.", "f([4, 9, 6]) is 9 - 4.")
+SHOTS = len(EXAMPLES)  # earlier responses that a proposer is shown, at least; a solver: as many as THOUGHTS
 
 
 def split_pairs(task):
@@ -168,7 +180,7 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
         shown = "".join(_REFERENCE.format(**asdict(task)) for task in references)
         return entry.propose.format(references=shown, program=program, count=count)
     earlier = [task for task in references if task.program != ZERO_TRIPLET.program]
-    earlier = [*EXAMPLES][:max(0, SHOTS - len(earlier))] + earlier
+    earlier = [*EXAMPLES[:max(0, SHOTS - len(earlier))], *earlier]
     return _few_shot(entry.propose_example, map(_slots, earlier), {"program": program})
 
 
@@ -177,8 +189,8 @@ def solve_prompt(task, frame="long"):
     entry = KINDS[task.type]
     if frame == "long" or not entry.solve_example:
         return entry.solve.format(**_slots(task))
-    earlier = [_slots(example) | {"thought": thought} for example, thought in EXAMPLES.items()]
-    return _few_shot(entry.solve_example, earlier[:SOLVER_SHOTS], _slots(task))
+    earlier = [_slots(example) | {"thought": thought} for example, thought in zip(EXAMPLES, THOUGHTS)]
+    return _few_shot(entry.solve_example, earlier, _slots(task))
 
 
 def _few_shot(example, earlier, asked):

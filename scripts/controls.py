@@ -56,8 +56,9 @@ def from_grammar(policy, executor, buffer, cfg, wanted, rng):
     rollouts, heldout = [], heldout_programs(cfg)
     for kind, lengths in wanted.items():
         for length in lengths.elements():
-            while True:
-                task, _, _ = make.draw_solution(rng, kind, max(1, min(length, LONGEST)), heldout)
+            for tries in count():  # short programs run out; then the next length is taken
+                statements = max(1, min(length, LONGEST)) + tries // 100
+                task, _, _ = make.draw_solution(rng, kind, statements, heldout)
                 if not buffer.is_repeat(task):
                     break
             rollouts.append(azr.Rollout("propose", kind, [], verdict=Verdict.VALID, task=task))
@@ -83,9 +84,10 @@ SOURCES = {"grammar": from_grammar, "lengths": of_own}
 
 @lru_cache
 def heldout_programs(cfg):
-    """The programs of all held-out tasks beside those that the run measures."""
+    """The long programs of the held-out tasks, those that the run measures and those that eval.py asks for."""
     files = {Path(cfg.heldout), *Path(cfg.heldout).parent.glob("*.jsonl")} if cfg.heldout != "tiny" else ["tiny"]
-    return frozenset(task.program for file in files for tasks in load_heldout(file).values() for task in tasks)
+    return frozenset(task.program for file in files for tasks in load_heldout(file).values() for task in tasks
+                     if statements_of(task.program) > 3)
 
 
 def proposing(source, run, steps):

@@ -84,7 +84,8 @@ ROWS = {
 ROWS |= {f"scarce{name} ({base})": Row(f"{LONG} {changes}", range(5), f"scarce-{base}") for base in range(3)
          for name, changes in {"": "--steps 140", ", proposer not trained": "--steps 270 --no-train-proposer"}.items()}
 # Controls and variants of the first base's pairs.
-ROWS |= {f"scarce, {name} (0)": Row(f"{LONG} --steps 140 {changes}", range(1, 3), "scarce-0", control) for name, changes, control in [
+CONTROLS = {f"scarce, {name} (0)": Row(f"{LONG} --steps 140 {changes}", range(1, 3), "scarce-0", control)
+            for name, changes, control in [
     ("shuffled rewards", "--shuffle-rewards", ""),
     ("lengths imposed", "--no-train-proposer", "--tasks lengths --follow {followed}"),
     ("drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
@@ -94,6 +95,7 @@ ROWS |= {f"scarce, {name} (0)": Row(f"{LONG} --steps 140 {changes}", range(1, 3)
     ("six references", "--references 6 --max-prompt 1024", ""),
     ("four tries", "--samples 4", ""),
 ]}
+ROWS |= CONTROLS
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
 HARDER = (4, 5, 6)  # statements
 TRIES, PROPOSALS = 8, 3 * 16  # of a task, and of a step, in the recipe
@@ -477,6 +479,25 @@ def proposer_table(runs):
     write_tables("proposer", (table,))
 
 
+def controls_table(runs):
+    """What the first base gains under other rewards, other tasks, other settings; differences are paired by seed and task."""
+    measured = "hard, sampled", "hard, pass@8"
+    trained, base = runs["scarce (0)"], rows_of(kept_base("scarce-0"))
+    lines = [["from base 0, 140 steps", "seeds", *(f"{name} {what}" for what in ("− base", "− trained") for name in
+                                                    ("sampled", "pass@8")), "learnable proposals, %", "statements of new programs"]]
+    for name in ("scarce (0)", "scarce, proposer not trained (0)", *CONTROLS):
+        kept = runs.get(name, {})
+        if kept:
+            after, before = ([side[seed][-1] for seed in kept] for side in (kept, trained))
+            found = [points(first, after, measure) for first in (base, before) for measure in measured]
+            found[2:] = ("", "") if kept is trained else found[2:]
+            lines.append([{"scarce (0)": "proposer trained", "scarce, proposer not trained (0)": "not trained, 270 steps"}.get(
+                name, name.removeprefix("scarce, ").removesuffix(" (0)")), len(kept), *found, *(
+                f"{statistics.mean(late(rows, value) for rows in kept.values()):.1f}"
+                for value in (learnable, PROPOSED["statements of new programs"]))])
+    write_tables("controls", (lines,))
+
+
 def proposer_picture(runs):
     """docs/proposer.png: trained − untrained on harder tasks when both have spent the same; what was proposed."""
     pairs = [pair for found in pairs_of(runs).values() for pair in found.values()]
@@ -522,6 +543,7 @@ def main():
     self_play_picture(runs)
     if pairs_of(runs):
         proposer_table(runs)
+        controls_table(runs)
         proposer_picture(runs)
 
 

@@ -1,13 +1,17 @@
 """docs/evidence.md: its figures by hand, and that its tables are what scripts/evidence.py makes of the kept runs."""
 
 import importlib.util
+import json
 import random
 import re
 import statistics
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Forked
+
+from rewards import load_heldout
 
 spec = importlib.util.spec_from_file_location("evidence", ROOT / "scripts" / "evidence.py")
 evidence = importlib.util.module_from_spec(spec)
@@ -43,8 +47,8 @@ def test_every_row_is_a_command_that_train_accepts(tmp_path):
         flags = evidence.flags_of(name, 3, tmp_path)
         cfg, _ = configure(parse([*flags, "--out", str(tmp_path / evidence.slug(name, 3))]))
         assert cfg.seed == 3 and cfg.inputs == Config().inputs  # the tiny model's values, also for other bases
-        assert (cfg.batch, cfg.samples) == (16, evidence.TRIES) and 3 * cfg.batch == evidence.PROPOSALS
-        assert cfg.train_proposer == ("proposer not trained" not in name)
+        assert (cfg.batch, cfg.samples) == (16, 4 if "four tries" in name else evidence.TRIES) and 3 * cfg.batch == evidence.PROPOSALS
+        assert cfg.train_proposer != any(text in name for text in ("proposer not trained", "imposed", "grammar"))
 
 
 def test_the_proposer_and_the_steps_tell_the_runs_of_a_pair_apart(tmp_path):
@@ -85,3 +89,52 @@ def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatc
     evidence.self_play_tables(evidence.kept_runs())
     for name, text in pages.items():
         assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"
+
+
+# --- scripts/controls.py
+
+SMALL = "--batch 3 --samples 2 --seed-factor 1 --save-every 1 --eval-every 0 --heldout-limit 1 --workers 1"
+
+
+def run(script, folder, *flags):
+    """Run it to its end. → the rows of tasks.jsonl"""
+    process = Forked(f"import sys; sys.path.append('scripts'); import {script}; sys.exit({script}.main())", flags)
+    printed = process.communicate()
+    assert process.returncode == 0, printed
+    return evidence.rows_of(folder / "tasks.jsonl")
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("followed")
+    return folder, run("train", folder, *SMALL.split(), "--steps", "3", "--out", folder)
+
+
+def lengths(tasks):
+    # the identity has no statement; the grammar has no such program, and gives one of one statement
+    return Counter((task["step"], task["type"], max(1, task["program"].count("\n") - 1)) for task in tasks if task["step"])
+
+
+@pytest.mark.parametrize("source", ("grammar", "lengths"))
+def test_new_tasks_are_as_long_as_those_of_the_followed_run_also_after_a_stop(tmp_path, followed, source):
+    others, wanted = followed
+    flags = ["--tasks", source, "--follow", others, "--no-train-proposer"]
+    whole = run("controls", tmp_path / "whole", *flags, *SMALL.split(), "--steps", "3", "--out", tmp_path / "whole")
+    if source == "grammar":
+        assert lengths(whole) == lengths(wanted)
+        heldout = {task.program for tasks in load_heldout("tiny").values() for task in tasks if task.program.count("\n") > 4}
+        assert heldout and not heldout & {task["program"] for task in whole if task["step"]}
+    else:
+        assert lengths(whole) <= lengths(wanted) and lengths(whole)
+    run("controls", tmp_path / "cut", *flags, *SMALL.split(), "--steps", "2", "--out", tmp_path / "cut")
+    again = run("controls", tmp_path / "cut", *flags[:4], "--resume", tmp_path / "cut", "--steps", "3")
+    assert again == whole and any(task["solve_rate"] is not None for task in whole)
+
+
+@pytest.mark.parametrize("reward, value", [("variance", lambda rate: 4 * rate * (1 - rate)), ("novelty", lambda rate: 1.0)])
+def test_new_tasks_earn_another_reward(tmp_path, reward, value):
+    tasks = run("controls", tmp_path, "--reward", reward, *SMALL.split(), "--steps", "2", "--out", tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    valid = [row for row in samples if row["role"] == "propose" and row["solve_rate"] is not None]
+    assert valid and all(row["reward"] == value(row["solve_rate"]) for row in valid)
+    assert any(task["step"] for task in tasks)

@@ -14,7 +14,7 @@ from tasks import (
     PROBLEM,
     RESPONSE,
     SHOTS,
-    SOLVER_SHOTS,
+    THOUGHTS,
     TASK_TYPES,
     ZERO_TRIPLET,
     Task,
@@ -99,7 +99,7 @@ def test_examples_are_right_in_every_part(kind, executor):
     assert [(task.program, task.input or task.inputs) for task in given] == [
         (task.program, task.input if entry.own_program else task.inputs) for task in examples]
     said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), "examples"))
-    assert is_correct(examples[:len(said)], [parse_answer(kind, text) for text in said], executor) == [True] * SOLVER_SHOTS
+    assert is_correct(examples[:len(said)], [parse_answer(kind, text) for text in said], executor) == [True] * len(THOUGHTS)
 
 
 @pytest.mark.parametrize("kind", TASK_TYPES)
