@@ -442,9 +442,9 @@ def trr_update(policy, optimizer, rollouts, cfg):
     """
     if not rollouts:  # --no-train-proposer, and no task to solve yet
         return dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap"))
-    gap = sampler_gap(policy, rollouts)
-    policy.causal.train()
     budget = min(cfg.micro_tokens, policy.micro_tokens)
+    gap = sampler_gap(policy, rollouts, budget)
+    policy.causal.train()
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
@@ -494,7 +494,7 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
     return loss_sum, entropy_sum / total
 
 
-def sampler_gap(policy, rollouts, rows=8, tokens=16):
+def sampler_gap(policy, rollouts, budget=4096, rows=8, tokens=16):
     """Mean absolute difference of logprobs, in nats, between sampling and training; None for short responses.
 
     They run different kernels, while the update takes the ratio of their probabilities as 1. Measured on the
@@ -504,14 +504,15 @@ def sampler_gap(policy, rollouts, rows=8, tokens=16):
     some = some[::len(some) // rows + 1]
     if not some:
         return None
-    mine = share(some)
-    if not mine:
+    some = [replace(rollout, response_ids=rollout.response_ids[:tokens]) for rollout in some]
+    batches = micro_batches(share(some), budget)
+    if not batches:
         return 0.0
     policy.causal.eval()
     with policy.autocast(), torch.no_grad():
-        trained_BN = torch.stack([response_logprobs(policy, [[rollout]])[0][:tokens] for rollout in mine])
-        gaps_BN = (trained_BN - decoded_logprobs(policy, mine, tokens)).abs()
-        return gaps_BN.sum().item() / (len(some) * tokens)
+        trained_N = torch.cat([response_logprobs(policy, batch)[0] for batch in batches])
+        decoded_BN = decoded_logprobs(policy, [row[0] for batch in batches for row in batch], tokens)
+        return (trained_N - decoded_BN.flatten()).abs().sum().item() / (len(some) * tokens)
 
 
 def clipped_loss(logps_N, old_logps_N, advantages_N, clip):

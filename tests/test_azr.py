@@ -228,7 +228,7 @@ def test_out_of_memory_halves_the_micro_batch_and_drops_nothing(policy, monkeypa
         return real(policy, batch)
 
     monkeypatch.setattr(azr, "response_logprobs", scarce)
-    monkeypatch.setattr(azr, "sampler_gap", lambda policy, rollouts: None)
+    monkeypatch.setattr(azr, "sampler_gap", lambda policy, rollouts, budget: None)
     cfg = config(micro_tokens=10 ** 3)
     with pytest.warns(UserWarning, match="out of GPU memory"):
         trr_update(policy, sgd(policy), rollouts, cfg)
