@@ -482,21 +482,22 @@ def proposer_table(runs):
 
 
 def controls_table(runs):
-    """What the first base gains under other rewards, other tasks, other settings; differences are paired by seed and task."""
+    """What the first base gains with other tasks, rewards and settings; differences are paired by seed and task."""
     measured = "hard, sampled", "hard, pass@8"
     trained, base = runs["scarce (0)"], rows_of(kept_base("scarce-0"))
-    lines = [["from base 0, 140 steps", "seeds", *(f"{name} {what}" for what in ("− base", "− trained") for name in
-                                                    ("sampled", "pass@8")), "learnable proposals, %", "statements of new programs"]]
-    for name in ("scarce (0)", "scarce, proposer not trained (0)", *CONTROLS):
-        kept = runs.get(name, {})
-        if kept:
-            after, before = ([side[seed][-1] for seed in kept] for side in (kept, trained))
-            found = [points(first, after, measure) for first in (base, before) for measure in measured]
-            found[2:] = ("", "") if kept is trained else found[2:]
-            lines.append([{"scarce (0)": "proposer trained", "scarce, proposer not trained (0)": "not trained, 270 steps"}.get(
-                name, name.removeprefix("scarce, ").removesuffix(" (0)")), len(kept), *found, *(
-                f"{statistics.mean(late(rows, value) for rows in kept.values()):.1f}"
-                for value in (learnable, PROPOSED["statements of new programs"]))])
+    labels = {"scarce (0)": "proposer trained", "scarce, proposer not trained (0)": "not trained, 270 steps"}
+    labels |= {name: name.removeprefix("scarce, ").removesuffix(" (0)") for name in CONTROLS}
+    lines = [["from base 0, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",
+              "learnable proposals, %", "statements of new programs"]]
+    for name, label in labels.items():
+        if kept := runs.get(name):
+            after = [rows[-1] for rows in kept.values()]
+            gains = [points(base, after, measure) for measure in measured]
+            gains += ["", ""] if kept is trained else [
+                points([trained[seed][-1] for seed in kept], after, measure) for measure in measured]
+            proposed = [statistics.mean(late(rows, value) for rows in kept.values())
+                        for value in (learnable, PROPOSED["statements of new programs"])]
+            lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed)])
     write_tables("controls", (lines,))
 
 

@@ -84,9 +84,12 @@ def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatc
     pages = {name: (ROOT / name).read_text() for name in ["docs/evidence.md"]}
     (tmp_path / "docs").mkdir()
     for name, text in pages.items():
-        (tmp_path / name).write_text(re.sub(r"(?s)(<!-- tables: [^\n]*\n).*?(<!-- end)", r"\1\2", text))
+        (tmp_path / name).write_text(re.sub(r"(?s)(<!-- \w+: [^\n]*\n).*?(<!-- end)", r"\1\2", text))
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
-    evidence.self_play_tables(evidence.kept_runs())
+    runs = evidence.kept_runs()
+    evidence.self_play_tables(runs)
+    evidence.proposer_table(runs)
+    evidence.controls_table(runs)
     for name, text in pages.items():
         assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"
 
