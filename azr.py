@@ -225,9 +225,11 @@ def forecast(policy, cfg, memory=None):
     # a token leaves the inputs of all layers, and all of the one layer that is done again
     a_token = policy.causal.dtype.itemsize * ((layers + 25) * width + 7 * inner)
     if memory is None and policy.device.type != "cuda":
-        # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
         free = free_memory(policy.device)
+        if free < 8 * a_token * cfg.micro_tokens:
+            # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory. To give
+            # it back costs a small model a third of its time.
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
         policy.micro_tokens = max(1, min(cfg.micro_tokens, free // (3 * a_token)))
         return f"{free / 2 ** 30:.1f} GB are free: micro-batches of at most {policy.micro_tokens:,} tokens"
     memory = memory or torch.cuda.get_device_properties(policy.device).total_memory

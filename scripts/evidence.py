@@ -144,11 +144,9 @@ def rows_of(path):
 
 
 def call(script, *arguments):
-    # One thread: two spin against each other beside another process. And malloc keeps what is freed: to give it back, and
-    # to fault it in again, took a third of these runs.
-    keep = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2 ** 25, "MALLOC_TRIM_THRESHOLD_": 2 ** 31, "MALLOC_TOP_PAD_": 2 ** 26}
+    # one thread: two spin against each other beside another process
     subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in keep.items()})
+                   stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def answer(model, folder, base, out):
