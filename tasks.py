@@ -93,7 +93,9 @@ EXAMPLES = (
 )
 THOUGHTS = (  # of a solver, on the first of them
     "f(135) is 135 // 60, 135 % 60.", "f(13) is 'adult', as 13 < 13 is false.", "f([4, 9, 6]) is 9 - 4.")
-SHOTS = len(EXAMPLES)  # earlier responses that a proposer is shown, at least; a solver: as many as THOUGHTS
+# Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them help with
+# the format. Where it has to be written, more of them made it invalid more often.
+SHOTS = 6
 
 
 def split_pairs(task):
@@ -173,14 +175,15 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
     """The proposer's question: K references for a type that brings its own program, else one program.
 
     In the frame "examples" the references, of any type, are earlier responses; EXAMPLES make up the number to
-    SHOTS, and stand for the identity, which shows nothing.
+    SHOTS or more, and stand for the identity, which shows nothing.
     """
     entry = KINDS[kind]
     if frame == "long" or not entry.propose_example:
         shown = "".join(_REFERENCE.format(**asdict(task)) for task in references)
         return entry.propose.format(references=shown, program=program, count=count)
     earlier = [task for task in references if task.program != ZERO_TRIPLET.program]
-    earlier = [*EXAMPLES[:max(0, SHOTS - len(earlier))], *earlier]
+    shots = SHOTS if entry.own_program else len(EXAMPLES)
+    earlier = [*EXAMPLES[:max(0, shots - len(earlier))], *earlier]
     return _few_shot(entry.propose_example, map(_slots, earlier), {"program": program})
 
 
