@@ -93,8 +93,8 @@ EXAMPLES = (
 )
 THOUGHTS = (  # of a solver, on the first of them
     "f(135) is 135 // 60, 135 % 60.", "f(13) is 'adult', as 13 < 13 is false.", "f([4, 9, 6]) is 9 - 4.")
-# Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them help with
-# the format. Where it has to be written, more of them made it invalid more often.
+# Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them
+# help with the format. Where it has to be written, more of them made it invalid more often.
 SHOTS = 6
 
 
