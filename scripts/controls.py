@@ -4,16 +4,19 @@
     python scripts/controls.py --tasks lengths --follow RUN --no-train-proposer …
     python scripts/controls.py --reward variance …
 
---tasks: where a step's new tasks come from. They are as many and as long (in statements, by type) as those that RUN,
-a run that trains its proposer, accepted in the same step.
+--tasks: where a step's new tasks come from. Their lengths (in statements, by type) are those of the tasks that RUN, a run
+that trains its proposer, accepted in the same step.
 
-    grammar   drawn from the grammar that the base was pretrained on: a perfect curriculum of these lengths
-    lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is dropped
+    grammar   drawn from the grammar that the base was pretrained on, as many; a length that has run out gives way to the next
+    lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is dropped, so
+              there may be fewer
 
 --reward: what a new task earns whose tries were solved with rate r, instead of equation 4.
 
     variance  4·r·(1 − r), which pays most for what is solved half of the time
     novelty   1 whatever r is: only being valid and new counts
+
+To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
 """
 
 import argparse
@@ -32,7 +35,7 @@ import make  # noqa: E402
 import train  # noqa: E402
 from report import read_rows  # noqa: E402
 from rewards import Verdict, learnability, load_heldout  # noqa: E402
-from tasks import KINDS  # noqa: E402
+from tasks import KINDS, UsageError  # noqa: E402
 
 ROUNDS = 8    # of proposals in a step, at most
 LONGEST = 8   # statements that the grammar is asked for; longer programs seldom stay within its bounds
@@ -84,7 +87,7 @@ SOURCES = {"grammar": from_grammar, "lengths": of_own}
 
 @lru_cache
 def heldout_programs(cfg):
-    """The long programs of the held-out tasks, those that the run measures and those that eval.py asks for."""
+    """The programs of over three statements of the held-out tasks, those that the run measures and those that lie beside them."""
     files = {Path(cfg.heldout), *Path(cfg.heldout).parent.glob("*.jsonl")} if cfg.heldout != "tiny" else ["tiny"]
     return frozenset(task.program for file in files for tasks in load_heldout(file).values() for task in tasks
                      if statements_of(task.program) > 3)
@@ -93,9 +96,12 @@ def heldout_programs(cfg):
 def proposing(source, run, steps):
     """A stand-in for azr.propose whose new tasks come from `source`. steps: the numbers of the coming steps."""
     lengths = lengths_of(run)
+    last = max((row["step"] for row in read_rows(run / "metrics.jsonl", {"step": int})), default=0)
 
     def propose(policy, executor, buffer, cfg):
         step = next(steps)
+        if step > last:
+            raise UsageError(f"--follow {run} has made {last} steps: there are no lengths for step {step}; complete it first")
         rng = random.Random(f"{cfg.seed} {step}")
         rollouts = source(policy, executor, buffer, cfg, lengths[step], rng)
         estimates = azr.solve(policy, executor, [r.task for r in rollouts], cfg, copies=cfg.samples)
@@ -119,6 +125,8 @@ def main():
     options, rest = parser.parse_known_args()
     if bool(options.tasks) != bool(options.follow):
         parser.error("--tasks and --follow go together")
+    if options.tasks and (options.reward or not {"--no-train-proposer", "--resume"} & {*rest}):
+        parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
     if options.reward:
         azr.learnability = REWARDS[options.reward]
     if options.tasks:

@@ -9,7 +9,7 @@ A run that is complete is not done again; one that was stopped goes on. The rows
 nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
 base that seldom proposes what is hard for it; the row with "proposer not trained" makes pairs with it, seed by seed.
 
-Each run is `train.py` with the flags that are printed; then `eval.py` answers the held-out tasks of both splits, greedy,
+Each run is `train.py`, or for a control `scripts/controls.py`, with the flags that are printed; then `eval.py` answers the held-out tasks of both splits, greedy,
 and the harder split eight times at temperature 1. Differences are paired by task, and their standard errors are over
 tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
 """
@@ -122,6 +122,12 @@ def flags_of(name, seed, out):
     return [*recipe, *row.changes.split(), "--seed", str(seed)]
 
 
+def script_of(name, seed, out):
+    """[the script that makes a row's run, and what a control replaces]"""
+    control = ROWS[name].control.format(followed=out / slug("scarce (0)", seed)).split()
+    return ["scripts/controls.py", *control] if control else ["train.py"]
+
+
 def scarce(base):
     """Whether a base is of the second question."""
     return base.startswith("scarce")
@@ -167,9 +173,7 @@ def do(name, seed, out):
     do_base(base, out)
     if not (folder / "evidence").exists():
         begun = (folder / "config.json").exists()
-        control = ROWS[name].control.format(followed=out / slug("scarce (0)", seed)).split()
-        call("scripts/controls.py" if control else "train.py", *control,
-             *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
+        call(*script_of(name, seed, out), *(["--resume", folder] if begun else ["--out", folder, *flags_of(name, seed, out)]))
         done = rows_of(folder / "metrics.jsonl")[-1]["step"]
         if done < json.loads((folder / "config.json").read_text())["steps"]:
             raise SystemExit(f"{folder} was stopped at step {done}; the same command goes on")
@@ -536,7 +540,7 @@ def main():
         # seed by seed, so that what is compared is complete early
         jobs = [(name, seed) for seed in range(options.seeds) for name in options.only if seed in ROWS[name].seeds]
         for name, seed in jobs:
-            print(f"{slug(name, seed)}: python train.py {' '.join(flags_of(name, seed, options.out))}", flush=True)
+            print(f"{slug(name, seed)}: python", *script_of(name, seed, options.out), *flags_of(name, seed, options.out), flush=True)
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: do(*job, options.out), jobs))
     runs = kept_runs()

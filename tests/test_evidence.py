@@ -141,3 +141,10 @@ def test_new_tasks_earn_another_reward(tmp_path, reward, value):
     valid = [row for row in samples if row["role"] == "propose" and row["solve_rate"] is not None]
     assert valid and all(row["reward"] == value(row["solve_rate"]) for row in valid)
     assert any(task["step"] for task in tasks)
+
+
+def test_a_followed_run_has_to_be_long_enough(tmp_path, followed):
+    flags = f"--tasks grammar --no-train-proposer {SMALL} --steps 4 --follow {followed[0]} --out {tmp_path / 'run'}"
+    process = Forked("import sys; sys.path.append('scripts'); import controls; sys.exit(controls.main())", flags.split())
+    _, said = process.communicate()
+    assert process.returncode == 2 and "has made 3 steps: there are no lengths for step 4; complete it first" in said
