@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import azr  # noqa: E402
 import make  # noqa: E402
 import train  # noqa: E402
+from evidence import statements_of  # noqa: E402
 from report import read_rows  # noqa: E402
 from rewards import Verdict, learnability, load_heldout  # noqa: E402
 from tasks import KINDS, UsageError  # noqa: E402
@@ -45,13 +46,9 @@ REWARDS = {"variance": lambda rate, zero=0.0: 4 * rate * (1 - rate), "novelty": 
 def lengths_of(run):
     """{step: {type: Counter of the statements of the tasks that a run accepted}}"""
     found = defaultdict(lambda: defaultdict(Counter))
-    for row in read_rows(Path(run) / "tasks.jsonl", {"step": int, "type": str, "program": str}):
+    for row in read_rows(run / "tasks.jsonl", {"step": int, "type": str, "program": str}):
         found[row["step"]][row["type"]][statements_of(row["program"])] += 1
     return found
-
-
-def statements_of(program):
-    return program.count("\n") - 1
 
 
 def from_grammar(policy, executor, buffer, cfg, wanted, rng):
@@ -73,7 +70,10 @@ def of_own(policy, executor, buffer, cfg, wanted, rng):
     """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
     rollouts, left = [], {kind: Counter(lengths) for kind, lengths in wanted.items()}
     for _ in range(ROUNDS):
-        for rollout in azr.draft(policy, executor, buffer, [kind for kind in left if left[kind].total()], cfg):
+        types = [kind for kind in left if left[kind].total()]
+        if not types:
+            break
+        for rollout in azr.draft(policy, executor, buffer, types, cfg):
             task = rollout.task
             if task and not buffer.is_repeat(task) and left[task.type][statements_of(task.program)] > 0:
                 left[task.type][statements_of(task.program)] -= 1

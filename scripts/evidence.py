@@ -9,9 +9,10 @@ A run that is complete is not done again; one that was stopped goes on. The rows
 nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
 base that seldom proposes what is hard for it; the row with "proposer not trained" makes pairs with it, seed by seed.
 
-Each run is `train.py`, or for a control `scripts/controls.py`, with the flags that are printed; then `eval.py` answers the held-out tasks of both splits, greedy,
-and the harder split eight times at temperature 1. Differences are paired by task, and their standard errors are over
-tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables and pictures need.
+Each run is `train.py`, or for a control `scripts/controls.py`, with the flags that are printed; then `eval.py` answers the
+held-out tasks of both splits, greedy, and the harder split eight times at temperature 1. Differences are paired by task, and
+their standard errors are over tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables
+and pictures need.
 """
 
 import argparse
