@@ -84,17 +84,21 @@ ROWS = {
 # fewer new tasks, and shorter ones: with more steps both sample about as many tokens.
 ROWS |= {f"scarce{name} ({base})": Row(f"{LONG} {changes}", range(5), f"scarce-{base}") for base in range(3)
          for name, changes in {"": "--steps 140", ", proposer not trained": "--steps 270 --no-train-proposer"}.items()}
-# Controls and variants of the first base's pairs.
-CONTROLS = {f"scarce, {name} (0)": Row(f"{LONG} --steps 140 {changes}", range(1, 3), "scarce-0", control)
-            for name, changes, control in [
-    ("shuffled rewards", "--shuffle-rewards", ""),
-    ("lengths imposed", "--no-train-proposer", "--tasks lengths --follow {followed}"),
-    ("drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
-    ("rewarded by variance", "", "--reward variance"),
-    ("rewarded for novelty", "", "--reward novelty"),
-    ("no references", "--references 0", ""),
-    ("six references", "--references 6 --max-prompt 1024", ""),
-    ("four tries", "--samples 4", ""),
+# Controls and variants of these runs, and remedies where training the proposer brings nothing.
+CONTROLS = {f"scarce, {name} ({base})": Row(f"{LONG} --steps 140 {changes}", seeds, f"scarce-{base}", control)
+            for base, seeds, name, changes, control in [
+    (0, range(1, 3), "shuffled rewards", "--shuffle-rewards", ""),
+    (0, range(1, 3), "lengths imposed", "--no-train-proposer", "--tasks lengths --follow {followed}"),
+    (0, range(1, 3), "drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
+    (0, range(1, 3), "rewarded by variance", "", "--reward variance"),
+    (0, range(1, 3), "rewarded for novelty", "", "--reward novelty"),
+    (0, range(1, 3), "no references", "--references 0", ""),
+    (0, range(1, 3), "six references", "--references 6 --max-prompt 1024", ""),
+    (0, range(1, 3), "four tries", "--samples 4", ""),
+    (1, range(2), "drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
+    (1, range(2), "solver weighs four times", "--solve-weight 4", ""),
+    (1, range(2), "six-group baseline", "--baseline group", ""),
+    (1, range(2), "sixteen tries", "--samples 16", ""),
 ]}
 ROWS |= CONTROLS
 CURVES = {"self-play": "tab:blue", "shuffled rewards": "tab:gray"}  # the rows that the picture shows, step by step
@@ -125,7 +129,8 @@ def flags_of(name, seed, out):
 
 def script_of(name, seed, out):
     """[the script that makes a row's run, and what a control replaces]"""
-    control = ROWS[name].control.format(followed=out / slug("scarce (0)", seed)).split()
+    row = ROWS[name]
+    control = row.control.format(followed=out / slug(f"scarce ({row.base[-1]})", seed)).split()
     return ["scripts/controls.py", *control] if control else ["train.py"]
 
 
@@ -485,23 +490,25 @@ def proposer_table(runs):
 
 
 def controls_table(runs):
-    """What the first base gains with other tasks, rewards and settings; differences are paired by seed and task."""
-    measured = "hard, sampled", "hard, pass@8"
-    trained, base = runs["scarce (0)"], rows_of(kept_base("scarce-0"))
-    labels = {"scarce (0)": "proposer trained", "scarce, proposer not trained (0)": "not trained, 270 steps"}
-    labels |= {name: name.removeprefix("scarce, ").removesuffix(" (0)") for name in CONTROLS}
-    lines = [["from base 0, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",
-              "learnable proposals, %", "statements of new programs"]]
-    for name, label in labels.items():
-        if kept := runs.get(name):
-            after = [rows[-1] for rows in kept.values()]
-            gains = [points(base, after, measure) for measure in measured]
-            gains += ["", ""] if kept is trained else [
-                points([trained[seed][-1] for seed in kept], after, measure) for measure in measured]
-            proposed = [statistics.mean(late(rows, value) for rows in kept.values())
-                        for value in (learnable, PROPOSED["statements of new programs"])]
-            lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed)])
-    write_tables("controls", (lines,))
+    """What each base gains with other tasks, rewards and settings; differences are paired by seed and task."""
+    measured, tables = ("hard, sampled", "hard, pass@8"), []
+    for number in pairs_of(runs):
+        trained, base = runs[f"scarce ({number})"], rows_of(kept_base(f"scarce-{number}"))
+        labels = {f"scarce ({number})": "proposer trained", f"scarce, proposer not trained ({number})": "not trained, 270 steps"}
+        labels |= {name: name.removeprefix("scarce, ")[:-4] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
+        lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained",
+                  "pass@8 − trained", "learnable proposals, %", "statements of new programs"]]
+        for name, label in labels.items():
+            if kept := runs.get(name):
+                after = [rows[-1] for rows in kept.values()]
+                gains = [points(base, after, measure) for measure in measured]
+                gains += ["", ""] if kept is trained else [
+                    points([trained[seed][-1] for seed in kept], after, measure) for measure in measured]
+                proposed = [statistics.mean(late(rows, value) for rows in kept.values())
+                            for value in (learnable, PROPOSED["statements of new programs"])]
+                lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed)])
+        tables.append(lines)
+    write_tables("controls", tables)
 
 
 def proposer_picture(runs):
