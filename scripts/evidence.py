@@ -205,8 +205,11 @@ def do_base(base, out):
         answer(folder, out / f"{kept.stem}-answers", base, out)
         statements = {split: {kind: "".join(str(statements_of(task.program)) for task in tasks if task.type == kind)
                               for kind in TASK_TYPES} for split, tasks in load_heldout(heldout_of(base, out)).items()}
+        row = {"answers": answers_of(out / f"{kept.stem}-answers"), "statements": statements}
+        if scarce(base):
+            row["thoughts"] = thoughts_of(out / f"{kept.stem}-answers", heldout_of(base, out))
         KEPT.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"answers": answers_of(out / f"{kept.stem}-answers"), "statements": statements}) + "\n")
+        kept.write_text(json.dumps(row) + "\n")
     return folder
 
 
@@ -238,6 +241,8 @@ def keep(name, seed, folder, heldout):
                  "answers": answers_of(folder / "evidence"), "met": {
                      kind: [index for index, task in enumerate(task for task in hard if task.type == kind)
                             if fingerprint(task.program) in proposed] for kind in TASK_TYPES}})
+    if scarce(ROWS[name].base):
+        rows[-1]["thoughts"] = thoughts_of(folder / "evidence", heldout)
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / f"{slug(name, seed)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -247,6 +252,22 @@ def answers_of(folder):
     return {name: {kind: "".join(str(sum(flags)) for flags in next(iter(json.loads(
         (folder / name / "results.json").read_text())["results"].values()))[f"heldout-{kind}"]["correct"].values())
         for kind in TASK_TYPES} for name in ("hard", "easy", "samples") if (folder / name).exists()}
+
+
+def thoughts_of(folder, heldout):
+    """Of the sampled deductions about programs with HARDER[0] statements: {samples, complete: how many write one step for each
+    statement, short: how many write fewer, right: how many of the complete ones give the right answer}. A step is a line with
+    an arrow; in this grammar a statement takes one."""
+    asked = {str(index) for index, task in enumerate(load_heldout(heldout)["hard"])
+             if task.type == "deduction" and statements_of(task.program) == HARDER[0]}
+    result = next(iter(json.loads((folder / "samples" / "results.json").read_text())["results"].values()))
+    right = {index: iter(flags) for index, flags in result["heldout-deduction"]["correct"].items()}
+    counts = Counter(samples=0, complete=0, short=0, right=0)
+    for row in rows_of(folder / "samples" / "answers.jsonl"):
+        if row["benchmark"] == "heldout-deduction" and row["id"] in asked:
+            steps, correct = row["response"].count(" -> "), next(right[row["id"]])
+            counts += Counter(samples=1, complete=steps == HARDER[0], short=steps < HARDER[0], right=steps == HARDER[0] and correct)
+    return counts
 
 
 def measures(answers):
@@ -489,6 +510,12 @@ def proposer_table(runs):
     write_tables("proposer", (table,))
 
 
+def thoughts(ends):
+    """[share of deductions with a step for each statement, share of these that are right], in percent, of several models."""
+    counts = sum((Counter(row["thoughts"]) for row in ends if "thoughts" in row), Counter())
+    return [f"{100 * counts['complete'] / counts['samples']:.0f}", f"{100 * counts['right'] / counts['complete']:.0f}"]
+
+
 def controls_table(runs):
     """What each base gains with other tasks, rewards and settings; differences are paired by seed and task."""
     measured, tables = ("hard, sampled", "hard, pass@8"), []
@@ -496,8 +523,9 @@ def controls_table(runs):
         trained, base = runs[f"scarce ({number})"], rows_of(kept_base(f"scarce-{number}"))
         labels = {f"scarce ({number})": "proposer trained", f"scarce, proposer not trained ({number})": "not trained, 270 steps"}
         labels |= {name: name.removeprefix("scarce, ")[:-4] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
-        lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained",
-                  "pass@8 − trained", "learnable proposals, %", "statements of new programs"]]
+        lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",
+                  "learnable proposals, %", "statements of new programs", "complete deductions, %", "of these right, %"],
+                 [f"base {number}", *[""] * 7, *thoughts(base)]]
         for name, label in labels.items():
             if kept := runs.get(name):
                 after = [rows[-1] for rows in kept.values()]
@@ -506,7 +534,7 @@ def controls_table(runs):
                     points([trained[seed][-1] for seed in kept], after, measure) for measure in measured]
                 proposed = [statistics.mean(late(rows, value) for rows in kept.values())
                             for value in (learnable, PROPOSED["statements of new programs"])]
-                lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed)])
+                lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed), *thoughts(after)])
         tables.append(lines)
     write_tables("controls", tables)
 

@@ -61,6 +61,24 @@ def test_the_proposer_and_the_steps_tell_the_runs_of_a_pair_apart(tmp_path):
         assert {key for key in trained if trained[key] != untrained[key]} == {"train_proposer", "steps"}
 
 
+def test_the_steps_of_sampled_deductions_are_counted(tmp_path):
+    def task(kind, statements):
+        program = "def f(n):\n" + "    n = n + 1\n" * statements + "    return n"
+        return {"split": "hard", "type": kind, "program": program, "input": "1", "output": str(1 + statements)}
+    tasks = [task("abduction", 4), task("deduction", 4), task("deduction", 5), task("deduction", 4)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks))
+    steps = {0: "4 44", 1: "4 3", 2: "4 5", 3: "4 6"}  # of the two samples of each task
+    rows = [{"benchmark": f"heldout-{tasks[index]['type']}", "id": str(index), "response": "1 + 1 -> 2\n" * int(count) + "an arrow->"}
+            for index, counts in steps.items() for count in counts.split()]
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    correct = {"1": [True, True], "2": [True, True], "3": [False, True]}
+    (tmp_path / "samples" / "results.json").write_text(json.dumps({"results": {"model": {"heldout-deduction": {"correct": correct}}}}))
+    assert evidence.thoughts_of(tmp_path, tmp_path / "heldout.jsonl") == {"samples": 4, "complete": 2, "short": 1, "right": 1}
+    assert evidence.thoughts([{"thoughts": {"samples": 4, "complete": 2, "right": 1}}, {},
+                              {"thoughts": {"samples": 4, "complete": 4, "right": 1}}]) == ["75", "33"]
+
+
 def curve(scores, tried):
     """A kept run that is measured at each step: its accuracy on harder tasks, and how many new tasks a step tries."""
     lines = [{"step": step, "rates": {"0": tried - 1, "0.5": 1} if step else {}} for step in range(len(scores))]
