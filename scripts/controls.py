@@ -2,11 +2,14 @@
 
     python scripts/controls.py --tasks grammar --follow RUN --no-train-proposer …   # the rest goes to train.py
     python scripts/controls.py --tasks lengths --follow RUN --no-train-proposer …
+    python scripts/controls.py --tasks replayed --follow RUN --no-train-proposer …
     python scripts/controls.py --reward variance …
+    python scripts/controls.py --refuse-idle …
 
 --tasks: where a step's new tasks come from. Their lengths (in statements, by type) are those of the tasks that RUN, a run
 that trains its proposer, accepted in the same step.
 
+    replayed  they are these very tasks
     grammar   drawn from the grammar that the base was pretrained on, as many; a length that has run out gives way to the next
     lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is dropped, so
               there may be fewer
@@ -16,6 +19,8 @@ that trains its proposer, accepted in the same step.
     variance  4·r·(1 − r), which pays most for what is solved half of the time
     novelty   1 whatever r is: only being valid and new counts
 
+--refuse-idle: a proposal with an idle statement is invalid: one that can be left out, and the output stays the same.
+
 To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
 """
 
@@ -23,6 +28,7 @@ import argparse
 import random
 import sys
 from collections import Counter, defaultdict
+from dataclasses import fields
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -36,39 +42,57 @@ import train  # noqa: E402
 from evidence import statements_of  # noqa: E402
 from report import read_rows  # noqa: E402
 from rewards import Verdict, learnability, load_heldout  # noqa: E402
-from tasks import KINDS, UsageError  # noqa: E402
+from tasks import KINDS, Task, UsageError  # noqa: E402
 
 ROUNDS = 8    # of proposals in a step, at most
 LONGEST = 8   # statements that the grammar is asked for; longer programs seldom stay within its bounds
 REWARDS = {"variance": lambda rate, zero=0.0: 4 * rate * (1 - rate), "novelty": lambda rate, zero=0.0: 1.0}
 
 
-def lengths_of(run):
-    """{step: {type: Counter of the statements of the tasks that a run accepted}}"""
-    found = defaultdict(lambda: defaultdict(Counter))
+def accepted_by(run):
+    """{step: [the tasks that a run accepted]}"""
+    found = defaultdict(list)
     for row in read_rows(run / "tasks.jsonl", {"step": int, "type": str, "program": str}):
-        found[row["step"]][row["type"]][statements_of(row["program"])] += 1
+        found[row["step"]].append(Task.from_dict({field.name: row[field.name] for field in fields(Task)}))
     return found
 
 
-def from_grammar(policy, executor, buffer, cfg, wanted, rng):
-    """New tasks of the wanted lengths, as rollouts that nobody sampled."""
+def lengths_of(tasks):
+    """{type: Counter of the statements of its tasks}"""
+    found = defaultdict(Counter)
+    for task in tasks:
+        found[task.type][statements_of(task.program)] += 1
+    return found
+
+
+def given(task, buffer):
+    """A new task that nobody sampled. → Rollout"""
+    buffer.add(task)
+    return azr.Rollout("propose", task.type, [], verdict=Verdict.VALID, task=task)
+
+
+def from_followed(policy, executor, buffer, cfg, followed, rng):
+    """The very tasks of the followed run."""
+    return [given(task, buffer) for task in followed]
+
+
+def from_grammar(policy, executor, buffer, cfg, followed, rng):
+    """Tasks of the grammar, as long as those of the followed run."""
     rollouts, heldout = [], heldout_programs(cfg)
-    for kind, lengths in wanted.items():
+    for kind, lengths in lengths_of(followed).items():
         for length in lengths.elements():
             for tries in count():  # short programs run out; then the next length is taken
                 statements = max(1, min(length, LONGEST)) + tries // 100
                 task, _, _ = make.draw_solution(rng, kind, statements, heldout)
                 if not buffer.is_repeat(task):
                     break
-            rollouts.append(azr.Rollout("propose", kind, [], verdict=Verdict.VALID, task=task))
-            buffer.add(task)
+            rollouts.append(given(task, buffer))
     return rollouts
 
 
-def of_own(policy, executor, buffer, cfg, wanted, rng):
+def of_own(policy, executor, buffer, cfg, followed, rng):
     """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
-    rollouts, left = [], {kind: Counter(lengths) for kind, lengths in wanted.items()}
+    rollouts, left = [], lengths_of(followed)
     for _ in range(ROUNDS):
         types = [kind for kind in left if left[kind].total()]
         if not types:
@@ -82,7 +106,7 @@ def of_own(policy, executor, buffer, cfg, wanted, rng):
     return rollouts
 
 
-SOURCES = {"grammar": from_grammar, "lengths": of_own}
+SOURCES = {"replayed": from_followed, "grammar": from_grammar, "lengths": of_own}
 
 
 @lru_cache
@@ -95,15 +119,15 @@ def heldout_programs(cfg):
 
 def proposing(source, run, steps):
     """A stand-in for azr.propose whose new tasks come from `source`. steps: the numbers of the coming steps."""
-    lengths = lengths_of(run)
+    followed = accepted_by(run)
     last = max((row["step"] for row in read_rows(run / "metrics.jsonl", {"step": int})), default=0)
 
     def propose(policy, executor, buffer, cfg):
         step = next(steps)
         if step > last:
-            raise UsageError(f"--follow {run} has made {last} steps: there are no lengths for step {step}; complete it first")
+            raise UsageError(f"--follow {run} has made {last} steps: there are no tasks for step {step}; complete it first")
         rng = random.Random(f"{cfg.seed} {step}")
-        rollouts = source(policy, executor, buffer, cfg, lengths[step], rng)
+        rollouts = source(policy, executor, buffer, cfg, followed[step], rng)
         estimates = azr.solve(policy, executor, [r.task for r in rollouts], cfg, copies=cfg.samples)
         for number, rollout in enumerate(rollouts):
             tries = estimates[number * cfg.samples:][:cfg.samples]
@@ -116,17 +140,38 @@ def proposing(source, run, steps):
     return propose
 
 
+def refusing_idle(draft):
+    """A stand-in for azr.draft that finds no task in a proposal whose own program has an idle statement."""
+
+    def refuse(policy, executor, *arguments):
+        rollouts = draft(policy, executor, *arguments)
+        shorter = []  # (its proposal, one of its statements left out)
+        for rollout in rollouts:
+            if rollout.task and KINDS[rollout.type].own_program:
+                head, *body, end = rollout.task.program.split("\n")
+                shorter += [(rollout, "\n".join([head, *body[:i], *body[i + 1:], end])) for i in range(len(body))]
+        for (rollout, _), result in zip(shorter, executor.run((program, rollout.task.input) for rollout, program in shorter)):
+            if rollout.task and result.ok and result.output == rollout.task.output:
+                rollout.task, rollout.verdict, rollout.reason = None, Verdict.INVALID, "a statement of its program is idle"
+        return rollouts
+
+    return refuse
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--tasks", choices=SOURCES)
     parser.add_argument("--follow", type=Path, metavar="RUN", help="the run whose lengths --tasks takes")
     parser.add_argument("--reward", choices=REWARDS)
+    parser.add_argument("--refuse-idle", action="store_true")
     options, rest = parser.parse_known_args()
     if bool(options.tasks) != bool(options.follow):
         parser.error("--tasks and --follow go together")
     if options.tasks and (options.reward or not {"--no-train-proposer", "--resume"} & {*rest}):
         parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
+    if options.refuse_idle:
+        azr.draft = refusing_idle(azr.draft)
     if options.reward:
         azr.learnability = REWARDS[options.reward]
     if options.tasks:

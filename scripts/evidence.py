@@ -95,6 +95,8 @@ CONTROLS = {f"scarce, {name} ({base})": Row(f"{LONG} --steps 140 {changes}", see
     (0, range(1, 3), "no references", "--references 0", ""),
     (0, range(1, 3), "six references", "--references 6 --max-prompt 1024", ""),
     (0, range(1, 3), "four tries", "--samples 4", ""),
+    (1, range(2), "replayed", "--no-train-proposer", "--tasks replayed --follow {followed}"),
+    (1, range(2), "idle statements refused", "", "--refuse-idle"),
     (1, range(2), "drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
     (1, range(2), "solver weighs four times", "--solve-weight 4", ""),
     (1, range(2), "six-group baseline", "--baseline group", ""),

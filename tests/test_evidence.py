@@ -11,6 +11,7 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT, Forked
 
+from executor import Executor
 from rewards import load_heldout
 
 spec = importlib.util.spec_from_file_location("evidence", ROOT / "scripts" / "evidence.py")
@@ -49,7 +50,7 @@ def test_every_row_is_a_command_that_train_accepts(tmp_path):
         assert cfg.seed == 3 and cfg.inputs == Config().inputs  # the tiny model's values, also for other bases
         samples = 4 if "four tries" in name else 16 if "sixteen tries" in name else evidence.TRIES
         assert (cfg.batch, cfg.samples) == (16, samples) and 3 * cfg.batch == evidence.PROPOSALS
-        assert cfg.train_proposer != any(text in name for text in ("proposer not trained", "imposed", "grammar"))
+        assert cfg.train_proposer != any(text in name for text in ("proposer not trained", "imposed", "grammar", "replayed"))
 
 
 def test_the_proposer_and_the_steps_tell_the_runs_of_a_pair_apart(tmp_path):
@@ -137,12 +138,14 @@ def lengths(tasks):
     return Counter((task["step"], task["type"], max(1, task["program"].count("\n") - 1)) for task in tasks if task["step"])
 
 
-@pytest.mark.parametrize("source", ("grammar", "lengths"))
+@pytest.mark.parametrize("source", ("replayed", "grammar", "lengths"))
 def test_new_tasks_are_as_long_as_those_of_the_followed_run_also_after_a_stop(tmp_path, followed, source):
     others, wanted = followed
     flags = ["--tasks", source, "--follow", others, "--no-train-proposer"]
     whole = run("controls", tmp_path / "whole", *flags, *SMALL.split(), "--steps", "3", "--out", tmp_path / "whole")
-    if source == "grammar":
+    if source == "replayed":
+        assert [task | {"solve_rate": 0} for task in whole] == [task | {"solve_rate": 0} for task in wanted]
+    elif source == "grammar":
         assert lengths(whole) == lengths(wanted)
         heldout = {task.program for tasks in load_heldout("tiny").values() for task in tasks if task.program.count("\n") > 4}
         assert heldout and not heldout & {task["program"] for task in whole if task["step"]}
@@ -162,8 +165,22 @@ def test_new_tasks_earn_another_reward(tmp_path, reward, value):
     assert any(task["step"] for task in tasks)
 
 
+def test_proposals_with_an_idle_statement_are_invalid(tmp_path):
+    tasks = run("controls", tmp_path, "--refuse-idle", *SMALL.split(), "--batch", "8", "--steps", "2", "--out", tmp_path)
+    own = [task for task in tasks if task["step"] and task["type"] != "induction"]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    refused = [row for row in samples if row["reason"] == "a statement of its program is idle"]
+    assert own and refused and all(row["verdict"] == "invalid" and row["reward"] == -0.5 for row in refused)
+    with Executor(workers=1) as executor:
+        for task in own:
+            lines = task["program"].split("\n")
+            for index in range(1, len(lines) - 1):
+                result, = executor.run([("\n".join(lines[:index] + lines[index + 1:]), task["input"])])
+                assert not result.ok or result.output != task["output"]
+
+
 def test_a_followed_run_has_to_be_long_enough(tmp_path, followed):
     flags = f"--tasks grammar --no-train-proposer {SMALL} --steps 4 --follow {followed[0]} --out {tmp_path / 'run'}"
     process = Forked("import sys; sys.path.append('scripts'); import controls; sys.exit(controls.main())", flags.split())
     _, said = process.communicate()
-    assert process.returncode == 2 and "has made 3 steps: there are no lengths for step 4; complete it first" in said
+    assert process.returncode == 2 and "has made 3 steps: there are no tasks for step 4; complete it first" in said
