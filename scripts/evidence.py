@@ -515,7 +515,8 @@ def proposer_table(runs):
 def thoughts(ends):
     """[share of deductions with a step for each statement, share of these that are right], in percent, of several models."""
     counts = sum((Counter(row["thoughts"]) for row in ends if "thoughts" in row), Counter())
-    return [f"{100 * counts['complete'] / counts['samples']:.0f}", f"{100 * counts['right'] / counts['complete']:.0f}"]
+    parts = (counts["complete"], counts["samples"]), (counts["right"], counts["complete"])
+    return [f"{100 * part / whole:.0f}" if whole else "" for part, whole in parts]
 
 
 def controls_table(runs):
