@@ -148,8 +148,8 @@ def refusing_idle(draft):
         shorter = []  # (its proposal, one of its statements left out)
         for rollout in rollouts:
             if rollout.task and KINDS[rollout.type].own_program:
-                head, *body, end = rollout.task.program.split("\n")
-                shorter += [(rollout, "\n".join([head, *body[:i], *body[i + 1:], end])) for i in range(len(body))]
+                lines = rollout.task.program.split("\n")
+                shorter += [(rollout, "\n".join(lines[:i] + lines[i + 1:])) for i in range(1, len(lines) - 1)]
         for (rollout, _), result in zip(shorter, executor.run((program, rollout.task.input) for rollout, program in shorter)):
             if rollout.task and result.ok and result.output == rollout.task.output:
                 rollout.task, rollout.verdict, rollout.reason = None, Verdict.INVALID, "a statement of its program is idle"
