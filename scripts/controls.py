@@ -19,7 +19,8 @@ that trains its proposer, accepted in the same step.
     variance  4·r·(1 − r), which pays most for what is solved half of the time
     novelty   1 whatever r is: only being valid and new counts
 
---refuse-idle: a proposal with an idle statement is invalid: one that can be left out, and the output stays the same.
+--refuse-idle: a proposal with an idle statement, one that can be left out and the output stays the same, counts as a repeat:
+it earns nothing and is not kept.
 
 To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
 """
@@ -42,7 +43,7 @@ import train  # noqa: E402
 from evidence import statements_of  # noqa: E402
 from report import read_rows  # noqa: E402
 from rewards import Verdict, learnability, load_heldout  # noqa: E402
-from tasks import KINDS, Task, UsageError  # noqa: E402
+from tasks import KINDS, Task, TaskBuffer, UsageError  # noqa: E402
 
 ROUNDS = 8    # of proposals in a step, at most
 LONGEST = 8   # statements that the grammar is asked for; longer programs seldom stay within its bounds
@@ -140,22 +141,22 @@ def proposing(source, run, steps):
     return propose
 
 
-def refusing_idle(draft):
-    """A stand-in for azr.draft that finds no task in a proposal whose own program has an idle statement."""
+def refuse_idle():
+    """Let a proposal whose own program has an idle statement count as a repeat."""
+    draft, is_repeat, idle = azr.draft, TaskBuffer.is_repeat, set()
 
-    def refuse(policy, executor, *arguments):
-        rollouts = draft(policy, executor, *arguments)
-        shorter = []  # (its proposal, one of its statements left out)
-        for rollout in rollouts:
-            if rollout.task and KINDS[rollout.type].own_program:
-                lines = rollout.task.program.split("\n")
-                shorter += [(rollout, "\n".join(lines[:i] + lines[i + 1:])) for i in range(1, len(lines) - 1)]
-        for (rollout, _), result in zip(shorter, executor.run((program, rollout.task.input) for rollout, program in shorter)):
-            if rollout.task and result.ok and result.output == rollout.task.output:
-                rollout.task, rollout.verdict, rollout.reason = None, Verdict.INVALID, "a statement of its program is idle"
+    def draft_and_shorten(policy, executor, *arguments):
+        rollouts, shorter = draft(policy, executor, *arguments), []
+        for task in (rollout.task for rollout in rollouts if rollout.task and KINDS[rollout.type].own_program):
+            lines = task.program.split("\n")
+            shorter += [(task, "\n".join(lines[:i] + lines[i + 1:])) for i in range(1, len(lines) - 1)]
+        for (task, _), result in zip(shorter, executor.run((program, task.input) for task, program in shorter)):
+            if result.ok and result.output == task.output:
+                idle.add(task)
         return rollouts
 
-    return refuse
+    azr.draft = draft_and_shorten
+    TaskBuffer.is_repeat = lambda buffer, task: task in idle or is_repeat(buffer, task)
 
 
 def main():
@@ -171,7 +172,7 @@ def main():
     if options.tasks and (options.reward or not {"--no-train-proposer", "--resume"} & {*rest}):
         parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
     if options.refuse_idle:
-        azr.draft = refusing_idle(azr.draft)
+        refuse_idle()
     if options.reward:
         azr.learnability = REWARDS[options.reward]
     if options.tasks:

@@ -165,18 +165,20 @@ def test_new_tasks_earn_another_reward(tmp_path, reward, value):
     assert any(task["step"] for task in tasks)
 
 
-def test_proposals_with_an_idle_statement_are_invalid(tmp_path):
+def test_proposals_with_an_idle_statement_count_as_repeats(tmp_path):
     tasks = run("controls", tmp_path, "--refuse-idle", *SMALL.split(), "--batch", "8", "--steps", "2", "--out", tmp_path)
-    own = [task for task in tasks if task["step"] and task["type"] != "induction"]
+    own = [task for task in tasks if task["type"] != "induction"]
+    seeded = {task["program"] for task in own if not task["step"]}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    refused = [row for row in samples if row["reason"] == "a statement of its program is idle"]
-    assert own and refused and all(row["verdict"] == "invalid" and row["reward"] == -0.5 for row in refused)
+    refused = [row for row in samples if row["verdict"] == "repeat" and not any(
+        f"```python\n{program}\n```" in row["response"] for program in seeded | {task["program"] for task in own})]
+    assert refused and all(row["reward"] == 0 for row in refused)
     with Executor(workers=1) as executor:
         for task in own:
             lines = task["program"].split("\n")
             for index in range(1, len(lines) - 1):
                 result, = executor.run([("\n".join(lines[:index] + lines[index + 1:]), task["input"])])
-                assert not result.ok or result.output != task["output"]
+                assert not task["step"] or not result.ok or result.output != task["output"]
 
 
 def test_a_followed_run_has_to_be_long_enough(tmp_path, followed):
