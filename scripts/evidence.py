@@ -513,9 +513,10 @@ def proposer_table(runs):
 
 
 def thoughts(ends):
-    """[share of deductions with a step for each statement, share of these that are right], in percent, of several models."""
+    """Of the deductions of several models, in percent: [those with a step for each statement, how many of these are right, those
+    with fewer steps]; see `thoughts_of`."""
     counts = sum((Counter(row["thoughts"]) for row in ends if "thoughts" in row), Counter())
-    parts = (counts["complete"], counts["samples"]), (counts["right"], counts["complete"])
+    parts = [(counts[part], counts[whole]) for part, whole in (("complete", "samples"), ("right", "complete"), ("short", "samples"))]
     return [f"{100 * part / whole:.0f}" if whole else "" for part, whole in parts]
 
 
@@ -527,7 +528,8 @@ def controls_table(runs):
         labels = {f"scarce ({number})": "proposer trained", f"scarce, proposer not trained ({number})": "not trained, 270 steps"}
         labels |= {name: name.removeprefix("scarce, ")[:-4] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
         lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",
-                  "learnable proposals, %", "statements of new programs", "complete deductions, %", "of these right, %"],
+                  "learnable proposals, %", "statements of new programs", "complete deductions, %", "of these right, %",
+                  "too few steps, %"],
                  [f"base {number}", *[""] * 7, *thoughts(base)]]
         for name, label in labels.items():
             if kept := runs.get(name):

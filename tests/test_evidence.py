@@ -76,8 +76,8 @@ def test_the_steps_of_sampled_deductions_are_counted(tmp_path):
     correct = {"1": [True, True], "2": [True, True], "3": [False, True]}
     (tmp_path / "samples" / "results.json").write_text(json.dumps({"results": {"model": {"heldout-deduction": {"correct": correct}}}}))
     assert evidence.thoughts_of(tmp_path, tmp_path / "heldout.jsonl") == {"samples": 4, "complete": 2, "short": 1, "right": 1}
-    assert evidence.thoughts([{"thoughts": {"samples": 4, "complete": 2, "right": 1}}, {},
-                              {"thoughts": {"samples": 4, "complete": 4, "right": 1}}]) == ["75", "33"]
+    assert evidence.thoughts([{"thoughts": {"samples": 4, "complete": 2, "short": 1, "right": 1}}, {},
+                              {"thoughts": {"samples": 4, "complete": 4, "short": 0, "right": 1}}]) == ["75", "33", "12"]
 
 
 def curve(scores, tried):
