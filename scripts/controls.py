@@ -20,7 +20,8 @@ that trains its proposer, accepted in the same step.
     novelty   1 whatever r is: only being valid and new counts
 
 --refuse-idle: a proposal with an idle statement, one that can be left out and the output stays the same, counts as a repeat:
-it earns nothing and is not kept.
+it earns nothing and is not kept, as long as there is deduplication. Seed tasks are not looked at. "New programs" are then those
+that are neither repeats nor refused.
 
 To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
 """
@@ -163,7 +164,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--tasks", choices=SOURCES)
-    parser.add_argument("--follow", type=Path, metavar="RUN", help="the run whose lengths --tasks takes")
+    parser.add_argument("--follow", type=Path, metavar="RUN", help="the run whose tasks or lengths --tasks takes")
     parser.add_argument("--reward", choices=REWARDS)
     parser.add_argument("--refuse-idle", action="store_true")
     options, rest = parser.parse_known_args()
@@ -171,6 +172,8 @@ def main():
         parser.error("--tasks and --follow go together")
     if options.tasks and (options.reward or not {"--no-train-proposer", "--resume"} & {*rest}):
         parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
+    if options.refuse_idle and {"--no-dedup", "--paper"} & {*rest}:
+        parser.error("--refuse-idle needs deduplication")
     if options.refuse_idle:
         refuse_idle()
     if options.reward:

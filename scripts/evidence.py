@@ -9,10 +9,11 @@ A run that is complete is not done again; one that was stopped goes on. The rows
 nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
 base that seldom proposes what is hard for it; the row with "proposer not trained" makes pairs with it, seed by seed.
 
-Each run is `train.py`, or for a control `scripts/controls.py`, with the flags that are printed; then `eval.py` answers the
-held-out tasks of both splits, greedy, and the harder split eight times at temperature 1. Differences are paired by task, and
-their standard errors are over tasks. What is kept of a run in docs/evidence/ is its metrics.jsonl, cut to what the tables
-and pictures need.
+Each run is `train.py`, or `scripts/controls.py` where a control replaces a part of it, with the flags that are printed; then
+`eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at temperature 1 (of the second
+question's models only the latter). A control that follows a run needs it complete. Differences are paired by task, and
+their standard errors are over tasks. What is kept of a run in docs/evidence/ is what the tables and
+pictures need: of its metrics, solve rates and answers.
 """
 
 import argparse
@@ -258,8 +259,8 @@ def answers_of(folder):
 
 def thoughts_of(folder, heldout):
     """Of the sampled deductions about programs with HARDER[0] statements: {samples, complete: how many write one step for each
-    statement, short: how many write fewer, right: how many of the complete ones give the right answer}. A step is a line with
-    an arrow; in this grammar a statement takes one."""
+    statement, short: how many write fewer, right: how many of the complete ones give the right answer}. An arrow is a step;
+    in this grammar a statement takes one. Programs that the run proposed are not left out here."""
     asked = {str(index) for index, task in enumerate(load_heldout(heldout)["hard"])
              if task.type == "deduction" and statements_of(task.program) == HARDER[0]}
     result = next(iter(json.loads((folder / "samples" / "results.json").read_text())["results"].values()))
@@ -535,8 +536,8 @@ def controls_table(runs):
             if kept := runs.get(name):
                 after = [rows[-1] for rows in kept.values()]
                 gains = [points(base, after, measure) for measure in measured]
-                gains += ["", ""] if kept is trained else [
-                    points([trained[seed][-1] for seed in kept], after, measure) for measure in measured]
+                pairs = [(trained[seed][-1], rows[-1]) for seed, rows in kept.items() if seed in trained]
+                gains += ["", ""] if kept is trained else [points(*zip(*pairs), measure) if pairs else "" for measure in measured]
                 proposed = [statistics.mean(late(rows, value) for rows in kept.values())
                             for value in (learnable, PROPOSED["statements of new programs"])]
                 lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed), *thoughts(after)])
@@ -573,7 +574,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--only", nargs="+", choices=commands(), default=commands(), metavar="ROW",
                         help=", ".join(commands()))
-    parser.add_argument("--seeds", type=int, default=10, help="at most so many seeds of each row")
+    parser.add_argument("--seeds", type=int, default=10, help="only seeds below this number")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="no run: tables and pictures from what is kept")
     options = parser.parse_args()
