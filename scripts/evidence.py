@@ -527,7 +527,7 @@ def controls_table(runs):
     for number in pairs_of(runs):
         trained, base = runs[f"scarce ({number})"], rows_of(kept_base(f"scarce-{number}"))
         labels = {f"scarce ({number})": "proposer trained", f"scarce, proposer not trained ({number})": "not trained, 270 steps"}
-        labels |= {name: name.removeprefix("scarce, ")[:-4] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
+        labels |= {name: name.removeprefix("scarce, ").rpartition(" (")[0] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
         lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",
                   "learnable proposals, %", "statements of new programs", "complete deductions, %", "of these right, %",
                   "too few steps, %"],
