@@ -5,6 +5,7 @@
     python scripts/controls.py --tasks replayed --follow RUN --no-train-proposer …
     python scripts/controls.py --reward variance …
     python scripts/controls.py --refuse-idle …
+    python scripts/controls.py --judge-again …
 
 --tasks: where a step's new tasks come from. Their lengths (in statements, by type) are those of the tasks that RUN, a run
 that trains its proposer, accepted in the same step.
@@ -22,6 +23,11 @@ that trains its proposer, accepted in the same step.
 --refuse-idle: a proposal with an idle statement, one that can be left out and the output stays the same, counts as a repeat:
 it earns nothing and is not kept, as long as there is deduplication. Seed tasks are not looked at. "New programs" are then those
 that are neither repeats nor refused.
+
+--judge-again: a step's proposals enter the update of the next step, in which the solver, newer by an update, tries their
+tasks --samples times more; their reward follows from both rates. It does not train on these tries. Each update takes the
+logprobs of the policy that it trains as the old ones, so nothing corrects for the update in between. After a --resume
+the proposals of the step before it are lost.
 
 To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
 """
@@ -43,7 +49,7 @@ import make  # noqa: E402
 import train  # noqa: E402
 from evidence import statements_of  # noqa: E402
 from report import read_rows  # noqa: E402
-from rewards import Verdict, learnability, load_heldout  # noqa: E402
+from rewards import Verdict, composite_reward, learnability, load_heldout  # noqa: E402
 from tasks import KINDS, Task, TaskBuffer, UsageError  # noqa: E402
 
 ROUNDS = 8    # of proposals in a step, at most
@@ -160,6 +166,31 @@ def refuse_idle():
     TaskBuffer.is_repeat = lambda buffer, task: task in idle or is_repeat(buffer, task)
 
 
+def judge_again():
+    """Let each step's proposals wait for the next update, and be judged a second time before it."""
+    propose, set_advantages, waiting = train.propose, train.set_advantages, []
+
+    def propose_and_judge(policy, executor, buffer, cfg):
+        fresh = propose(policy, executor, buffer, cfg)
+        tried = [rollout for rollout in waiting if rollout.task]
+        tries = azr.solve(policy, executor, [rollout.task for rollout in tried], cfg, copies=cfg.samples)
+        zero = -0.5 if cfg.zero_learnability == "official" else 0.0
+        for number, rollout in enumerate(tried):
+            second = tries[number * cfg.samples:][:cfg.samples]
+            solved = sum(r.verdict is Verdict.CORRECT for r in second) / cfg.samples
+            rollout.solve_rate = (rollout.solve_rate + solved) / 2
+            rollout.reward = composite_reward(azr.learnability(rollout.solve_rate, zero), True)
+        return fresh
+
+    def set_advantages_of_waiting(rollouts, cfg, rng):
+        fresh = [rollout for rollout in rollouts if rollout.role == "propose"]
+        rollouts[:] = waiting + [rollout for rollout in rollouts if rollout.role == "solve"]
+        waiting[:] = fresh
+        set_advantages(rollouts, cfg, rng)
+
+    train.propose, train.set_advantages = propose_and_judge, set_advantages_of_waiting
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -167,6 +198,7 @@ def main():
     parser.add_argument("--follow", type=Path, metavar="RUN", help="the run whose tasks or lengths --tasks takes")
     parser.add_argument("--reward", choices=REWARDS)
     parser.add_argument("--refuse-idle", action="store_true")
+    parser.add_argument("--judge-again", action="store_true")
     options, rest = parser.parse_known_args()
     if bool(options.tasks) != bool(options.follow):
         parser.error("--tasks and --follow go together")
@@ -174,8 +206,12 @@ def main():
         parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
     if options.refuse_idle and {"--no-dedup", "--paper"} & {*rest}:
         parser.error("--refuse-idle needs deduplication")
+    if options.judge_again and (options.tasks or "--no-train-proposer" in rest):
+        parser.error("--judge-again needs a proposer that is trained; drop --tasks and --no-train-proposer")
     if options.refuse_idle:
         refuse_idle()
+    if options.judge_again:
+        judge_again()
     if options.reward:
         azr.learnability = REWARDS[options.reward]
     if options.tasks:

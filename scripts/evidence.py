@@ -94,6 +94,7 @@ CONTROLS = {f"scarce, {name} ({base})": Row(f"{LONG} --steps 140 {changes}", see
     (0, range(1, 3), "rewarded by variance", "", "--reward variance"),
     (0, range(1, 3), "rewarded for novelty", "", "--reward novelty"),
     (0, range(1, 3), "no references", "--references 0", ""),
+    (0, range(1, 3), "no deduplication", "--no-dedup", ""),
     (0, range(1, 3), "six references", "--references 6 --max-prompt 1024", ""),
     (0, range(1, 3), "four tries", "--samples 4", ""),
     (1, range(2), "replayed", "--no-train-proposer", "--tasks replayed --follow {followed}"),
@@ -101,6 +102,7 @@ CONTROLS = {f"scarce, {name} ({base})": Row(f"{LONG} --steps 140 {changes}", see
     (1, range(2), "drawn from the grammar", "--no-train-proposer", "--tasks grammar --follow {followed}"),
     (1, range(2), "solver weighs four times", "--solve-weight 4", ""),
     (1, range(2), "six-group baseline", "--baseline group", ""),
+    (1, range(2), "judged again", "", "--judge-again"),
     (1, range(2), "sixteen tries", "--samples 16", ""),
 ]}
 ROWS |= CONTROLS

@@ -1,22 +1,25 @@
 """docs/evidence.md: its figures by hand, and that its tables are what scripts/evidence.py makes of the kept runs."""
 
-import importlib.util
 import json
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from dataclasses import asdict
 
 import pytest
 from conftest import ROOT, Forked
 
+import azr
+import train
 from executor import Executor
-from rewards import load_heldout
+from rewards import Verdict, load_heldout
 
-spec = importlib.util.spec_from_file_location("evidence", ROOT / "scripts" / "evidence.py")
-evidence = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evidence)
+sys.path.append(str(ROOT / "scripts"))
+import controls  # noqa: E402
+import evidence  # noqa: E402
+
 TYPES = ("deduction", "abduction", "induction")
 
 
@@ -179,6 +182,49 @@ def test_proposals_with_an_idle_statement_count_as_repeats(tmp_path):
             for index in range(1, len(lines) - 1):
                 result, = executor.run([("\n".join(lines[:index] + lines[index + 1:]), task["input"])])
                 assert not task["step"] or not result.ok or result.output != task["output"]
+
+
+def test_proposals_wait_for_the_next_update_and_are_judged_a_second_time(tmp_path, monkeypatch):
+    propose, solve, set_advantages, steps = train.propose, azr.solve, train.set_advantages, []
+
+    def watch_propose(*arguments):
+        steps.append({"second": []})
+        proposals, tasks, estimates = propose(*arguments)
+        steps[-1] = {"proposed": proposals, "first": {r.task: r.solve_rate for r in proposals if r.task}, "second": []}
+        return proposals, tasks, estimates
+
+    def watch_solve(policy, executor, tasks, cfg, **options):
+        tries = solve(policy, executor, tasks, cfg, **options)
+        if "copies" in options:  # not held-out tasks
+            steps[-1]["second"] += tries
+        return tries
+
+    def watch_advantages(rollouts, *arguments):
+        set_advantages(rollouts, *arguments)
+        steps[-1]["trained"] = [(r, r.solve_rate, r.reward, r.advantage) for r in rollouts]
+
+    monkeypatch.setattr(train, "propose", watch_propose)
+    monkeypatch.setattr(train, "set_advantages", watch_advantages)
+    controls.judge_again()
+    monkeypatch.setattr(azr, "solve", watch_solve)
+    flags = [*SMALL.split(), "--batch", "8", "--samples", "4", "--steps", "3", "--out", str(tmp_path)]
+    assert train.main(["--model", "tiny", *flags]) == 0
+
+    assert not any(r.role == "propose" for r, *_ in steps[0]["trained"]) and not steps[0]["second"]
+    compared = 0
+    for before, after in zip(steps, steps[1:]):
+        trained = [row for row in after["trained"] if row[0].role == "propose"]
+        assert [r for r, *_ in trained] == before["proposed"] and any(advantage for *_, advantage in trained)
+        assert not {id(r) for r in after["second"]} & {id(r) for r, *_ in after["trained"]}
+        for rollout, rate, reward, _ in trained:
+            if rollout.task:
+                tries = [r for r in after["second"] if r.task == rollout.task]
+                assert len(tries) == 4
+                second = sum(r.verdict is Verdict.CORRECT for r in tries) / 4
+                assert rate == (before["first"][rollout.task] + second) / 2
+                assert reward == (1 - rate if rate else 0)
+                compared += second != before["first"][rollout.task]
+    assert compared
 
 
 def test_a_followed_run_has_to_be_long_enough(tmp_path, followed):
