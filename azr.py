@@ -34,11 +34,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from parallel import share, spread, sum_gradients
 from rewards import Verdict, blame, composite_reward, judge, learnability, mean_error
-from sampling import attends_to_all, decoded_logprobs, free_memory, generate
+from sampling import attends_to_all, decoded_logprobs, free_memory, generate, inner_width
 from tasks import (CHAT_FRAME, FRAME, KINDS, THINK, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance,
                    parse_answer, parse_proposal, propose_prompt, solve_prompt, within_limits)
 
@@ -169,18 +169,20 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # their matrices are too small for more
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # of this rank
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":  # that of this rank
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.empty(0, device=device or own).device
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} is no device that torch can use here; give cuda, cuda:1 or "
-                         "cpu, or leave it out") from error
+        raise UsageError(f"{device} is no device that torch can use here, with {torch.cuda.device_count()} "
+                         "GPUs; give --device cuda:0 or cpu, or start fewer ranks") from error
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)  # where graphs are captured and memory is counted
     if quantize == "auto":
         quantize = "4bit" if on_gpu and lora_rank else "none"
-    if quantize == "4bit" and not lora_rank and not adapter:
+    if trained and quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":
         bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -207,9 +209,25 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
             task_type="CAUSAL_LM"))
     if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
-                  chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half,
-                  shares_prompts=name not in SHIPPED and attends_to_all(model.config))
+    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
+                    chat=bool(tokenizer.chat_template) and frame == "long", rows=rows, frame=frame, half=half,
+                    shares_prompts=name not in SHIPPED and attends_to_all(model.config))
+    if trained and name not in SHIPPED:
+        _check_logits(policy)
+    return policy
+
+
+@torch.no_grad()
+def _check_logits(policy):
+    """Raises UsageError if the model does more to its logits than `response_logprobs` knows of."""
+    ids = [*range(8)]
+    with policy.autocast():
+        ours_N = response_logprobs(policy, [Rollout("solve", "", ids[:1], ids[1:])])[0]
+        logits_NV = policy.causal(torch.tensor([ids], device=policy.device)).logits[0, :-1].float()
+    own_N = torch.log_softmax(logits_NV, -1).diagonal(1)
+    if (gap := float((ours_N - own_N).abs().max())) > 0.1:
+        raise UsageError(f"logprobs of this model are {gap:.2g} nats off: it changes logits in a way that "
+                         "response_logprobs in azr.py does not know; add it there")
 
 
 def forecast(policy, cfg, memory=None):
@@ -221,7 +239,7 @@ def forecast(policy, cfg, memory=None):
     0.5 ms a layer and 4.5 bytes a weight at 1 TB/s; an update of 650 tokens a rollout, at 60 TFLOP/s.
     """
     config = policy.causal.config.get_text_config()
-    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, inner_width(config)
     # a token leaves the inputs of all layers, and all of the one layer that is done again
     a_token = policy.causal.dtype.itemsize * ((layers + 25) * width + 7 * inner)
     if memory is None and policy.device.type != "cuda":
@@ -249,9 +267,13 @@ def _load_base(name, dtype, in_4bit, device):
                              bnb_4bit_compute_dtype=dtype)
     with _loading(f"the model {name!r} ({source})", "Check the name and the network, or download it "
                   "elsewhere and give the folder: --model PATH"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+        text = config.get_text_config()
+        for key, value in text.to_dict().items():  # dropout: what trains would not be the policy that samples
+            if "drop" in key and isinstance(value, float):
+                setattr(text, key, 0.0)
         model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            source, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True,
             quantization_config=nf4 if in_4bit else None)
         if found["missing_keys"]:  # transformers would make random ones
             raise ValueError(f"its files lack {len(found['missing_keys'])} of its weights.")
@@ -272,6 +294,8 @@ def _loading(what, advice=""):
     """Turns what the libraries raise inside into a UsageError of one line."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{what} does not fit into the GPU; try --quantize 4bit or a smaller") from error
     except LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
@@ -363,7 +387,10 @@ def _request(policy, buffer, kind, cfg):
         else:
             raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
                              f"{len(ids)} tokens")
-    return Rollout("propose", kind, ids, program=program, references=[task.program for task in references])
+    shown = (task.program for task in references)
+    if policy.frame == "examples":  # in which the identity is not shown
+        shown = (text for text in shown if text != ZERO_TRIPLET.program)
+    return Rollout("propose", kind, ids, program=program, references=[*shown])
 
 
 def _complete(policy, rollout, draft, runs, max_prompt):
@@ -503,7 +530,7 @@ def sampler_gap(policy, rollouts, budget=4096, rows=8, tokens=16):
     first `tokens` tokens of at most `rows` responses; of several ranks each gives its part of the mean.
     """
     some = [rollout for rollout in rollouts if len(rollout.response_ids) >= tokens]
-    some = some[::len(some) // rows + 1]
+    some = some[::max(1, math.ceil(len(some) / rows))]
     if not some:
         return None
     some = [replace(rollout, response_ids=rollout.response_ids[:tokens]) for rollout in some]
@@ -573,11 +600,13 @@ def response_logprobs(policy, rows, chunk=None):
     on the hidden states chunk by chunk.
     """
     rows = [row if isinstance(row, list) else [row] for row in rows]
-    hidden_ND = _hidden_states(policy, rows)
+    config = policy.causal.config.get_text_config()
+    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere; Granite
+    hidden_ND = _hidden_states(policy, rows) * scale
     targets_N = torch.tensor([i for row in rows for r in row for i in r.response_ids], device=policy.device)
     head = policy.causal.get_output_embeddings()
     chunk = chunk or min(1024, max(1, LOGITS // len(head.weight)))
-    softcap = getattr(policy.causal.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     if not head.weight.requires_grad:
         return _FrozenHead.apply(hidden_ND, targets_N, head, softcap, chunk)
     parts = [checkpoint(_head_logprobs, head, hidden, targets, softcap, use_reentrant=False)

@@ -302,7 +302,7 @@ def evaluate(options):
             print(f"{name} is left out: {reason}", file=sys.stderr)
         if not problems:
             raise UsageError("no benchmark data found, for the reasons above")
-        settings = {name: getattr(options, name) for name in SETTINGS}
+        settings = {name: getattr(options, name) for name in SETTINGS} | {"contents": contents(options)}
         stem = Path(options.judge or options.run or options.model).stem
         out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
         with locked(out):
@@ -356,6 +356,23 @@ def fill_in(options):
     options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
 
 
+def contents(options):
+    """Checksums of the trained weights and of the held-out file: with others, answers are others."""
+    paths = {"trained": options.adapter or options.run and f"{options.run}/model", "heldout": options.heldout}
+    return {name: checksum(Path(path)) for name, path in paths.items() if path}
+
+
+def checksum(path):
+    """crc32 over a file, or over all files of a folder."""
+    total = 0
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as lines:
+                while chunk := lines.read(2 ** 24):
+                    total = zlib.crc32(chunk, total)
+    return total
+
+
 def columns_of(options):
     """{column: (model to load, adapter or None)}; in the column base the adapter is switched off."""
     model, adapter = options.model, options.adapter
@@ -391,7 +408,7 @@ def parse(arguments):
     add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder "
         "in runs/ for these very settings, so that the same command goes on where it was stopped")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: as trained")
+    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: the run's")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
     add("--device", help="cuda, cuda:1 or cpu; default: cuda where there is one")
     add("--generate-batch", type=int, default=0, help="responses sampled at once; 0: as memory allows")

@@ -8,6 +8,7 @@ Plain Python numbers throughout: a batch has some hundred rewards, and floats ar
 tasks are read here as well (`load_heldout`): a user's file is checked by the runs that judge an answer.
 """
 
+import contextlib
 import json
 import math
 from collections import defaultdict
@@ -96,11 +97,12 @@ def load_heldout(source, limit=None, executor=None):
     """
     splits, where = defaultdict(list), ""
     try:
-        for number, row in _heldout_rows(source):
+        for number, row in enumerate(_heldout_rows(source), 1):
             where = f"line {number}: "
-            split, task = _heldout_task(row, None if source in ("tiny", "cruxeval") else executor)
-            if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
-                splits[split].append(task)
+            for part in _parts(json.loads(row) if isinstance(row, bytes) else row):
+                split, task = _heldout_task(part, None if source in ("tiny", "cruxeval") else executor)
+                if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
+                    splits[split].append(task)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
         raise UsageError(f"cannot read the held-out tasks {source} (JSON lines with split, type and the "
@@ -109,20 +111,32 @@ def load_heldout(source, limit=None, executor=None):
 
 
 def _heldout_rows(source):
-    """Yields (line's number, row); a row of CRUXEval is a task of each type that a triplet can be."""
+    """The lines of a file, or the rows of CRUXEval."""
     if source == "cruxeval":
-        from datasets import load_dataset  # slow to import
-        rows = load_dataset("cruxeval-org/cruxeval", split="test",
-                            revision="e536997e8381421cb107d285b4ae542aa12c6c31")
-    else:
-        path = Path(__file__).parent / "tiny" / "heldout.jsonl" if source == "tiny" else Path(source)
-        rows = map(json.loads, path.read_bytes().splitlines())
-    for number, row in enumerate(rows, 1):
-        if "code" in row:
-            yield from ((number, {"split": "cruxeval", "type": kind, "program": row["code"], **row})
-                        for kind in KINDS if KINDS[kind].is_triplet)
-        else:
-            yield number, row
+        with reaching_the_hub() as datasets:
+            return datasets.load_dataset("cruxeval-org/cruxeval", split="test",
+                                         revision="e536997e8381421cb107d285b4ae542aa12c6c31")
+    path = Path(__file__).parent / "tiny" / "heldout.jsonl" if source == "tiny" else Path(source)
+    return path.read_bytes().splitlines()
+
+
+@contextlib.contextmanager
+def reaching_the_hub():
+    """The library `datasets`, slow to import; what it and the network raise inside becomes an OSError."""
+    import datasets
+    from huggingface_hub.utils import httpx
+    try:
+        yield datasets
+    except (datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
+        raise OSError(f"the Hugging Face hub: {error}") from error
+
+
+def _parts(row):
+    """A row of CRUXEval is a task of each type that a triplet can be; any other is one task."""
+    if "code" not in row:
+        return [row]
+    return [{"split": "cruxeval", "type": kind, "program": row["code"], **row}
+            for kind in KINDS if KINDS[kind].is_triplet]
 
 
 def _heldout_task(row, executor):

@@ -364,8 +364,13 @@ def _rows_that_fit(policy, free, columns):
 
 def _tokens_in_a_pass(policy):
     """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B."""
-    width = policy.causal.config.get_text_config().intermediate_size
+    width = inner_width(policy.causal.config.get_text_config())
     return 3 * 2 ** 30 // (9 * width * policy.causal.dtype.itemsize)
+
+
+def inner_width(config):
+    """The width inside an MLP; four times the outer one where a config has another name for it."""
+    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
 
 
 @torch.no_grad()

@@ -201,6 +201,8 @@ def train(cfg, run):
                 run.draw()
             if stop:
                 break
+    if done == cfg.steps:  # a kill may have come between the last checkpoint and the picture
+        run.draw()
     return run.finish(stop, cfg.heldout)
 
 
@@ -410,6 +412,9 @@ class Run:
         """
         step, logs = None, dict.fromkeys(self.LOGS, [])
         content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else None)
+        made = read_rows(self.folder / "metrics.jsonl", {"step": int})
+        if content is None and any(row["step"] for row in made):
+            raise UsageError(f"there is no {self.checkpoint} to go on from; put a copy back or start anew")
         if content is not None:
             step, counts = load(content, *state)
             logs = {name: self.read_log(name, step, counts[name]) for name in self.LOGS}
@@ -499,10 +504,11 @@ class Run:
         policy.model.save_pretrained(fresh, save_embedding_layers=False)
         if name == "model":
             policy.tokenizer.save_pretrained(fresh)
-        final.mkdir(exist_ok=True)
-        for path in fresh.iterdir():
-            path.replace(final / path.name)
-        fresh.rmdir()
+        for path in filter(Path.is_file, [*fresh.rglob("*")]):
+            target = final / path.relative_to(fresh)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(fresh)
 
     def resume_hint(self):
         hint = "the checkpoint is whole, go on" if self.checkpoint.exists() else "no checkpoint yet, begin"
@@ -544,7 +550,7 @@ def load(content, policy, optimizer, buffer, rng):
         policy.mean_tokens = state["mean_tokens"]
         rng.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
         if state["ranks"] != parallel.ranks():
             say(f"this run had {state['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
                 "differ from an uninterrupted run")
@@ -588,7 +594,7 @@ def interruptible():
         if asked and time.monotonic() > asked[0] + 1:  # torchrun passes on what a terminal has sent already
             raise KeyboardInterrupt
         asked.append(time.monotonic())
-        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     previous = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:

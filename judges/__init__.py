@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from executor import Executor
+from rewards import reaching_the_hub
 from tasks import TASK_TYPES, UsageError
 
 from .code import EVERYTHING, read_contest, read_function
@@ -101,7 +102,10 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
         if benchmark.group == "heldout":
             tasks = (read_heldout(str(place), task) for place, task in enumerate(heldout)
                      if name.endswith(task.type))
-            problems[name] = list(itertools.islice(tasks, limit))
+            if found := list(itertools.islice(tasks, limit)):
+                problems[name] = found
+            else:
+                missing[name] = "the held-out tasks have none of this type"
             continue
         try:
             if data and name not in files:
@@ -140,18 +144,14 @@ def local_files(data):
 
 def hub_rows(benchmark):
     """The rows of a benchmark from the Hugging Face hub."""
-    if benchmark.files:
+    with reaching_the_hub() as datasets:
+        if not benchmark.files:
+            return datasets.load_dataset(benchmark.repository, benchmark.configuration or None,
+                                         split=benchmark.split, revision=benchmark.revision)
         from huggingface_hub import hf_hub_download
-        paths = (hf_hub_download(benchmark.repository, file, repo_type="dataset", revision=benchmark.revision)
-                 for file in benchmark.files.split(","))
-        return itertools.chain.from_iterable(read_rows(Path(path)) for path in paths)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    try:
-        return load_dataset(benchmark.repository, benchmark.configuration or None, split=benchmark.split,
-                            revision=benchmark.revision)
-    except DatasetsError as error:
-        raise ValueError(error) from error
+        paths = [hf_hub_download(benchmark.repository, file, repo_type="dataset", revision=benchmark.revision)
+                 for file in benchmark.files.split(",")]
+    return itertools.chain.from_iterable(read_rows(Path(path)) for path in paths)
 
 
 def read_rows(path):

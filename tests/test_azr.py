@@ -285,6 +285,11 @@ def test_the_sampler_gap_is_that_of_the_kernels(policy, monkeypatch):
     real = azr.decoded_logprobs
     monkeypatch.setattr(azr, "decoded_logprobs", lambda *some: real(*some) + 0.25)
     assert trr_update(policy, sgd(policy), rollouts, config())["sampler_gap"] == pytest.approx(0.25, abs=1e-4)
+    compared = []
+    monkeypatch.setattr(azr, "decoded_logprobs", lambda policy, some, tokens: compared.append(len(some)) or real(policy, some, tokens))
+    for number in (1, 7, 8, 9, 16, 20):
+        azr.sampler_gap(policy, rollouts[:number], tokens=4)
+    assert compared == [1, 7, 8, 5, 8, 7]  # every first, second or third one
 
 
 def test_on_a_cpu_micro_batches_follow_from_free_memory(random_model, monkeypatch):
@@ -430,6 +435,15 @@ def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypa
     assert len(rollout.references) == 1 and len(rollout.prompt_ids) <= fits
 
 
+@pytest.mark.parametrize("frame", ("long", "examples"))
+def test_references_of_a_rollout_are_those_in_its_prompt(policy, frame):
+    buffer, policy.frame = TaskBuffer(100, random.Random(0)), frame
+    buffer.add(Task("deduction", ADD, "1", "2"))  # beside the identity
+    rollout = azr._request(policy, buffer, "deduction", config(references=2, max_prompt=4000, frame=frame))
+    prompt = policy.decode(rollout.prompt_ids)
+    assert ADD in rollout.references and all(program in prompt for program in rollout.references)
+
+
 def test_solve_rewards_and_verdicts(policy, executor, monkeypatch):
     replies = iter([answer("```output\n3\n```"), answer("```output\n4\n```"), answer(""), "cut off"])
     script(policy, monkeypatch, lambda prompt, copy: next(replies))
@@ -452,6 +466,25 @@ def test_a_model_that_cannot_be_had_says_so_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="4-bit weights cannot be trained"):
         load_policy("whatever", quantize="4bit", lora_rank=0)
+    with pytest.raises(UsageError, match="cannot load the model"):  # to answer only, nothing is trained
+        load_policy(str(tmp_path / "nothing"), quantize="4bit", lora_rank=0, trained=False)
+
+
+def test_a_model_that_does_not_fit_into_the_gpu_is_not_taken_for_a_wrong_name(random_model, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(azr.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(MemoryError, match="does not fit into the GPU; try --quantize 4bit"):
+        load_policy(random_model, device="cpu")
+
+
+@pytest.mark.parametrize("device", ("cuda", None))
+def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(random_model, monkeypatch, device):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="cuda:3 is no device.* 0 GPUs; .*fewer ranks"):
+        load_policy(random_model, device=device)
 
 
 def test_lora_is_on_every_linear_layer_but_the_head(policy):
@@ -467,17 +500,19 @@ def test_full_fine_tuning_trains_every_weight(random_model):
     assert generate(policy, PROMPTS, 8, greedy=True) != before
 
 
-FAMILIES = {"Llama": {}, "Qwen3": {"head_dim": 12}, "Gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}}
+FAMILIES = {"Llama": {}, "Qwen3": {"head_dim": 12}, "Gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12},
+            "Granite": {"logits_scaling": 8.0, "attention_dropout": 0.5}, "Cohere": {"logit_scale": 0.25},
+            "GPT2": {"n_embd": 48, "n_layer": 3, "n_head": 4}, "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 48}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_sample_and_train_what_they_say(tmp_path, family):
-    """Greedy sampling equals a plain loop and logprobs the model's own, also with sliding windows and a logit cap."""
+    """Greedy sampling equals a plain loop and logprobs the model's own, also with sliding windows, logits that
+    are scaled or capped, dropout, and widths under another name."""
     import transformers
     folder = make_random_model(tmp_path)  # for its tokenizer
     torch.manual_seed(0)
-    config_class, model_class = getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
-    model_class(config_class(
+    transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(
         vocab_size=258, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, eos_token_id=256, pad_token_id=257, bos_token_id=None, initializer_range=0.1,
         **FAMILIES[family])).save_pretrained(folder)
@@ -497,6 +532,24 @@ def test_other_families_sample_and_train_what_they_say(tmp_path, family):
     rollouts = rollouts_of(policy, [1.0, -1.0, 0.5])
     logps_N, _ = response_logprobs(policy, rollouts)
     assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
+    policy.causal.train()
+    assert torch.allclose(response_logprobs(policy, rollouts)[0], logps_N, atol=1e-5)  # no dropout
+    assert azr.forecast(policy, config())
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(random_model, monkeypatch):
+    from transformers import Qwen2ForCausalLM
+    forward = Qwen2ForCausalLM.forward
+
+    def doubled(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", doubled)
+    with pytest.raises(UsageError, match="nats off: it changes logits"):
+        load_policy(random_model, lora_rank=4, device="cpu")
+    load_policy(random_model, lora_rank=0, device="cpu", trained=False)  # its answers are its own
 
 
 def test_gemma_2_keeps_the_soft_cap_of_its_attention(tmp_path):

@@ -333,6 +333,34 @@ def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, 
     assert [json.loads(line)["response"] for line in alone] == base
 
 
+def test_types_that_the_held_out_tasks_lack_are_left_out(random_model, heldout, tmp_path, capsys):
+    heldout.write_text("".join(line + "\n" for line in heldout.read_text().splitlines() if '"induction"' not in line))
+    arguments = ["--model", random_model, "--heldout", str(heldout), "--device", "cpu", "--max-response", "8"]
+    assert e.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "heldout-induction is left out: the held-out tasks have none of this type" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]
+    assert list(results) == ["heldout-deduction", "heldout-abduction"]
+
+
+@pytest.mark.parametrize("what", ("adapter", "heldout"))
+def test_answers_of_other_weights_or_to_other_tasks_are_not_taken_for_those_of_these(
+        what, policy, random_model, heldout, tmp_path, capsys):
+    policy.model.save_pretrained(tmp_path / "run" / "adapter")
+    config = {"model": random_model, "max_response": 12, "lora_rank": 4, "quantize": "none"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    arguments = ["--run", str(tmp_path / "run"), "--heldout", str(heldout), "--limit", "1", "--device", "cpu",
+                 "--out", str(tmp_path / "out")]
+    assert e.main(arguments) == 0 and e.main(arguments) == 0
+    capsys.readouterr()
+    if what == "adapter":  # trained further
+        for weight in policy.trainable().values():
+            weight.data += 0.1
+        policy.model.save_pretrained(tmp_path / "run" / "adapter")
+    else:
+        heldout.write_text(heldout.read_text().replace('"1", "output": "2"', '"2", "output": "3"'))
+    assert e.main(arguments) == 2 and "holds answers with other settings" in capsys.readouterr().err
+
+
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
     run_folder = tmp_path / "run"
     make_random_model(run_folder / "model", seed=5)

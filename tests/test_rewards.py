@@ -195,6 +195,15 @@ def test_a_limit_takes_the_first_of_each_type_and_split(tmp_path, executor):
         "a": ["deduction", "induction"], "b": ["deduction", "induction"]}
 
 
+@pytest.mark.parametrize("number", (1, 3))
+def test_a_line_that_is_no_json_is_named(tmp_path, number):
+    lines = [json.dumps(TRIPLET_ROW)] * 4
+    lines[number - 1] = "{broken"
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=f"line {number}: Expecting"):
+        load_heldout(tmp_path / "mine.jsonl")
+
+
 @pytest.mark.parametrize("source", ["file", "cruxeval"])
 def test_a_row_of_cruxeval_is_a_deduction_and_an_abduction_task(tmp_path, monkeypatch, executor, source):
     rows = [{"code": DOUBLE, "input": "2", "output": "4", "id": "sample_0"}]

@@ -249,6 +249,33 @@ def test_a_damaged_config_is_one_line(capsys, tmp_path, content):
 
 # --- the parts of a step
 
+def test_a_run_that_has_lost_its_checkpoint_keeps_its_logs(capsys, tmp_path, whole_run):
+    run = copy_of(whole_run.folder, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint")
+    before = contents(run)
+    assert "there is no" in (said := misuse(capsys, "--resume", run)) and "state.pt" in said
+    assert contents(run) == before
+
+
+def test_a_picture_that_a_kill_prevented_is_made_by_resume(tmp_path, whole_run):
+    run = copy_of(whole_run.folder, tmp_path / "run")
+    (run / "curves.png").unlink()
+    (run / "report.html").unlink()
+    assert train.main(["--resume", str(run)]) == 0
+    assert (run / "curves.png").exists() and (run / "report.html").exists()
+
+
+def test_a_tokenizer_with_several_chat_templates_is_written_again_and_again(tmp_path, random_model):
+    from transformers import AutoTokenizer
+    policy = train.load_policy(random_model, lora_rank=0, device="cpu")
+    policy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    run = train.Run(tmp_path)
+    run.export(policy)
+    run.export(policy)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == policy.tokenizer.chat_template
+    assert not (tmp_path / "model.new").exists()
+
+
 def rollouts_with(rewards):
     return [Rollout(role, kind, [1], [2], "", reward=reward)
             for (kind, role), values in rewards.items() for reward in values]
@@ -507,8 +534,16 @@ def test_a_disk_that_fills_during_seeding_is_one_line(tmp_path):
 
 def test_a_real_model_is_measured_on_cruxeval_or_says_why_not(capsys, tmp_path, monkeypatch, random_model):
     import datasets
+    from huggingface_hub.utils import httpx
     rows = [{"code": "def f(x):\n    return x * 2", "input": "2", "output": "4"}]
-    for name, found in {"hub": lambda *_, **__: rows, "offline": None}.items():
+
+    def failing(error):
+        def load(*_, **__):
+            raise error
+        return load
+
+    for name, found in {"hub": lambda *_, **__: rows, "offline": None, "proxy": failing(httpx.ProxyError("403 Forbidden")),
+                        "damaged": failing(datasets.exceptions.DatasetGenerationError("cut"))}.items():
         if found:
             monkeypatch.setattr(datasets, "load_dataset", found)
         else:
@@ -516,8 +551,8 @@ def test_a_real_model_is_measured_on_cruxeval_or_says_why_not(capsys, tmp_path, 
         cfg, run = train.configure(train.parse(["--model", random_model, "--out", str(tmp_path / name)]))
         run.close()
         assert cfg.heldout == json.loads((tmp_path / name / "config.json").read_text())["heldout"]
-        assert cfg.heldout == ("cruxeval" if found else "tiny")
-    assert "cannot read the held-out tasks cruxeval" in capsys.readouterr().err
+        assert cfg.heldout == ("cruxeval" if name == "hub" else "tiny")
+    assert capsys.readouterr().err.count("cannot read the held-out tasks cruxeval") == 3
     metrics = [{"step": 0} | {f"heldout{key}": 0.5 for key in (
         "/mean", "_stderr/mean", "/deduction", "_stderr/deduction")}]
     assert train.heldout_table(metrics, "cruxeval").startswith("held-out accuracy, cruxeval")
