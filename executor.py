@@ -54,7 +54,7 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = "_pylong collections.abc html.entities html.parser json.decoder".split() + [
+_PRELOADED = "collections.abc html.entities html.parser json.decoder".split() + [
     f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
     iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
     utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
@@ -80,7 +80,7 @@ class Execution:
     output: str        # canonical Python literal of the returned value; '' unless ok
     error: str         # one printable line of at most 300 characters; '' if ok
     seconds: float     # wall-clock time of the run, without the time in the queue
-    call: str = ""     # the values bound to f's parameters: equal texts are equal calls; '' unless ok
+    call: str = ""     # the values bound to f's parameters: equal calls have equal texts; '' unless ok
 
     @property
     def ok(self):
@@ -321,7 +321,7 @@ class Executor(contextlib.AbstractContextManager):
     def _result(self, worker, spent, code, late, nanoseconds):
         """The Execution that a run's report and its end amount to; believes nothing that it can check."""
         worker.report.seek(0)
-        report = worker.report.read()
+        report = b"" if late else worker.report.read()
         seconds = spent + nanoseconds / 1e9
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
@@ -393,6 +393,7 @@ class _Worker:
     def kill(self):
         """Ends the worker, and with it its runs."""
         if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
+            self.line.shutdown(1)                     # SHUT_WR: ends a zygote that outlives its parent
             self.process.kill()
             self.process.wait()
             while self.receive():                     # until the end of the zygote
@@ -408,7 +409,7 @@ _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as aud
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
-    madvise 28 233  exit 60 93  futex 202 98  exit_group 231 94"""
+    madvise 28 233  exit 60 93  exit_group 231 94"""
 
 
 class _Zygote:
@@ -449,8 +450,8 @@ class _Zygote:
         for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
             self.call("prctl", *arguments)
         self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
-        for what, value in ((resource.RLIMIT_FSIZE, 20 * MAX_TEXT), (resource.RLIMIT_STACK, 8 << 20),
-                            (resource.RLIMIT_AS, memory)):
+        for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
+                            (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
             with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
                 resource.setrlimit(what, (value, value))
         gc.collect()
@@ -468,6 +469,9 @@ class _Zygote:
         code = [(0x20, 0, 0, 4), (0x15, 1, 0, machine), refuse, (0x20, 0, 0, 0)]
         for number in _SYSCALLS.split()[column::3]:
             code += (0x15, 0, 1, int(number)), allow  # if it is not this one, go on after the next line
+        # futex: only WAIT, WAKE and WAIT_BITSET; others write the process id, which counts runs
+        code += ((0x15, 0, 6, (0, 202, 98)[column]), (0x20, 0, 0, 24), (0x54, 0, 0, 0x7F), (0x15, 1, 0, 9),
+                 (0x25, 1, 0, 1), allow, refuse)
         code = b"".join(struct.pack("HBBI", *each) for each in [*code, refuse])
         self.code = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
@@ -528,6 +532,7 @@ class _Zygote:
 
     def enter(self):
         """Puts up the walls of a run, which can only read its job and write its report from here on."""
+        gc.collect()                                  # its counters tell how many runs there were
         os.close(self.line)
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         if not self.alone:                            # else the end of the zygote is its end
@@ -555,7 +560,9 @@ class _Run:
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
-        for name in [*sorted(ALLOWED), *_PRELOADED]:
+        # What the interpreter's own C code imports later, by the import statement of the program.
+        self.lazy = ["_pylong", *["_strptime", "time"] * (not ALLOWED.isdisjoint(("time", "datetime")))]
+        for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
             with contextlib.suppress(ImportError):    # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
@@ -605,7 +612,7 @@ class _Run:
 
     def load(self, name, *rest, **options):
         """The program's own import statement; modules that it loads use another."""
-        if type(name) is not str or name.partition(".")[0] not in ALLOWED:
+        if type(name) is not str or name.partition(".")[0] not in ALLOWED and name not in self.lazy:
             self.report("unsafe", f"imports {name}")
         return builtins.__import__(name, *rest, **options)
 
@@ -694,6 +701,7 @@ def _work(config):
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # where the caller ignores it, no wait works
     run, zygote = _Run(seed, "guards" in layers), _Zygote(layers, line)
     zygote.separate()                                 # goes on in a new process
     zygote.prepare(memory_mb << 20)

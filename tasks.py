@@ -284,11 +284,14 @@ def complete_triplet(task, runs):
 
 
 def complete_pairs(task, runs):
-    """Inputs that fail are left out, and so are those that call f with the same values as an earlier one."""
+    """Inputs that fail are left out, and so are those that call f as an earlier one did.
+
+    Of *args the call does not tell the order: where outputs differ, calls do.
+    """
     good = {}
     for text, run in zip(task.inputs, runs):
         if run.ok:
-            good.setdefault(run.call, (text, run.output))
+            good.setdefault((run.call, run.output), (text, run.output))
     if len(good) < 2:  # of two pairs one can stay hidden
         return None
     inputs, outputs = zip(*good.values())

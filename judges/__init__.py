@@ -27,7 +27,9 @@ from .math import read_math
 from .values import read_execution, read_heldout
 
 TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
-MODULES = "sys io os random time datetime hashlib threading secrets calendar queue".split()  # that they need
+# that they need, or that programs import without need
+MODULES = ("sys io os random time datetime hashlib threading secrets calendar queue argparse atexit doctest "
+           "gc inspect logging pathlib signal traceback unittest warnings").split()
 GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,

@@ -14,6 +14,7 @@ import zlib
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
+from textwrap import dedent
 
 from tqdm import tqdm
 
@@ -26,10 +27,11 @@ EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = "bisect collections functools heapq itertools math typing".split()
-PRELUDE = "\n".join([  # contest programs are written where these names are known
-    "import copy, json, operator, re, string, " + ", ".join(STARRED),
-    *(f"from {module} import *" for module in STARRED), "del pow  # the one of math\n"])
+STARRED = ("bisect collections copy datetime functools heapq itertools json math operator random re "
+           "statistics string typing").split()
+PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
+    *(f"from {module} import *" for module in STARRED), "del abs, pow  # those of operator and math",
+    "import io, sys, " + ", ".join(STARRED), "sys.setrecursionlimit(50000)\n"])
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class ProgramProblem:
     def answer_in(self, response):
         """The program in a response, ready to run, or None: the last block that defines what it must."""
         text = answer_text(response)
-        blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
+        python = [] if self.name else fenced_blocks(text, "(?:python3?|py)")  # others show its use
+        blocks = [block for block in python or fenced_blocks(text, r"[\w+-]*") if block.strip()]
         if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
             blocks = [text]
         if not blocks:
             return None
         definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
-        code = ([block for block in blocks if re.search(definition, block, re.M)] or blocks)[-1]
+        whole = [dedent(block) for block in blocks if re.search(definition, block, re.M)]
+        code = (whole or blocks)[-1]
         future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
 
@@ -195,10 +199,10 @@ def f(source, entry, limit, cases):
 
     sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    sys.setrecursionlimit(50000)
     threading.Thread.start, threading.Thread.join = threading.Thread.run, lambda thread, timeout=None: None
     try:
-        exec(source, {"__name__": "__main__", "input": ask, "open": lambda file, *how: sys.stdin})
+        exec(source, {"__name__": "__main__", "input": ask, "open": lambda file, *how: sys.stdin,
+                      "exit": sys.exit, "quit": sys.exit})
     except SystemExit:
         pass
     sys.stdout.flush()
@@ -298,8 +302,11 @@ def same_in_json(output, expected, arguments):
 def same_lines(output, expected, arguments):
     """Lines without the spaces around, numbers by their values."""
     def read(line):
-        is_numbers = re.fullmatch(r"[-+.\deE ]*\d[-+.\deE ]*", line)
-        return tuple(map(Decimal, line.split())) if is_numbers else line
+        is_numbers = re.fullmatch(r"[-+.\deE ]*", line) and re.search(r"\d", line)
+        try:
+            return tuple(map(Decimal, line.split())) if is_numbers else line
+        except ArithmeticError:  # such as 1-2 or 2024-01-02
+            return line
     ours, theirs = ([read(line.strip()) for line in text.strip().split("\n")] for text in (output, expected))
     return ours == theirs
 

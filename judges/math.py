@@ -16,11 +16,12 @@ from pathlib import Path
 from .text import answer_text
 
 SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
+ENCLOSED = r"^(?:\$+(.+?)(?<!\\)\$.*|\\\((.+?)\\\).*|([^*]+)\*\*.*)$"  # $1/2$, \(1/2\), 1/2**
 
 
 @dataclass(frozen=True)
 class MathProblem:
-    """A question and its answer in LaTeX. rough: decimals may differ by rounding, as Minerva's do."""
+    """A question and its answer in LaTeX. rough: two decimals may differ by 1e-4 of their size."""
 
     key: str
     question: str
@@ -33,9 +34,9 @@ class MathProblem:
         text = answer_text(response)
         answer = boxed(text)
         if answer is None:
-            said = re.findall(r"(?i:.*answer(?: is|:))[ *]*(.+)", text)
+            said = re.split(r"(?i:answer(?: is:?|:))[\s*]*", text)[1:]
             brief = "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
-            answer = re.sub(r"^\$(.+?)(?<!\\)\$.*", r"\1", said[-1]) if said else (
+            answer = re.sub(ENCLOSED, r"\1\2\3", said[-1].split("\n")[0]) if said else (
                 text if brief or "<answer>" in response else "")
         return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
 
@@ -283,7 +284,8 @@ def same_amount(gold, answer, rough):
 def split_unit(text, shortest):
     """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters of one without \\text; 37 m may be a product"""
     words, power = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}", r"\^\{?-?\d\}?"
-    found = re.search(rf"(?<=[\d}})])\s*({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
+    found = re.search(r"(?:(?<=[\d})])|(?<=[\w!])(?=\s*\\text))\s*"
+                      rf"({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
                       rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
     unit = rewrite(found[1].lower(), UNITS) if found else ""
     if not unit or "\\text" not in found[1] and not re.match(rf"{PLAIN_UNIT}\b", unit):

@@ -43,7 +43,8 @@ def main():
         folder = options.out / f"{name.split()[0]}-{seed}"
         rows = metrics_of(folder)
         if not (rows and rows[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"]):
-            command = ["--resume", str(folder)] if rows else ["--out", str(folder), "--seed", str(seed), *flags]
+            begun = (folder / "config.json").exists()
+            command = ["--resume", str(folder)] if begun else ["--out", str(folder), "--seed", str(seed), *flags]
             subprocess.run([sys.executable, str(ROOT / "train.py"), *command], check=True, stdout=subprocess.DEVNULL)
             rows = metrics_of(folder)
         seen = [row for row in rows if "heldout/mean" in row]

@@ -1,4 +1,4 @@
-"""README's table of long runs: what keeps accuracy and diversity, and what grows over 300 steps.
+"""The table of long runs in docs/speed.md: what keeps accuracy and diversity, and what grows over 300 steps.
 
     python scripts/long.py            # two runs of train.py, one after the other: an hour and more
     python scripts/long.py --out DIR  # keeps the runs there; those that are complete are not run again
@@ -66,6 +66,8 @@ def summary(folder):
     for name in DIVERSITY:
         values = [row[f"diversity/{name}"] for row in rows[-50:] if row.get(f"diversity/{name}") is not None]
         cells.append(f"{statistics.mean(values):.2f}")
+    shares = [value for row in rows[-50:] for key, value in row.items() if key.endswith("/learnable") and value is not None]
+    cells.append(f"{statistics.mean(shares):.2f}")
     def ends(rows, key, lo, hi):
         ours = [row[key] for row in rows if lo < row["step"] <= hi]
         return statistics.median(ours) if ours else float("nan")
@@ -79,7 +81,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "long")
     options = parser.parse_args()
     lines = [["python train.py --steps 300", "best", "end", *(name.replace("_", " ") for name in DIVERSITY),
-              "seconds a step", "peak memory, GB", "descriptors"]]
+              "learnable share", "seconds a step", "peak memory, GB", "descriptors"]]
     for name, flags in RUNS.items():
         folder = options.out / name.replace(" ", "-")
         run(folder, flags)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from report import layout  # noqa: E402
+from report import layout, read_rows  # noqa: E402
 
 # A 3B model on a 24 GB card, as azr.forecast has it: decoding waits for memory and many small kernels, a token takes
 # as long for one row as for all. Update and judging are for the default batch on one card.
@@ -29,11 +29,12 @@ def demonstration(ranks, seed, out):
     """(seconds of the steps, held-out mean at the end) of README's demonstration with so many ranks."""
     folder = out / f"{ranks}-{seed}"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    if not (folder / "report.html").exists():
-        subprocess.run([sys.executable, *launch, "train.py", "--seed", str(seed), "--workers", str(ranks), "--out",
-                        str(folder)], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl", {"step": int})
+    if not (rows and rows[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"]):
+        flags = ["--resume"] if rows else ["--seed", str(seed), "--workers", str(ranks), "--out"]
+        subprocess.run([sys.executable, *launch, "train.py", *flags, str(folder)], cwd=ROOT, check=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = read_rows(folder / "metrics.jsonl", {"step": int})
     return sum(row.get("seconds/total", 0) for row in rows), 100 * rows[-1]["heldout/mean"]
 
 

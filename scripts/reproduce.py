@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from azr import SHIPPED, forecast
 from judges import BENCHMARKS
-from report import layout
+from report import layout, read_rows
 from shapes import SHAPES, make_policy
 from tasks import UsageError
 from train import KEPT, configure, flag, parse
@@ -50,8 +50,8 @@ def progress(run):
     """(the run's settings, its last step on disk), or (None, None) where no run has begun."""
     try:
         settings = json.loads((run / "config.json").read_text())
-        lines = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
-        return settings, json.loads(lines[-1])["step"] if lines else None
+        rows = read_rows(run / "metrics.jsonl", {"step": int})
+        return settings, rows[-1]["step"] if rows else None
     except FileNotFoundError:
         return None, None
 
@@ -66,7 +66,8 @@ def train(cfg, options, run):
         wanted = json.loads(json.dumps(asdict(cfg)))
         if changed := [name for name in wanted if name not in KEPT and settings.get(name) != wanted[name]]:
             raise UsageError(f"{run} was begun with another {flag(changed[0])}; give its value, or another --out")
-        code = call("train.py", "--resume", run)
+        changed = [name for name in parse(options.flags) if name in KEPT and settings[name] != wanted[name]]
+        code = call("train.py", "--resume", run, *(word for name in changed for word in (flag(name), wanted[name])))
     step = progress(run)[1]
     if code == 0 and (step is None or step < cfg.steps):
         print(f"training stands at step {step} of {cfg.steps}; the same command goes on")
@@ -156,9 +157,10 @@ def main(arguments=None):
     own = options.model in SHIPPED and not options.data
     options.benchmarks = options.benchmarks or ("heldout" if own else "code,math")
     options.out = Path(options.out or f"runs/reproduce-{options.model.replace('/', '-')}")
-    run, out = options.out / "run", options.out / "eval"
+    run = options.out / "run"
     try:
         cfg = plan(options)
+        out = options.out / f"eval-{cfg.steps}"
         if options.dry_run:
             describe(cfg, options, run, out)
             return 0

@@ -283,14 +283,15 @@ def test_a_benchmark_whose_own_solution_fails_is_named(tmp_path, executor, capsy
         assert f"{row['task_id']}: the benchmark's own solution does not run" in capsys.readouterr().err
 
 
-def test_contests_with_functions(tmp_path, executor):
+def test_contests_with_functions(tmp_path):
     write(tmp_path / "code_generation_lite" / "test5.jsonl", CONTEST)
     problem = load("LCB-Generation", tmp_path)[1]
     head = "class Solution:\n    def twice(self, xs: List[int], k: int) -> List[int]:\n        "
     answers = [head + "return [pow(x * k, 1, 99) for x in xs]", head + "return tuple(x * k for x in xs)",
                "def twice(xs, k):\n    return [gcd(0, x * k) for x in xs]",
                head + "return [x * 2 for x in xs]"]
-    verdicts = judges.judge([problem] * 4, list(map(fence, answers)), executor)
+    with judges.sandbox(1) as executor:
+        verdicts = judges.judge([problem] * 4, list(map(fence, answers)), executor)
     assert [(v["base"], v["correct"]) for v in verdicts] == [(True, True)] * 3 + [(True, False)]
 
 
@@ -304,18 +305,48 @@ def test_contests_with_standard_input(tmp_path):
             "import sys\ndef main():\n    data = sys.stdin.buffer.read().split()\n"
             "    print(sum(map(float, data[1:])))\n    sys.exit()\nif __name__ == '__main__':\n    main()",
             "import threading\ndef main():\n    n = input()\n    print(sum(map(float, input().split())))\n"
-            "t = threading.Thread(target=main)\nt.start()\nt.join()"]
+            "t = threading.Thread(target=main)\nt.start()\nt.join()",
+            "input()\nprint(sum(map(float, input().split())))\nexit()\nprint('more')"]
     bad = ["print(3)", "print(sum(map(float, input().split())))", "import os\nos.system('echo 3')",
            "raise SystemExit",
            "import sys\nclass Output:\n    buffer = property(lambda self: self)\n    flush = getvalue = lambda self: self\n"
            "    decode = lambda self, *how: 7\nsys.stdout = Output()"]  # prints a number where text is compared
     with judges.sandbox(2) as executor:
-        assert correct([problem] * 5, map(fence, good), executor) == [True] * 5
+        assert correct([problem] * 6, map(fence, good), executor) == [True] * 6
         assert not any(correct([problem] * 5, map(fence, bad), executor))
 
 
+@pytest.mark.parametrize("expected, output, agree", [
+    ("1.50 2", "1.5 2.0\n", True), ("1-2", "1-2\n", True), ("2024-01-02 ", "2024-01-02", True), ("e4\n", "e4", True),
+    ("1..2\n3", "1..2\n3.0\n", True), ("1-2", "-1", False), ("1 2", "12", False), ("1\n2", "1 2", False)])
+def test_printed_lines_are_compared_as_text_or_as_numbers(expected, output, agree):
+    assert code.right(code.same_lines, output, [expected], "") is agree
+
+
+def test_the_program_is_found_among_other_blocks():
+    reads, defines = (code.ProgramProblem("", "", name, name, "", (), "", None, None) for name in ("", "g"))
+    program = "print(input())"
+    for other in ("```\n1 2\n```", "```bash\npython main.py\n```", "```text\n3\n```"):
+        assert reads.answer_in(f"```python\n{program}\n```\nA run of it:\n{other}").strip() == program
+    assert reads.answer_in(f"```\n{program}\n```").strip() == program
+    listed = "1. So:\n\n   ```python\n   def g(x):\n       return x\n   ```\n"
+    assert defines.answer_in(listed).strip() == "def g(x):\n    return x"
+
+
+def test_contest_programs_have_the_names_and_the_recursion_that_they_are_written_for(tmp_path):
+    write(tmp_path / "livecodebench.jsonl", CONTEST)
+    problem = load("LCB-Generation", tmp_path)[1]
+    body = ("        down = lambda n: n and down(n - 1)\n        assert down(5000) == 0 and sys.maxsize > abs(-1) == pow(1, 2, 5)\n"
+            "        assert ascii_lowercase[0] == 'a' and random.random() < 1 and datetime.date(20, 1, 1).year == 20\n"
+            "        return [x * k for x in deepcopy(xs)]")
+    with judges.sandbox(1) as executor:
+        assert correct([problem], [fence(f"class Solution:\n    def twice(self, xs, k):\n{body}")], executor) == [True]
+
+
 def test_benchmarks_may_use_more_modules():
-    program = ("import hashlib, random, datetime, os, sys, time\ndef g():\n    random.seed(1)\n"
+    program = ("import hashlib, random, datetime, os, sys, time\n"
+               "import doctest, unittest, warnings, logging, traceback, argparse, pathlib, signal, atexit, inspect, gc\n"
+               "def g():\n    random.seed(1)\n"
                "    return hashlib.md5(b'a').hexdigest()[:4], sys.maxsize > 1, datetime.date(20, 1, 1).year")
     hostile = "import os\ndef g():\n    return os.listdir('/')"
     with judges.sandbox(1) as executor:
@@ -445,6 +476,9 @@ EQUAL = [                       # gold, right answers, wrong answers
     (r"k \geqslant 2", ["k >= 2", "k ≥ 2"], ["k > 2", "k <= 2"]),
     # numbers below the places to which math-verify rounds
     ("2.88e-19", [r"2.88 \times 10^{-19}", r"\frac{2.88}{10^{19}}"], [r"\frac{2.88}{10^{18}}", "0"]),
+    # a unit behind what is not a digit
+    (r"8\pi", [r"8\pi \text{ cm}", r"8\pi\text{ cm}^3"], [r"9\pi \text{ cm}"]),
+    ("x", [r"x\text{ cm}"], [r"y\text{ cm}"]), ("5!", [r"5!\text{ ways}", "120"], [r"4!\text{ ways}"]),
     # units as the solutions of Minerva write them
     ("25", [r"25\ \mathrm{erg\,s^{-1}}", r"25\, \frac{\text{erg}}{\text{s}}", r"25 \AA", r"25\ \Omega", "25 eV",
             r"25\, \mu\text{m}", r"25^\circ C", r"25^{\circ} \mathrm{C}", "25 nm"], [r"26\ \Omega", "25 c"]),
@@ -506,6 +540,9 @@ def test_boxes():
     assert mathematics.boxed(r"\boxed {7}") == "7"
     problem = mathematics.MathProblem("", "", "")
     assert problem.answer_in("So.\nFinal Answer: The final answer is $x^2$. I hope it is correct.") == "x^2"
+    for said in ("The answer is: 42", "The final answer is: **42**", "The answer is **42**.", r"The answer is \(42\), since 6 · 7.",
+                 "Answer:\n42", "The answer is\n$$42$$", "**Answer:** 42"):
+        assert problem.answer_in(f"We count.\n{said}") == "42"
     assert problem.answer_in(r"thought \boxed{2}</think> <answer>\boxed{3}</answer>") == "3"
 
 

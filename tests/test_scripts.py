@@ -1,5 +1,6 @@
 """scripts/: the simulation against a real run, ways to decode against plain greedy, the paper's experiment whole."""
 
+import json
 import os
 import re
 import signal
@@ -112,7 +113,7 @@ def test_reproduce_goes_the_whole_way_though_it_is_killed_while_training_and_whi
     flags = ("--steps 2 --batch 2 --samples 2 --max-response 48 --seed-factor 1 --save-every 1 --eval-every 0 "
              "--heldout-limit 2 --workers 1").split()
     arguments = ["--model", "tiny", "--limit", "20", "--out", str(tmp_path / "out"), "--", *flags]
-    run, evaluation = tmp_path / "out" / "run", tmp_path / "out" / "eval"
+    run, evaluation = tmp_path / "out" / "run", tmp_path / "out" / "eval-2"
     run_until(arguments, lambda: (run / "checkpoint" / "state.pt").exists())
     run_until(arguments, lambda: (evaluation / "answers.jsonl").exists() and (evaluation / "answers.jsonl").stat().st_size)
     answered = (evaluation / "answers.jsonl").read_bytes().count(b"\n")
@@ -129,6 +130,13 @@ def test_reproduce_goes_the_whole_way_though_it_is_killed_while_training_and_whi
     assert 0 < answered <= 120 == (evaluation / "answers.jsonl").read_bytes().count(b"\n")
     assert reproduce.main([*arguments, "--lr", "1"]) == 2
     assert "begun with another --lr" in capsys.readouterr().err
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "cut')  # by a kill
+    assert reproduce.main([*arguments, "--steps", "3", "--micro-tokens", "2048"]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["steps"], config["micro_tokens"]) == (3, 2048)
+    assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 4
+    assert (tmp_path / "out" / "eval-3" / "results.json").exists()
 
 
 def scores(**accuracies):
