@@ -393,7 +393,8 @@ class _Worker:
     def kill(self):
         """Ends the worker, and with it its runs."""
         if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
-            self.line.shutdown(1)                     # SHUT_WR: ends a zygote that outlives its parent
+            with contextlib.suppress(OSError):        # SHUT_WR: ends a zygote that outlives its parent
+                self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
             while self.receive():                     # until the end of the zygote
@@ -405,7 +406,7 @@ class _Worker:
 # -- The worker's side: a zygote puts up the walls, forks the runs, watches the clock, and kills -----
 
 _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
-# System calls open to a run, on x86-64 and arm64. Everything else fails with EPERM.
+# System calls open to a run, on x86-64 and arm64, beside three of futex. Everything else fails with EPERM.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216

@@ -30,7 +30,7 @@ FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = ("bisect collections copy datetime functools heapq itertools json math operator random re "
            "statistics string typing").split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
-    *(f"from {module} import *" for module in STARRED), "del abs, pow  # those of operator and math",
+    *(f"from {module} import *" for module in STARRED), "del abs, compile, pow  # not the builtin ones",
     "import io, sys, " + ", ".join(STARRED), "sys.setrecursionlimit(50000)\n"])
 
 
@@ -50,16 +50,16 @@ class ProgramProblem:
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
-        """The program in a response, ready to run, or None: the last block that defines what it must."""
+        """The program in a response, ready to run, or None: the last block that defines, or prints."""
         text = answer_text(response)
-        python = [] if self.name else fenced_blocks(text, "(?:python3?|py)")  # others show its use
-        blocks = [block for block in python or fenced_blocks(text, r"[\w+-]*") if block.strip()]
+        blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
         if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
             blocks = [text]
         if not blocks:
             return None
-        definition = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else ""
-        whole = [dedent(block) for block in blocks if re.search(definition, block, re.M)]
+        does = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else r"\b(?:print|stdout)\b"
+        whole = [dedent(block) if block[0].isspace() else block
+                 for block in blocks if re.search(does, block, re.M)]
         code = (whole or blocks)[-1]
         future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"

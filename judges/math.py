@@ -16,7 +16,8 @@ from pathlib import Path
 from .text import answer_text
 
 SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
-ENCLOSED = r"^(?:\$+(.+?)(?<!\\)\$.*|\\\((.+?)\\\).*|([^*]+)\*\*.*)$"  # $1/2$, \(1/2\), 1/2**
+ENCLOSED = re.compile(  # $$1/2$$, \[1/2\], $1/2$, \(1/2\), **1/2**
+    r"\$\$(?s:(.+?))\$\$|\\\[(?s:(.+?))\\\]|\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\*\*([^*\n]+)\*\*(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class MathProblem:
         text = answer_text(response)
         answer = boxed(text)
         if answer is None:
-            said = re.split(r"(?i:answer(?: is:?|:))[\s*]*", text)[1:]
             brief = "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
-            answer = re.sub(ENCLOSED, r"\1\2\3", said[-1].split("\n")[0]) if said else (
-                text if brief or "<answer>" in response else "")
+            answer = called_answer(text) or (text if brief or "<answer>" in response else "")
         return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
 
     @staticmethod
@@ -45,6 +44,16 @@ class MathProblem:
         """[MathProblem], [answer or None] → one {"correct"} for each, in order."""
         pairs = [(p.gold, answer or "", p.rough) for p, answer in zip(problems, answers)]
         return [{"correct": correct} for correct in compare(pairs)]
+
+
+def called_answer(text):
+    """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
+    pieces = re.split(r"(?i:answer(?: is:?|:))", text)[1:]
+    pieces = [piece.strip() for piece in pieces if piece.strip("* \n.")]
+    if not pieces:
+        return ""
+    found = ENCLOSED.match(pieces[-1]) or ENCLOSED.match(pieces[-1].lstrip("* \n"))
+    return found[found.lastindex] if found else pieces[-1].lstrip("* \n").split("\n")[0]
 
 
 def read_math(key, row, rough=False):
@@ -284,11 +293,14 @@ def same_amount(gold, answer, rough):
 def split_unit(text, shortest):
     """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters of one without \\text; 37 m may be a product"""
     words, power = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}", r"\^\{?-?\d\}?"
-    found = re.search(r"(?:(?<=[\d})])|(?<=[\w!])(?=\s*\\text))\s*"
+    found = re.search(r"(?:(?<=[\d})!])|(?<=[a-zA-Z])(?=\s*\\text))\s*"
                       rf"({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
                       rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
     unit = rewrite(found[1].lower(), UNITS) if found else ""
-    if not unit or "\\text" not in found[1] and not re.match(rf"{PLAIN_UNIT}\b", unit):
+    if not unit:
+        return text, ""
+    could_be_words = "\\text" not in found[1] or text[found.start() - 1].isalpha()
+    if could_be_words and not re.match(rf"{PLAIN_UNIT}\b", unit):
         return text, ""
     return text[:found.start()], unit
 

@@ -29,9 +29,9 @@ def demonstration(ranks, seed, out):
     """(seconds of the steps, held-out mean at the end) of README's demonstration with so many ranks."""
     folder = out / f"{ranks}-{seed}"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    rows = read_rows(folder / "metrics.jsonl", {"step": int})
+    rows, begun = read_rows(folder / "metrics.jsonl", {"step": int}), (folder / "config.json").exists()
     if not (rows and rows[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"]):
-        flags = ["--resume"] if rows else ["--seed", str(seed), "--workers", str(ranks), "--out"]
+        flags = ["--resume"] if begun else ["--seed", str(seed), "--workers", str(ranks), "--out"]
         subprocess.run([sys.executable, *launch, "train.py", *flags, str(folder)], cwd=ROOT, check=True,
                        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rows = read_rows(folder / "metrics.jsonl", {"step": int})

@@ -66,7 +66,7 @@ def train(cfg, options, run):
         wanted = json.loads(json.dumps(asdict(cfg)))
         if changed := [name for name in wanted if name not in KEPT and settings.get(name) != wanted[name]]:
             raise UsageError(f"{run} was begun with another {flag(changed[0])}; give its value, or another --out")
-        changed = [name for name in parse(options.flags) if name in KEPT and settings[name] != wanted[name]]
+        changed = [name for name in KEPT if name in {"steps", *parse(options.flags)} and settings[name] != wanted[name]]
         code = call("train.py", "--resume", run, *(word for name in changed for word in (flag(name), wanted[name])))
     step = progress(run)[1]
     if code == 0 and (step is None or step < cfg.steps):

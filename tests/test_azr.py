@@ -475,7 +475,7 @@ def test_a_model_that_does_not_fit_into_the_gpu_is_not_taken_for_a_wrong_name(ra
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
     monkeypatch.setattr(azr.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(MemoryError, match="does not fit into the GPU; try --quantize 4bit"):
+    with pytest.raises(UsageError, match="does not fit into the GPU; try 4 bits and LoRA"):
         load_policy(random_model, device="cpu")
 
 
@@ -516,6 +516,8 @@ def test_other_families_sample_and_train_what_they_say(tmp_path, family):
         vocab_size=258, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, eos_token_id=256, pad_token_id=257, bos_token_id=None, initializer_range=0.1,
         **FAMILIES[family])).save_pretrained(folder)
+    if family != "OPT":  # bf16's rounding is no unknown change of the logits
+        load_policy(folder, lora_rank=4, device="cpu", dtype="bf16")
     policy = load_policy(folder, lora_rank=4, device="cpu")
     policy.end_ids = frozenset(range(0, 258, 16))
 

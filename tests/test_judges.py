@@ -326,9 +326,12 @@ def test_printed_lines_are_compared_as_text_or_as_numbers(expected, output, agre
 def test_the_program_is_found_among_other_blocks():
     reads, defines = (code.ProgramProblem("", "", name, name, "", (), "", None, None) for name in ("", "g"))
     program = "print(input())"
+    assert reads.answer_in(f"```python\nn = input()\n```\nAll of it:\n```Python\n{program}\n```").strip() == program
     for other in ("```\n1 2\n```", "```bash\npython main.py\n```", "```text\n3\n```"):
         assert reads.answer_in(f"```python\n{program}\n```\nA run of it:\n{other}").strip() == program
     assert reads.answer_in(f"```\n{program}\n```").strip() == program
+    text = "def g():\n    return '''a\n   \nb'''"
+    assert defines.answer_in(f"```python\n{text}\n```").strip() == text
     listed = "1. So:\n\n   ```python\n   def g(x):\n       return x\n   ```\n"
     assert defines.answer_in(listed).strip() == "def g(x):\n    return x"
 
@@ -478,7 +481,8 @@ EQUAL = [                       # gold, right answers, wrong answers
     ("2.88e-19", [r"2.88 \times 10^{-19}", r"\frac{2.88}{10^{19}}"], [r"\frac{2.88}{10^{18}}", "0"]),
     # a unit behind what is not a digit
     (r"8\pi", [r"8\pi \text{ cm}", r"8\pi\text{ cm}^3"], [r"9\pi \text{ cm}"]),
-    ("x", [r"x\text{ cm}"], [r"y\text{ cm}"]), ("5!", [r"5!\text{ ways}", "120"], [r"4!\text{ ways}"]),
+    ("x", [r"x\text{ cm}"], [r"y\text{ cm}", r"x \text{ is not an integer}", r"x\text{-axis}", r"x \text{ and y}"]),
+    ("5!", [r"5!\text{ ways}", "120"], [r"4!\text{ ways}"]), ("A", [], [r"A \text{ and C}"]),
     # units as the solutions of Minerva write them
     ("25", [r"25\ \mathrm{erg\,s^{-1}}", r"25\, \frac{\text{erg}}{\text{s}}", r"25 \AA", r"25\ \Omega", "25 eV",
             r"25\, \mu\text{m}", r"25^\circ C", r"25^{\circ} \mathrm{C}", "25 nm"], [r"26\ \Omega", "25 c"]),
@@ -541,8 +545,11 @@ def test_boxes():
     problem = mathematics.MathProblem("", "", "")
     assert problem.answer_in("So.\nFinal Answer: The final answer is $x^2$. I hope it is correct.") == "x^2"
     for said in ("The answer is: 42", "The final answer is: **42**", "The answer is **42**.", r"The answer is \(42\), since 6 · 7.",
-                 "Answer:\n42", "The answer is\n$$42$$", "**Answer:** 42"):
+                 "Answer:\n42", "The answer is\n$$42$$", "**Answer:** 42", "The answer is:\n\\[\n42\n\\]", "Answer:\n$$\n42\n$$",
+                 "The answer is 42\nCheck this answer:", "**The answer is:** $42$."):
         assert problem.answer_in(f"We count.\n{said}") == "42"
+    for power in ("2**3 = 8", "x**2 + 1"):
+        assert problem.answer_in(f"The answer is {power}") == problem.answer_in(f"**Answer:** {power}") == power
     assert problem.answer_in(r"thought \boxed{2}</think> <answer>\boxed{3}</answer>") == "3"
 
 
