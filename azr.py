@@ -296,7 +296,8 @@ def _loading(what, advice=""):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"{what} does not fit into the GPU; try 4 bits and LoRA, or another") from error
+        raise UsageError(f"{what} does not fit into the GPU; try 4 bits and LoRA, "
+                         "or a smaller model") from error
     except LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
