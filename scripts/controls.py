@@ -125,6 +125,13 @@ def heldout_programs(cfg):
                      if statements_of(task.program) > 3)
 
 
+def try_out(policy, executor, rollouts, cfg):
+    """Has the solver try the tasks of these rollouts. → (the tries, each task's solve rate)"""
+    tries = azr.solve(policy, executor, [rollout.task for rollout in rollouts], cfg, copies=cfg.samples)
+    solved = [rollout.verdict is Verdict.CORRECT for rollout in tries]
+    return tries, [sum(solved[start:start + cfg.samples]) / cfg.samples for start in range(0, len(solved), cfg.samples)]
+
+
 def proposing(source, run, steps):
     """A stand-in for azr.propose whose new tasks come from `source`. steps: the numbers of the coming steps."""
     followed = accepted_by(run)
@@ -136,11 +143,9 @@ def proposing(source, run, steps):
             raise UsageError(f"--follow {run} has made {last} steps: there are no tasks for step {step}; complete it first")
         rng = random.Random(f"{cfg.seed} {step}")
         rollouts = source(policy, executor, buffer, cfg, followed[step], rng)
-        estimates = azr.solve(policy, executor, [r.task for r in rollouts], cfg, copies=cfg.samples)
-        for number, rollout in enumerate(rollouts):
-            tries = estimates[number * cfg.samples:][:cfg.samples]
-            rollout.solve_rate = sum(r.verdict is Verdict.CORRECT for r in tries) / cfg.samples
-            rollout.reward = learnability(rollout.solve_rate)
+        estimates, rates = try_out(policy, executor, rollouts, cfg)
+        for rollout, rate in zip(rollouts, rates):
+            rollout.solve_rate, rollout.reward = rate, learnability(rate)
             if KINDS[rollout.type].own_program:
                 rollout.traits["unique_ast"] = True
         return rollouts, [rollout.task for rollout in rollouts], estimates
@@ -173,12 +178,9 @@ def judge_again():
     def propose_and_judge(policy, executor, buffer, cfg):
         fresh = propose(policy, executor, buffer, cfg)
         tried = [rollout for rollout in waiting if rollout.task]
-        tries = azr.solve(policy, executor, [rollout.task for rollout in tried], cfg, copies=cfg.samples)
         zero = -0.5 if cfg.zero_learnability == "official" else 0.0
-        for number, rollout in enumerate(tried):
-            second = tries[number * cfg.samples:][:cfg.samples]
-            solved = sum(r.verdict is Verdict.CORRECT for r in second) / cfg.samples
-            rollout.solve_rate = (rollout.solve_rate + solved) / 2
+        for rollout, rate in zip(tried, try_out(policy, executor, tried, cfg)[1]):
+            rollout.solve_rate = (rollout.solve_rate + rate) / 2
             rollout.reward = composite_reward(azr.learnability(rollout.solve_rate, zero), True)
         return fresh
 

@@ -22,14 +22,14 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+from report import read_rows  # noqa: E402
 from tasks import TASK_TYPES  # noqa: E402
 
 RUNS = [("self-play", seed, []) for seed in (0, 1, 2)] + [("shuffled rewards", seed, ["--shuffle-rewards"]) for seed in (0, 1)]
 
 
 def metrics_of(folder):
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(folder / "metrics.jsonl", {"step": int})
 
 
 def main():

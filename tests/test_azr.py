@@ -14,7 +14,7 @@ from azr import (Rollout, UsageError, clipped_loss, generate, load_policy, micro
                  response_logprobs, solve, trr_update)
 from rewards import task_relative_advantages
 from sampling import attends_to_all
-from tasks import ZERO_TRIPLET, Task, TaskBuffer, propose_prompt
+from tasks import KINDS, ZERO_TRIPLET, Task, TaskBuffer, propose_prompt
 from conftest import make_random_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
@@ -413,6 +413,14 @@ def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypa
                                                 lambda copy: answer("```python\ndef f(y):\n    return y\n```"), cfg)
     assert task == Task("induction", ZERO_TRIPLET.program, inputs=("1", "2", "3"), outputs=("1", "2", "3"), message="same")
     assert [r.reward for r in rollouts] == [0.0, -0.5] and rollouts[0].solve_rate == 1.0
+
+
+def test_calls_whose_outputs_differ_are_not_one(executor):
+    """Of *args the sandbox's text of a call does not tell the order."""
+    program = "def f(*values): return values[0] - values[1]"
+    task = Task("induction", program, inputs=("5, 3", "3, 5", "5, 0x3"))
+    found = KINDS["induction"].complete(task, executor.run(KINDS["induction"].runs(task)))
+    assert found.inputs == ("5, 3", "3, 5") and found.outputs == ("2", "-2")
 
 
 def test_inputs_that_are_equal_in_other_words_are_one(policy, executor, monkeypatch):

@@ -1,6 +1,7 @@
 """Public benchmarks: every published format with invented tasks, and the verdicts on answers to them."""
 
 import base64
+import builtins
 import json
 import os
 import pickle
@@ -323,6 +324,11 @@ def test_printed_lines_are_compared_as_text_or_as_numbers(expected, output, agre
     assert code.right(code.same_lines, output, [expected], "") is agree
 
 
+def test_a_long_line_that_is_almost_a_number_takes_no_time():
+    numbers = "7 " * 300_000  # hours, if each start were tried
+    assert not code.right(code.same_lines, numbers + "None", [numbers + "no"], "")
+
+
 def test_the_program_is_found_among_other_blocks():
     reads, defines = (code.ProgramProblem("", "", name, name, "", (), "", None, None) for name in ("", "g"))
     program = "print(input())"
@@ -334,6 +340,12 @@ def test_the_program_is_found_among_other_blocks():
     assert defines.answer_in(f"```python\n{text}\n```").strip() == text
     listed = "1. So:\n\n   ```python\n   def g(x):\n       return x\n   ```\n"
     assert defines.answer_in(listed).strip() == "def g(x):\n    return x"
+
+
+def test_contest_programs_have_the_builtins():
+    scope = {}
+    exec(code.PRELUDE.replace("sys.setrecursionlimit(50000)", ""), scope)
+    assert not [name for name in scope if name != "__builtins__" and scope[name] is not getattr(builtins, name, scope[name])]
 
 
 def test_contest_programs_have_the_names_and_the_recursion_that_they_are_written_for(tmp_path):
