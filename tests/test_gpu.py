@@ -82,7 +82,7 @@ def test_samples_are_from_what_is_trained(folder, quantize):
     surprise_N = torch.cat([-logps_N - entropies_N for logps_N, entropies_N in parts])
     assert len(surprise_N) > 5000
     assert abs(float(surprise_N.mean())) < 4 * float(surprise_N.std()) / len(surprise_N) ** 0.5
-    assert azr.sampler_gap(policy, samples) < 0.05
+    assert azr.sampler_gap(policy, samples) < 0.1  # the rounding of bf16: 0.05 with 4-bit weights on an H100
 
 
 @pytest.mark.parametrize("options", ({"quantize": "4bit"}, {"quantize": "none"}, {"lora_rank": 0}, {"dtype": "fp16"}))
