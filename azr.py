@@ -161,7 +161,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
-    quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU. dtype: 'bf16', 'fp16',
+    quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA. dtype: 'bf16', 'fp16',
     'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
     adapter: a PEFT folder to start from instead of fresh LoRA weights. trained=False saves memory where
     only answers are wanted.
@@ -342,7 +342,7 @@ def _traits(rollout, buffer):
     task, traits = rollout.task, {"answers": 1.0 - buffer.answer_share(rollout.task)}
     if KINDS[task.type].own_program:
         traits |= {"complexity": complexity(task.program), "trivial": task.output == task.input}
-    if rollout.references:
+    if KINDS[task.type].own_program and rollout.references:
         distances = [edit_distance(task.program, program) for program in rollout.references]
         traits["edit_distance"] = sum(distances) / len(distances)
     return traits

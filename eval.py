@@ -32,7 +32,7 @@ from tasks import FRAME, UsageError, solve_prompt
 # What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
 ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "truncated": bool}
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
-CONFIG = {"model": str, "quantize": str, "max_response": int}
+CONFIG = {"model": str, "quantize": str, "max_response": int, "heldout": str}
 FILES = "settings.json answers.jsonl results.json results.md".split()
 RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
           "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
@@ -324,9 +324,10 @@ def heldout(names, options, executor):
     if not any(BENCHMARKS[name].group == "heldout" for name in names):
         return []
     splits = load_heldout(options.heldout or "tiny", executor=executor)
-    if options.split not in splits:
-        raise UsageError(f"--split {options.split}: the held-out tasks have the splits {', '.join(splits)}")
-    return splits[options.split]
+    split = options.split or ("easy" if "easy" in splits else next(iter(splits), "easy"))
+    if split not in splits:
+        raise UsageError(f"--split {split}: the held-out tasks have the splits {', '.join(splits)}")
+    return splits[split]
 
 
 def judged(name, problems, rows, executor):
@@ -393,7 +394,7 @@ def parse(arguments):
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
     add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io "
-        "(in-distribution), code, math and all; names are " + ", ".join(BENCHMARKS))
+        "(in-distribution), code, math and all (of these three); names are " + ", ".join(BENCHMARKS))
     add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
     add("--judge", metavar="FILE", help='judge the answers in it: lines of {"benchmark", "id", "response"}')
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
@@ -404,12 +405,13 @@ def parse(arguments):
     add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
     add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")
     add("--seed", type=int, default=0, help="random seed of sampling (0)")
-    add("--heldout", metavar="FILE", help="JSON lines of held-out tasks; default: the tiny model's")
-    add("--split", default="easy", help="which split of that file (easy)")
+    add("--heldout", metavar="FILE", help="held-out tasks: JSON lines, tiny, or cruxeval; default: the run's")
+    add("--split", help="which split of them; default: easy, else the first")
     add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder "
         "in runs/ for these very settings, so that the same command goes on where it was stopped")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: the run's")
+    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: the run's, else "
+        "auto: on a GPU, with an adapter")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
     add("--device", help="cuda, cuda:1 or cpu; default: cuda where there is one")
     add("--generate-batch", type=int, default=0, help="responses sampled at once; 0: as memory allows")

@@ -679,7 +679,7 @@ def _unsafe(tree):
 
 def _bound(f, args, kwargs):
     """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count; else one call looks like two in no honest report."""
+    of them, or is no plain function, names do not count; else no honest report gives one call two texts."""
     places, values, named = (), {}, False
     if type(f) is FunctionType:
         # These may be of classes of the program's own, whose code has run before that of f is looked at.

@@ -286,7 +286,7 @@ def complete_triplet(task, runs):
 def complete_pairs(task, runs):
     """Inputs that fail are left out, and so are those that call f as an earlier one did.
 
-    Of *args the call does not tell the order: where outputs differ, calls do.
+    The text of a call does not show the order of *args, so calls whose outputs differ are different.
     """
     good = {}
     for text, run in zip(task.inputs, runs):

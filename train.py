@@ -59,9 +59,10 @@ class Config:
     references: int = setting("K: tasks from the buffer that the proposer is shown; 0 shows none", 2, 6, 6)
     inputs: int = setting("N: inputs of an induction task; half of them stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
-    frame: str = setting("prompts: the long instruction, or a few worked examples and references as such",
+    frame: str = setting("prompts: the long instruction, or worked examples, with the references among them",
                          "long", "examples", "long", choices=("long", "examples"))
-    max_prompt: int = setting("tokens of a prompt; references leave until it fits", 512, 4096, 6144, low=1)
+    max_prompt: int = setting("tokens of a prompt; references are dropped until it fits", 512, 4096, 6144,
+                              low=1)
     max_response: int = setting("tokens of a response; longer ones are malformed", 96, 2048, 8096, low=1)
 
     lr: float = setting("learning rate of AdamW (paper: of full fine-tuning)", 1e-4, 2e-5, 1e-6, low=1e-12)
@@ -73,7 +74,7 @@ class Config:
         "also train the solver on the n tries of each new task; the paper does not", False, True, False)
     baseline: str = setting("advantages against the mean of a role and type (paper), or of one task's tries",
                             "group", choices=("group", "task"))
-    train_proposer: bool = setting("without: the proposer proposes but is not trained", True)
+    train_proposer: bool = setting("train the proposer; without, it proposes but is not trained", True)
     shuffle_rewards: bool = setting("control: rewards are shuffled within each group", False)
     dedup: bool = setting("programs that were seen before earn nothing and are not stored", True, True, False)
     zero_learnability: str = setting("reward of tasks solved never or always: paper 0, official code -0.5",
@@ -83,12 +84,13 @@ class Config:
     save_every: int = setting("steps between checkpoints", 5, low=1)
     heldout: str = setting("held-out tasks: a file of JSON lines, tiny, or cruxeval (from the hub, if it can "
                            "be had)", "tiny", "cruxeval", "cruxeval")
-    heldout_limit: int | None = setting("most held-out tasks a type and split; default: all", None, 100, None,
-                                        low=1)
+    heldout_limit: int | None = setting("most held-out tasks of each type and split; None: all",
+                                        None, 100, None, low=1)
     heldout_splits: str = setting("splits of that file to measure, with commas; default: easy, or all", "")
 
     seed: int = setting("random seed", 0, high=2 ** 63 - 1)
-    quantize: str = setting("4-bit base weights; auto: on a GPU", "auto", choices=("auto", "4bit", "none"))
+    quantize: str = setting("4-bit base weights; auto: on a GPU, with LoRA", "auto",
+                            choices=("auto", "4bit", "none"))
     device: str | None = setting("cuda, cuda:1 or cpu; default: cuda where there is one", None)
     workers: int | None = setting("sandbox workers; default: all cores", None, low=1, high=512)
     timeout: float = setting("seconds a sandboxed run may take", 5.0, 10.0, 10.0, low=0.01, high=3600)
@@ -116,7 +118,7 @@ class Config:
 
 
 TINY, CARD, PAPER = range(3)
-# what --resume may change: length, place, memory and speed, but not results
+# what --resume may change: length, place, memory, speed and what is measured, but not the algorithm
 KEPT = "steps save_every heldout device workers generate_batch micro_tokens".split()
 
 
@@ -343,7 +345,7 @@ class Run:
 
     Logs are appended a line at a time; a checkpoint replaces the one before it in a single rename.
     A run that was killed therefore loses at most the steps since its checkpoint: `restore` cuts the
-    logs back to that step, and the steps are done again exactly as they were (on a CPU).
+    logs back to that step, and the steps are done again exactly as they were (shipped models, on a CPU).
     """
 
     LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
@@ -624,8 +626,10 @@ def parse(arguments):
         how = {"action": argparse.BooleanOptionalAction} if convert is bool else {
             "type": (lambda text: tuple(text.split(","))) if convert is tuple else convert,
             "choices": knob.metadata["choices"]}
-        presets = "\n(tiny {}, else {}, paper {})".format(*knob.metadata["presets"])
-        add(flag(knob.name), help=knob.metadata["text"] + presets, **how)
+        shown = [",".join(value) if convert is tuple else value for value in knob.metadata["presets"]]
+        presets = "\n(tiny {}, else {}, paper {})" if len({*shown}) > 1 else "\n(default {})"
+        text = knob.metadata["text"] + presets.format(*shown) * ({*shown} not in ({None}, {""}))
+        add(flag(knob.name), help=text, **how)
     return vars(parser.parse_args(arguments))
 
 

@@ -452,6 +452,14 @@ def test_references_of_a_rollout_are_those_in_its_prompt(policy, frame):
     assert ADD in rollout.references and all(program in prompt for program in rollout.references)
 
 
+@pytest.mark.parametrize("kind,measured", (("deduction", True), ("induction", False)))
+def test_distance_to_references_is_that_of_invented_programs_alone(kind, measured):
+    """An induction task has the program that it was given, and with worked examples it has references too."""
+    task = Task(kind, ADD, "1", "2", ("1", "2"), ("2", "3"))
+    rollout = Rollout("propose", kind, [1], [2], "", task=task, references=["def f(x):\n    return x"])
+    assert ("edit_distance" in azr._traits(rollout, TaskBuffer(9, random.Random(0)))) == measured
+
+
 def test_solve_rewards_and_verdicts(policy, executor, monkeypatch):
     replies = iter([answer("```output\n3\n```"), answer("```output\n4\n```"), answer(""), "cut off"])
     script(policy, monkeypatch, lambda prompt, copy: next(replies))

@@ -317,7 +317,7 @@ def test_a_held_out_file_that_is_not_right_is_refused(change, message, heldout, 
 def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, capsys):
     run_folder = tmp_path / "run"
     policy.model.save_pretrained(run_folder / "adapter")
-    config = {"model": random_model, "max_response": 12, "lora_rank": 4, "quantize": "none"}
+    config = {"model": random_model, "max_response": 12, "lora_rank": 4, "quantize": "none", "heldout": "tiny"}
     (run_folder / "config.json").write_text(json.dumps(config))
     arguments = ["--run", str(run_folder), "--heldout", str(heldout), "--limit", "2", "--device", "cpu",
                  "--temperature", "1"]
@@ -346,7 +346,7 @@ def test_types_that_the_held_out_tasks_lack_are_left_out(random_model, heldout, 
 def test_answers_of_other_weights_or_to_other_tasks_are_not_taken_for_those_of_these(
         what, policy, random_model, heldout, tmp_path, capsys):
     policy.model.save_pretrained(tmp_path / "run" / "adapter")
-    config = {"model": random_model, "max_response": 12, "lora_rank": 4, "quantize": "none"}
+    config = {"model": random_model, "max_response": 12, "lora_rank": 4, "quantize": "none", "heldout": "tiny"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     arguments = ["--run", str(tmp_path / "run"), "--heldout", str(heldout), "--limit", "1", "--device", "cpu",
                  "--out", str(tmp_path / "out")]
@@ -364,13 +364,13 @@ def test_answers_of_other_weights_or_to_other_tasks_are_not_taken_for_those_of_t
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
     run_folder = tmp_path / "run"
     make_random_model(run_folder / "model", seed=5)
-    (run_folder / "config.json").write_text(json.dumps(
-        {"model": random_model, "max_response": 12, "lora_rank": 0, "quantize": "auto"}))
-    assert e.main(["--run", str(run_folder), "--heldout", str(heldout), "--device", "cpu",
-                   "--out", str(tmp_path / "a")]) == 0
+    heldout.write_text(heldout.read_text().replace('"easy"', '"cruxeval"'))  # and the run's own held-out tasks
+    (run_folder / "config.json").write_text(json.dumps({"model": random_model, "max_response": 12, "lora_rank": 0,
+                                                        "quantize": "auto", "heldout": str(heldout)}))
+    assert e.main(["--run", str(run_folder), "--device", "cpu", "--out", str(tmp_path / "a")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     assert {row["column"] for row in rows} == {"base", "trained"}
-    assert rows[0]["response"] != rows[-1]["response"]
+    assert len(rows) == 18 and rows[0]["response"] != rows[-1]["response"]
 
 
 def test_templates(policy):
