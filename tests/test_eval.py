@@ -361,6 +361,16 @@ def test_answers_of_other_weights_or_to_other_tasks_are_not_taken_for_those_of_t
     assert e.main(arguments) == 2 and "holds answers with other settings" in capsys.readouterr().err
 
 
+def test_what_is_not_given_is_as_the_run_was_trained(tmp_path):
+    assert e.parse([]).temperature == 0.0 and e.parse(["--samples", "4"]).temperature == 1.0
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "max_response": 12, "quantize": "none",
+                                                      "heldout": "tiny", "frame": "examples"}))
+    options = e.parse(["--run", str(tmp_path)])
+    e.fill_in(options)
+    assert (options.model, options.max_response, options.template) == ("m", 12, "examples")
+
+
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
     run_folder = tmp_path / "run"
     make_random_model(run_folder / "model", seed=5)

@@ -274,6 +274,8 @@ def test_callers_mistakes_are_told(box):
     ("def f(", "", "syntax"), ("def f(): return 1", "1 +", "syntax"),
     ("def f(x): return 1", "1) + g(2", "syntax"), ("def f(x): return 1", "1)(2", "syntax"),
     ("def f(x): return 1", "1).x(2", "syntax"), ("def f(x): return 1", "1) if 1 else f(2", "syntax"),
+    ("def f(*x): return x", "1], [2", "syntax"), ("def f(*x): return x", "1), (2", "syntax"),
+    ("def f(*x): return x", "*[1]], [2", "syntax"), ("def f(*x): return x", "1}, {2", "syntax"),
     ("def f(x): return 1", "1)\nf(2", "syntax"), ("def f(x): return 1", "1; import os", "syntax"),
     ("def f(x): return 1", "(yield)", "syntax"), ("x = 1", "", "error"), ("def f(): return 1\0", "", "syntax"),
     ("def f(): return 1 / 0", "", "error"), ("def f(x): return x", "f(1)", "error"),
@@ -546,12 +548,6 @@ def test_no_escape_past_the_guards(bare, target, listening, name):
     assert not glob.glob("/tmp/executor-test-escape") + glob.glob("/dev/shm/executor-test-escape")
 
 
-@pytest.mark.parametrize("name", ESCAPES)
-def test_no_escape_with_the_guards(box, target, listening, name):
-    run, = box.run([escape(name, target, listening)])
-    assert not run.ok
-
-
 # What each wall keeps, without the other two and the guards.
 KEPT = {
     "namespaces": ["read", "read by libc", "read the environment of the caller",
@@ -699,16 +695,9 @@ def test_writing_on_every_descriptor_forges_nothing(bare):
 
 
 def test_a_program_cannot_find_the_text_of_its_input(bare):
-    search = WALK + """
-def f(x):
-    frame, found = modules['sys']._getframe(), []
-    while frame:
-        found += [k for k, v in frame.f_locals.items() if isinstance(v, (str, bytes)) and 'mar' + 'ker' in str(v)]
-        frame = frame.f_back
-    found += [v for v in modules['gc'].get_objects() if isinstance(v, str) and v.startswith('mar' + 'ker')]
-    return found
-"""
-    assert one(bare, search, "len('marker')").output == "[]"
+    search = SEARCH + "\ndef f(x): return found('zq' + 'xj')"
+    assert one(bare, search, "5 # zqxj").output == "[]"
+    assert "zqxj" in one(bare, search, "'5 # zqxj'").output     # the search finds what is there
 
 
 def test_hostile_classes_are_not_asked(box):
@@ -788,10 +777,8 @@ def test_nondeterminism_is_found(box, name):
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_hidden_nondeterminism_is_found_or_refused(box, bare, name):
-    text = program(HIDDEN[name], WALK)
-    assert bare.validate([(text, "")])[0].status in ("nondeterministic", "error")
-    assert not box.validate([(text, "")])[0].ok
+def test_hidden_nondeterminism_is_found_or_refused(bare, name):
+    assert bare.validate([(program(HIDDEN[name], WALK), "")])[0].status in ("nondeterministic", "error")
 
 
 def test_addresses_differ_where_the_system_does_not_randomize_them():
@@ -1116,9 +1103,8 @@ def test_the_process_that_forks_does_not_grow():
 def test_compiling_is_on_the_clock():
     bomb = "def f(x):\n" + "".join(" " * i + "try:\n" + " " * (i + 1) + "pass\n" + " " * i + "finally:\n"
                                     for i in range(1, 25)) + " " * 25 + "x += 1\n return x"
-    with Executor(workers=1, timeout=1, memory_mb=256) as executor:
-        run = one(executor, bomb, "1")
-        assert run.status in ("timeout", "memory", "syntax", "ok", "killed") and run.seconds < 30
+    with Executor(workers=1, timeout=0.2, memory_mb=4096) as executor:
+        assert one(executor, bomb, "1").status == "timeout"
         assert one(executor, "def f(): return 1").ok
 
 
@@ -1472,8 +1458,3 @@ def test_it_works_with_closed_standard_streams(closed):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "ok1 ok[0, 0] ok3", done.stderr
 
-
-@pytest.mark.parametrize("text", ["1], [2", "1), (2", "*[1]], [2", "1) + f(2", "1}, {2"])
-def test_an_input_stays_between_its_parentheses(box, text):
-    [run] = box.run([("def f(*x): return x", text)])
-    assert run.status == "syntax"

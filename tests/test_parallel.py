@@ -1,6 +1,7 @@
 """Several ranks do what one process does: dealt out, added up, and ended together."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -54,6 +55,9 @@ CHECKS = """
     said["none"] = parallel.spread([], double)
     said["gathered"], said["of the first"] = parallel.gather(rank()), parallel.of_first(rank())
 
+    parallel.seed_sampling(random.Random(0))
+    said["draw"], said["workers"] = torch.rand(1).item(), parallel.workers()
+
     # weights that are the same, and weights that are not
     weight = torch.ones(3)
     parallel.check_same([weight])
@@ -76,6 +80,8 @@ CHECKS = """
     rollouts[3].prompt_ids = rollouts[0].prompt_ids  # read once for both
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
     cfg = SimpleNamespace(micro_tokens=100, clip=0.2, entropy_coef=0.01, max_grad_norm=1e9)
+    azr.decoded_logprobs = lambda policy, rollouts, tokens: 0.25 + torch.stack(
+        [azr.response_logprobs(policy, [rollout])[0] for rollout in rollouts])
     for count in (7, 1):  # of one rollout, other ranks have nothing to do
         kept = []
         hook = optimizer.register_step_pre_hook(
@@ -111,7 +117,8 @@ def said(random_model, tmp_path_factory):
         folder = tmp_path_factory.mktemp("alone")
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["", random_model, str(folder)])
-        patch.setattr(azr, "generate", azr.generate)  # CHECKS sets another
+        for name in ("generate", "decoded_logprobs"):  # CHECKS sets others
+            patch.setattr(azr, name, getattr(azr, name))
         exec(textwrap.dedent(SETUP) + code, {})
         found[1] = [json.loads((folder / "0.json").read_text())]
     for count in (2, 3):
@@ -126,13 +133,14 @@ def said(random_model, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_work_is_dealt_evenly_by_size(monkeypatch, ranks):
     rollouts = [SimpleNamespace(tokens=tokens) for tokens in (900, 30, 40, 500, 10, 450, 20, 60, 880, 470, 35)]
+    order = sorted((rollout.tokens for rollout in rollouts), reverse=True)
     monkeypatch.setattr(parallel, "ranks", lambda: ranks)
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(parallel, "rank", lambda: rank)
         shares.append([rollout.tokens for rollout in parallel.share(rollouts)])
-    assert sorted(sum(shares, [])) == sorted(rollout.tokens for rollout in rollouts)
-    assert max(map(sum, shares)) <= sum(sum(shares, [])) / ranks + 900
+    assert sorted(sum(shares, []), reverse=True) == order
+    assert [own[0] for own in shares] + [own[1] for own in reversed(shares)] == order[:2 * ranks]
     monkeypatch.setattr(parallel, "rank", lambda: ranks - 1)
     assert parallel.share(rollouts[:1]) == (rollouts[:1] if ranks == 1 else [])
 
@@ -152,8 +160,20 @@ def test_the_summed_gradient_is_that_of_one_process(said, count, rollouts):
     assert max(map(abs, alone[f"gradient {rollouts}"])) > 0.01
     for found in said[count]:
         assert found[f"gradient {rollouts}"] == pytest.approx(alone[f"gradient {rollouts}"], abs=1e-6)
-        for name in ("loss", "entropy", "grad_norm"):  # the sampler gap is rounding noise here
+        for name in ("loss", "entropy", "grad_norm"):
             assert found[f"metrics {rollouts}"][name] == pytest.approx(alone[f"metrics {rollouts}"][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_sampler_gap_is_a_mean_over_all_ranks(said, count):
+    for found in said[count]:
+        assert found["metrics 7"]["sampler_gap"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_draw_their_own_numbers_and_share_the_cores(said, count):
+    assert len({found["draw"] for found in said[count]}) == count
+    assert all(found["workers"] == max(1, os.cpu_count() // count) for found in said[count]) and said[1][0]["workers"] is None
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from rewards import composite_reward, is_correct, learnability, load_heldout, task_relative_advantages
+import rewards
+from rewards import Verdict, composite_reward, is_correct, learnability, load_heldout, task_relative_advantages
 from tasks import Task, UsageError
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -106,11 +107,6 @@ def test_advantages_against_a_slow_oracle():
         assert statistics.mean(ours) == pytest.approx(0, abs=1e-12) and statistics.pstdev(ours) == pytest.approx(1)
 
 
-def test_groups_do_not_see_each_other():
-    alone = task_relative_advantages([1.0, 0.0, 0.0], "aaa")
-    assert task_relative_advantages([1.0, 0.0, 0.0, 100.0, -50.0], "aaabb")[:3] == alone
-
-
 @pytest.mark.parametrize("rewards", [[0.1] * 3, [0.1] * 7, [-0.5], [0.0, 0.0]])
 def test_a_group_of_equal_rewards_says_nothing(rewards):
     assert task_relative_advantages(rewards, ["g"] * len(rewards)) == [0.0] * len(rewards)
@@ -135,6 +131,18 @@ class Watched:
     def run(self, jobs):
         self.jobs += jobs
         return self.executor.run(jobs)
+
+
+def test_equal_answers_to_one_task_are_read_once(executor):
+    watched = Watched(executor)
+    assert is_correct([Task("deduction", DOUBLE, "2", "4")] * 3, ["4", "5", "4"], watched) == [True, False, True]
+    assert watched.texts == ["4", "5"]
+
+
+def test_an_answer_that_is_unsafe_on_any_hidden_input_is_so(executor):
+    late = "def f(x):\n    return 0 if x == 3 else open('x')"  # wrong on the first hidden input, refused on the second
+    (verdict, _), = rewards.judge([Task("induction", DOUBLE, **PAIRS)], [late], executor)
+    assert verdict is Verdict.UNSAFE
 
 
 def test_what_a_model_answered_is_parsed_in_the_sandbox_alone(executor, monkeypatch):
@@ -179,7 +187,12 @@ def without(row, name):
     (without(TRIPLET_ROW, "output"), "there is no 'output'"), (without(TRIPLET_ROW, "input"), "there is no 'input'"),
     (without(PAIRS_ROW, "inputs"), "there is no 'inputs'"), (without(PAIRS_ROW, "outputs"), "there is no 'outputs'"),
     (without(TRIPLET_ROW, "split"), "there is no 'split'"), (PAIRS_ROW | {"inputs": [], "outputs": []}, "too few pairs"),
-    (TRIPLET_ROW | {"output": ""}, r"f\(2\) gives 4"), (PAIRS_ROW | {"inputs": "12"}, "is not text")])
+    (PAIRS_ROW | {"inputs": ["1", "2", "3"]}, "too few pairs"), (TRIPLET_ROW | {"output": ""}, r"f\(2\) gives 4"), (PAIRS_ROW | {"inputs": "12"}, "is not text"),
+    (TRIPLET_ROW | {"type": "magic"}, "unknown type 'magic'"), ({"split": "easy"}, "there is no 'type'"),
+    (without(TRIPLET_ROW, "program"), "there is no 'program'"), (TRIPLET_ROW | {"program": 3}, "is not text"),
+    (TRIPLET_ROW | {"output": None}, "is not text"), (PAIRS_ROW | {"inputs": ["1"], "outputs": ["2"]}, "too few pairs"),
+    (TRIPLET_ROW | {"output": "x y"}, r"f\(2\) gives 4"), ([1], ""), (TRIPLET_ROW | {"output": "3"}, r"f\(2\) gives 4, and the task says 3"),
+    (PAIRS_ROW | {"outputs": ["2", "5"]}, r"f\(2\) gives 4")])
 def test_a_heldout_file_says_what_is_missing_and_where(tmp_path, executor, row, says):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (TRIPLET_ROW, PAIRS_ROW, row)))

@@ -186,7 +186,8 @@ def test_rows_are_always_busy(policy, monkeypatch):
     assert sum(while_waiting) / len(while_waiting) > 0.75 * 16
 
 
-def test_samples_come_from_the_distribution_that_is_trained(policy):
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+def test_samples_come_from_the_distribution_that_is_trained(policy, temperature):
     """A chi-square test of 4000 first tokens against the model's own probabilities.
 
     The model's generation_config asks for temperature 0.2, top-k 3 and a repetition penalty; with
@@ -195,10 +196,11 @@ def test_samples_come_from_the_distribution_that_is_trained(policy):
     torch.manual_seed(0)
     prompt = [5, 6, 7]
     counts = torch.zeros(policy.causal.config.vocab_size)
-    for ids in generate(policy, [prompt], 1, copies=4000):
+    for ids in generate(policy, [prompt], 1, copies=4000, temperature=temperature):
         counts[ids[0]] += 1
     with torch.no_grad():
-        expected = torch.softmax(policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1], -1) * 4000
+        logits_V = policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1]
+        expected = torch.softmax(logits_V / temperature, -1) * 4000
     statistic = float(((counts - expected) ** 2 / expected).sum())
     degrees = len(expected) - 1
     assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)

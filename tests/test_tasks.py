@@ -301,6 +301,23 @@ def test_references_are_different_and_from_both_buffers():
     assert buffer.references(0) == [] and len(TaskBuffer(9, random.Random(0)).references(6)) == 1
 
 
+def test_given_programs_are_those_of_both_triplet_buffers_and_references_those_of_a_kind():
+    buffer = TaskBuffer(100, random.Random(0))
+    for n in range(3):
+        buffer.add(Task("deduction", program(n), "1", "1"))
+        buffer.add(Task("abduction", program(9 + n), "1", "1"))
+    buffer.add(replace(INDUCTION, program=program(50)))
+    assert {buffer.program() for _ in range(200)} == {ZERO_TRIPLET.program, *map(program, (0, 1, 2, 9, 10, 11))}
+    assert buffer.references(9, "induction") == [replace(INDUCTION, program=program(50))]
+
+
+def test_fill_draws_the_rest_from_the_whole_buffer():
+    buffer = TaskBuffer(100, random.Random(0))
+    for n in range(6):
+        buffer.add(Task("induction", program(n)))
+    assert {task for _ in range(100) for task in buffer.fill("induction", [], 2)} == set(buffer.tasks["induction"])
+
+
 def test_fill_puts_new_tasks_first_and_is_never_short():
     buffer = TaskBuffer(100, random.Random(0))
     old = [Task("deduction", program(n), "1", "1") for n in range(5)]
