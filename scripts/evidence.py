@@ -309,6 +309,17 @@ def points(before, after, measure, types=TASK_TYPES, among=None):
     return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types, among))
 
 
+def spread(values):
+    """The standard error of a mean, from the spread of its values; 0 for one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def gain(pairs, measure):
+    """`difference` of [(last row before, last row after)], one pair a seed: as large an error as the spread of the pairs asks for."""
+    mean, error = difference(*map(list, zip(*pairs)), measure)
+    return mean, max(error, spread([difference([before], [after], measure)[0] for before, after in pairs]))
+
+
 def kept_runs():
     """{row: {seed: [kept line]}}"""
     runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in row.seeds} for name, row in ROWS.items()}
@@ -492,16 +503,16 @@ def proposer_table(runs):
             f"{statistics.mean(late(rows, value) for rows in runs):.1f}" for value in PROPOSED.values()]
         return [label, *(f"{score:.0f}" for score in scores), *proposed]
 
-    def gaps(label, trained, untrained):
+    def gaps(label, pairs):
         cells = []
         for n in range(1, 7):
-            found = [[greedy(rows[-2], n) for rows in side] for side in (trained, untrained)]
-            gap = statistics.mean(a - b for (a, _), (b, _) in zip(*found))
-            cells.append((gap, sum(error ** 2 for side in found for _, error in side) ** 0.5 / len(trained)))
-        cells += [difference([rows[-1] for rows in untrained], [rows[-1] for rows in trained], name) for name in sampled]
+            found = [[greedy(rows[-2], n) for rows in pair] for pair in pairs]
+            each = [a - b for (a, _), (b, _) in found]
+            error = sum(error ** 2 for pair in found for _, error in pair) ** 0.5 / len(pairs)
+            cells.append((statistics.mean(each), max(error, spread(each))))
+        cells += [gain([(b[-1], a[-1]) for a, b in pairs], name) for name in sampled]
         return [label, *("{:+.1f} ± {:.1f}".format(*cell) for cell in cells), *(
-            f"{statistics.mean(late(a, value) - late(b, value) for a, b in zip(trained, untrained)):+.1f}"
-            for value in PROPOSED.values())]
+            f"{statistics.mean(late(a, value) - late(b, value) for a, b in pairs):+.1f}" for value in PROPOSED.values())]
 
     table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", *PROPOSED]]
     for base, pairs in pairs_of(runs).items():
@@ -509,9 +520,9 @@ def proposer_table(runs):
         table.append(levels(f"base {base}", trained[:1], rows_of(kept_base(f"scarce-{base}")), measured=0))
         table.append(levels(f"proposer trained, mean of {len(pairs)}", trained, [rows[-1] for rows in trained]))
         table.append(levels(f"not trained, mean of {len(pairs)}", untrained, [rows[-1] for rows in untrained]))
-        table += [gaps(f"trained − not, seed {seed}", *([rows] for rows in pair)) for seed, pair in pairs.items()]
+        table += [gaps(f"trained − not, seed {seed}", [pair]) for seed, pair in pairs.items()]
         if len(pairs) > 1:
-            table.append(gaps(f"trained − not, mean of {len(pairs)}", trained, untrained))
+            table.append(gaps(f"trained − not, mean of {len(pairs)}", [*pairs.values()]))
     write_tables("proposer", (table,))
 
 
@@ -537,9 +548,9 @@ def controls_table(runs):
         for name, label in labels.items():
             if kept := runs.get(name):
                 after = [rows[-1] for rows in kept.values()]
-                gains = [points(base, after, measure) for measure in measured]
-                pairs = [(trained[seed][-1], rows[-1]) for seed, rows in kept.items() if seed in trained]
-                gains += ["", ""] if kept is trained else [points(*zip(*pairs), measure) if pairs else "" for measure in measured]
+                pairs = [[(base[-1], row) for row in after],
+                         [] if kept is trained else [(trained[seed][-1], rows[-1]) for seed, rows in kept.items() if seed in trained]]
+                gains = ["{:+.1f} ± {:.1f}".format(*gain(found, measure)) if found else "" for found in pairs for measure in measured]
                 proposed = [statistics.mean(late(rows, value) for rows in kept.values())
                             for value in (learnable, PROPOSED["statements of new programs"])]
                 lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed), *thoughts(after)])
