@@ -232,3 +232,11 @@ def test_a_followed_run_has_to_be_long_enough(tmp_path, followed):
     process = Forked("import sys; sys.path.append('scripts'); import controls; sys.exit(controls.main())", flags.split())
     _, said = process.communicate()
     assert process.returncode == 2 and "has made 3 steps: there are no tasks for step 4; complete it first" in said
+
+
+def test_runs_that_differ_more_than_their_tasks_have_the_error_of_their_spread():
+    def row(right):
+        return {"answers": {"samples": dict.fromkeys(evidence.TASK_TYPES, right)}}
+    pairs = [(row("0000"), row("8888")), (row("0000"), row("0000"))]  # +100 points and 0, alike for all tasks
+    assert evidence.gain(pairs, "hard, sampled") == pytest.approx((50.0, 50.0))
+    assert evidence.gain([(row("0000"), row("0088"))], "hard, sampled") == evidence.difference([row("0000")], [row("0088")], "hard, sampled")
