@@ -342,9 +342,9 @@ def _traits(rollout, buffer):
     task, traits = rollout.task, {"answers": 1.0 - buffer.answer_share(rollout.task)}
     if KINDS[task.type].own_program:
         traits |= {"complexity": complexity(task.program), "trivial": task.output == task.input}
-    if KINDS[task.type].own_program and rollout.references:
-        distances = [edit_distance(task.program, program) for program in rollout.references]
-        traits["edit_distance"] = sum(distances) / len(distances)
+        if rollout.references:
+            distances = [edit_distance(task.program, program) for program in rollout.references]
+            traits["edit_distance"] = sum(distances) / len(distances)
     return traits
 
 

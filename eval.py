@@ -302,7 +302,8 @@ def evaluate(options):
             print(f"{name} is left out: {reason}", file=sys.stderr)
         if not problems:
             raise UsageError("no benchmark data found, for the reasons above")
-        settings = {name: getattr(options, name) for name in SETTINGS} | {"contents": contents(options)}
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        settings["contents"] = contents(options, tasks)
         stem = Path(options.judge or options.run or options.model).stem
         out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
         with locked(out):
@@ -357,9 +358,10 @@ def fill_in(options):
     options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
 
 
-def contents(options):
-    """Checksums of the trained weights and of the held-out file: with others, answers are others."""
-    paths = {"trained": options.adapter or options.run and f"{options.run}/model", "heldout": options.heldout}
+def contents(options, tasks):
+    """Checksums of the trained weights and of the held-out tasks' file: with others, answers are others."""
+    paths = {"trained": options.adapter or options.run and f"{options.run}/model",
+             "heldout": options.heldout if tasks else None}
     no_files = (None, "tiny", "cruxeval")
     return {name: checksum(Path(path)) for name, path in paths.items() if path not in no_files}
 

@@ -305,8 +305,12 @@ def difference(before, after, measure, types=TASK_TYPES, among=None):
     return sum(mean for mean, _ in parts) / len(parts), sum(error ** 2 for _, error in parts) ** 0.5 / len(parts)
 
 
+def signed(mean, error):
+    return f"{mean:+.1f} ± {error:.1f}"
+
+
 def points(before, after, measure, types=TASK_TYPES, among=None):
-    return "{:+.1f} ± {:.1f}".format(*difference(before, after, measure, types, among))
+    return signed(*difference(before, after, measure, types, among))
 
 
 def spread(values):
@@ -511,7 +515,7 @@ def proposer_table(runs):
             error = sum(error ** 2 for pair in found for _, error in pair) ** 0.5 / len(pairs)
             cells.append((statistics.mean(each), max(error, spread(each))))
         cells += [gain([(b[-1], a[-1]) for a, b in pairs], name) for name in sampled]
-        return [label, *("{:+.1f} ± {:.1f}".format(*cell) for cell in cells), *(
+        return [label, *(signed(*cell) for cell in cells), *(
             f"{statistics.mean(late(a, value) - late(b, value) for a, b in pairs):+.1f}" for value in PROPOSED.values())]
 
     table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", *PROPOSED]]
@@ -550,7 +554,7 @@ def controls_table(runs):
                 after = [rows[-1] for rows in kept.values()]
                 pairs = [[(base[-1], row) for row in after],
                          [] if kept is trained else [(trained[seed][-1], rows[-1]) for seed, rows in kept.items() if seed in trained]]
-                gains = ["{:+.1f} ± {:.1f}".format(*gain(found, measure)) if found else "" for found in pairs for measure in measured]
+                gains = [signed(*gain(found, measure)) if found else "" for found in pairs for measure in measured]
                 proposed = [statistics.mean(late(rows, value) for rows in kept.values())
                             for value in (learnable, PROPOSED["statements of new programs"])]
                 lines.append([label, len(kept), *gains, *(f"{value:.1f}" for value in proposed), *thoughts(after)])
@@ -565,8 +569,9 @@ def proposer_picture(runs):
     for (name, spent), color in zip(SPENT.items(), ("tab:blue", "tab:orange", "tab:green")):
         found = [advantage(*pair, spent) for pair in pairs]
         count = min(len(steps) for steps, _, _ in found)
-        points = sum(points[:count] for _, points, _ in found) / len(found)
+        each = numpy.array([points[:count] for _, points, _ in found])
         errors = sum(errors[:count] ** 2 for _, _, errors in found) ** 0.5 / len(found)
+        points, errors = each.mean(0), numpy.maximum(errors, [spread(column.tolist()) for column in each.T])
         gap.errorbar(found[0][0][:count], points, errors, color=color, label=f"at equal {name}", capsize=3)
     gap.axhline(0, color="black", linewidth=0.8)
     gap.set(title="trained − untrained proposer, points\n(greedy, 4 to 6 statements)", xlabel="step of the run that trains it")

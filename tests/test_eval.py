@@ -327,10 +327,11 @@ def test_base_and_adapter_side_by_side(policy, random_model, heldout, tmp_path, 
     rows = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     base, trained = ([row["response"] for row in rows if row["column"] == column] for column in results)
     assert len(rows) == 12 and base != trained
-    assert e.main(["--model", random_model, "--max-response", "12", "--quantize", "none", *arguments[2:],
-                   "--out", str(tmp_path / "b")]) == 0
-    alone = (tmp_path / "b" / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["response"] for line in alone] == base
+    for seed in ("0", "1"):
+        assert e.main(["--model", random_model, "--max-response", "12", "--quantize", "none", *arguments[2:],
+                       "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+        alone = (tmp_path / seed / "answers.jsonl").read_text().splitlines()
+        assert ([json.loads(line)["response"] for line in alone] == base) == (seed == "0")
 
 
 def test_types_that_the_held_out_tasks_lack_are_left_out(random_model, heldout, tmp_path, capsys):
@@ -369,6 +370,8 @@ def test_what_is_not_given_is_as_the_run_was_trained(tmp_path):
     options = e.parse(["--run", str(tmp_path)])
     e.fill_in(options)
     assert (options.model, options.max_response, options.template) == ("m", 12, "examples")
+    options.heldout = str(tmp_path / "gone.jsonl")  # a file that is gone is not missed by other benchmarks
+    assert e.contents(options, []).keys() == {"trained"}
 
 
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
