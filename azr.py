@@ -51,6 +51,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "g
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_MMAP_THRESHOLD = -3  # of malloc.h
+CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, and few rows of unequal length are padded
 LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vocabulary
 
 
@@ -234,22 +235,23 @@ def _check_logits(policy):
 def forecast(policy, cfg, memory=None):
     """Keep micro-batches to what memory holds. → a line that says so, or what to expect of a card
 
-    memory: bytes of the card; None: this machine's. On a CPU a third of the free memory is taken, since the
-    system kills there and nothing raises. Bytes are a fit to scripts/memory.py; 2.2e9 are for CUDA, gradients
-    and AdamW. Seconds are estimates for a 24 GB card: at most 4,100 tokens decoded one after the other, of
-    0.5 ms a layer and 4.5 bytes a weight at 1 TB/s; an update of 650 tokens a rollout, at 60 TFLOP/s.
+    memory: bytes of the card; None: this machine's. On a CPU, CPU_TOKENS and a third of the free memory bound
+    them, since the system kills there and nothing raises. Bytes are a fit to scripts/memory.py; 2.2e9 are for
+    CUDA, gradients and AdamW. Seconds are estimates for a 24 GB card: at most 4,100 tokens decoded one after
+    the other, of 0.5 ms a layer and 4.5 bytes a weight at 1 TB/s; an update of 650 tokens a rollout, at 60
+    TFLOP/s.
     """
     config = policy.causal.config.get_text_config()
     layers, width, inner = config.num_hidden_layers, config.hidden_size, inner_width(config)
     # a token leaves the inputs of all layers, and all of the one layer that is done again
     a_token = policy.causal.dtype.itemsize * ((layers + 25) * width + 7 * inner)
     if memory is None and policy.device.type != "cuda":
-        free = free_memory(policy.device)
-        if free < 8 * a_token * cfg.micro_tokens:
+        free, most = free_memory(policy.device), min(cfg.micro_tokens, CPU_TOKENS)
+        if free < 8 * a_token * most:
             # glibc's heap keeps what checkpointing frees between what it holds: 2.5 times the memory. To give
             # it back costs a small model a third of its time.
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 17)
-        policy.micro_tokens = max(1, min(cfg.micro_tokens, free // (3 * a_token)))
+        policy.micro_tokens = max(1, min(most, free // (3 * a_token)))
         return f"{free / 2 ** 30:.1f} GB are free: micro-batches of at most {policy.micro_tokens:,} tokens"
     memory = memory or torch.cuda.get_device_properties(policy.device).total_memory
     held = policy.causal.get_memory_footprint() + 2.2e9

@@ -304,6 +304,9 @@ def test_on_a_cpu_micro_batches_follow_from_free_memory(random_model, monkeypatc
     monkeypatch.setattr(azr.ctypes, "CDLL", lambda name: pytest.fail("memory is given back, which takes time"))
     azr.forecast(policy, config(micro_tokens=10))
     assert policy.micro_tokens == 10
+    monkeypatch.setattr(azr, "free_memory", lambda device: 2 ** 40)
+    azr.forecast(policy, config(micro_tokens=10 ** 6))
+    assert policy.micro_tokens == azr.CPU_TOKENS
     sizes, real = [], azr.response_logprobs
     monkeypatch.setattr(azr, "response_logprobs", lambda policy, batch: sizes.append(
         len(batch) * max(r.tokens for row in batch for r in row)) or real(policy, batch))
