@@ -1,22 +1,18 @@
-"""Verdicts, rewards and advantages: everything between an answer and the policy gradient.
+"""Verdicts, rewards and advantages: everything between a sampled response and the policy gradient.
 
-    answer ──is_correct──▶ solve rates ──learnability──▶ r_propose ┐
-       └────is_correct──▶ r_solve (0 or 1) ────────────────────────┴─composite_reward──▶ R
-    R of a batch ──task_relative_advantages──▶ one advantage a rollout
+    response ──parse──▶ answer ──sandbox──▶ Verdict ──reward──▶ R ──task_relative_advantages──▶ A
 
-Plain Python numbers throughout: a batch has some hundred rewards, and floats are easy to check. Held-out
-tasks are read here as well (`load_heldout`): a user's file is checked by the runs that judge an answer.
+Equations 4 to 6 and 8 of the paper. Plain Python numbers throughout, because a batch has some hundred rewards
+and floats are easy to check.
 """
 
-import contextlib
-import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from executor import parse_literal, same
-from tasks import KINDS, Task, UsageError
+from tasks import KINDS, Task
 
 # Equation 6. The official code gives −1 also to a well-formed proposal that does not validate.
 FAILED = -0.5      # well formed, but wrong (solver) or invalid (proposer)
@@ -24,17 +20,53 @@ MALFORMED = -1.0   # not in the format that was asked for, also when cut off at 
 
 
 class Verdict(str, Enum):
-    """What became of a response; its value is the word in the logs."""
+    """The outcome of a response; its value is the word in the logs."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     MALFORMED = "malformed"
-    TRUNCATED = "truncated"
+    TRUNCATED = "truncated"  # malformed, because it ran into the response limit
     VALID = "valid"
-    REPEAT = "repeat"    # a valid proposal whose program was seen before
     INVALID = "invalid"
-    UNSAFE = "unsafe"    # a proposal or an answer that the sandbox refused
+    UNSAFE = "unsafe"        # a proposal or an answer that the sandbox refused
 
+
+@dataclass
+class Rollout:
+    """One prompt, one sampled response, and its outcome."""
+
+    role: str                       # propose | solve
+    type: str                       # deduction | abduction | induction
+    prompt_ids: list
+    response_ids: list = field(default_factory=list)  # up to the end token, or the one that closes </answer>
+    logps: list = field(default_factory=list)  # of each response token, in nats at temperature 1, as sampled
+    response: str = ""              # the same as text
+    verdict: Verdict | None = None  # None until it was sampled and judged
+    reason: str = ""                # for the verdict, such as "unsafe: imports os"
+    task: Task | None = None        # the solver's task, or the valid task that was proposed
+    program: str = ""               # the program that the proposer was given (induction only)
+    references: list = field(default_factory=list)  # programs that the proposer was shown
+    repeat: bool = False            # a valid proposal whose program was seen before, and which is not stored
+    solve_rate: float | None = None  # of a new task: share of its n tries that were correct
+    reward: float = 0.0             # eq. 6
+    advantage: float = 0.0          # eq. 8
+    traits: dict = field(default_factory=dict)  # of a valid proposal: the terms of the means diversity/…
+
+    @property
+    def tokens(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def truncated(self):
+        """Whether the response ran into its limit."""
+        return self.verdict is Verdict.TRUNCATED
+
+    @property
+    def well_formed(self):
+        return self.verdict not in (None, Verdict.MALFORMED, Verdict.TRUNCATED)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------
 
 def is_correct(tasks, answers, executor):
     """Judge solver answers; the verdict needs no model and no trust in the text.
@@ -54,33 +86,40 @@ def is_correct(tasks, answers, executor):
 
 def judge(tasks, answers, executor):
     """`is_correct`, with the reasons. → [(Verdict, one line or '')], in order."""
-    checks = [[] if answer is None else KINDS[task.type].judge(task, answer)
-              for task, answer in zip(tasks, answers, strict=True)]
-    jobs = dict.fromkeys(job[:2] for check in checks for job in check)  # tries often say the same
+    checks = []
+    for task, answer in zip(tasks, answers, strict=True):
+        checks.append([] if answer is None else KINDS[task.type].judge(task, answer))
+    jobs = {}
+    for check in checks:
+        jobs |= dict.fromkeys((program, text) for program, text, _ in check)  # tries often say the same
     programs = [job for job in jobs if job[0] is not None]
-    texts = [job for job in jobs if job[0] is None]
+    literals = [job for job in jobs if job[0] is None]
     runs = dict(zip(programs, executor.run(programs)))
-    runs |= zip(texts, executor.read([text for _, text in texts]))
-    return [_verdict(answer, [(runs[program, text], output) for program, text, output in check])
-            for answer, check in zip(answers, checks)]
+    runs |= zip(literals, executor.read([text for _, text in literals]))
+    verdicts = []
+    for answer, check in zip(answers, checks):
+        compared = [(runs[program, text], output) for program, text, output in check]
+        verdicts.append((Verdict.MALFORMED, "") if answer is None else _verdict(compared))
+    return verdicts
 
 
-def _verdict(answer, runs):
-    failed = [run for run, output in runs if not (run.ok and _equal(run.output, output))]
-    if answer is None:
-        return Verdict.MALFORMED, ""
-    if runs and not failed:
+def _verdict(compared):
+    """The verdict on a well-formed answer. compared: [(Execution, expected output)]"""
+    failed = [run for run, output in compared if not (run.ok and equal(run.output, output))]
+    if compared and not failed:
         return Verdict.CORRECT, ""
     return blame(failed, Verdict.WRONG)
 
 
 def blame(runs, verdict):
-    """(`verdict`, or UNSAFE if the sandbox refused a run; what the first run that is not ok says, or '')"""
-    reason = next((f"{run.status}: {run.error}" for run in runs if not run.ok), "")
-    return Verdict.UNSAFE if any(run.status == "unsafe" for run in runs) else verdict, reason
+    """(`verdict`, or UNSAFE if the sandbox refused a run; the error of the first run that failed, or '')"""
+    failed = [run for run in runs if not run.ok]
+    reason = f"{failed[0].status}: {failed[0].error}" if failed else ""
+    refused = any(run.status == "unsafe" for run in failed)
+    return Verdict.UNSAFE if refused else verdict, reason
 
 
-def _equal(output, expected):
+def equal(output, expected):
     """Whether two texts are literals of the same value."""
     try:
         return same(parse_literal(output), parse_literal(expected))
@@ -88,75 +127,7 @@ def _equal(output, expected):
         return False
 
 
-def load_heldout(source, limit=None, executor=None):
-    """{split: [Task]} of the held-out tasks of the tiny model ("tiny"), of CRUXEval from the Hugging Face hub
-    ("cruxeval"), or of a file of JSON lines with `split` and the fields of a Task, or the fields of CRUXEval.
-
-    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program of
-    a file and compare with its outputs. Raises UsageError with the line's number.
-    """
-    splits, where = defaultdict(list), ""
-    try:
-        for number, row in enumerate(_heldout_rows(source), 1):
-            where = f"line {number}: "
-            for part in _parts(json.loads(row) if isinstance(row, bytes) else row):
-                split, task = _heldout_task(part, None if source in ("tiny", "cruxeval") else executor)
-                if limit is None or sum(other.type == task.type for other in splits[split]) < limit:
-                    splits[split].append(task)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"cannot read the held-out tasks {source} (JSON lines with split, type and the "
-                         f"fields of a task): {where}{what}") from error
-    return dict(splits)
-
-
-def _heldout_rows(source):
-    """The lines of a file, or the rows of CRUXEval."""
-    if source == "cruxeval":
-        with reaching_the_hub() as datasets:
-            return datasets.load_dataset("cruxeval-org/cruxeval", split="test",
-                                         revision="e536997e8381421cb107d285b4ae542aa12c6c31")
-    path = Path(__file__).parent / "tiny" / "heldout.jsonl" if source == "tiny" else Path(source)
-    return path.read_bytes().splitlines()
-
-
-@contextlib.contextmanager
-def reaching_the_hub():
-    """The library `datasets`, slow to import; what it and the network raise inside becomes an OSError."""
-    import datasets
-    from huggingface_hub.utils import httpx
-    try:
-        yield datasets
-    except (datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
-        raise OSError(f"the Hugging Face hub: {error}") from error
-
-
-def _parts(row):
-    """A row of CRUXEval is a task of each type that a triplet can be; any other is one task."""
-    if "code" not in row:
-        return [row]
-    return [{"split": "cruxeval", "type": kind, "program": row["code"], **row}
-            for kind in KINDS if KINDS[kind].is_triplet]
-
-
-def _heldout_task(row, executor):
-    """A row of a held-out file → (split, Task). Raises ValueError, KeyError or TypeError."""
-    if row["type"] not in KINDS:
-        raise ValueError(f"unknown type {row['type']!r}")
-    kind = KINDS[row["type"]]
-    needed = {"program", *(("inputs", "outputs") if "{pairs}" in kind.solve else ("input", "output"))}
-    task = Task.from_dict({name: row[name] for name in Task.__match_args__ if name in row or name in needed})
-    texts = [row["split"], task.program, task.input, task.output, task.message, *task.inputs, *task.outputs]
-    if {type(task.inputs), type(task.outputs)} != {tuple} or {*map(type, texts)} != {str}:
-        raise ValueError("a field is not text, or inputs or outputs are no list of texts")
-    jobs, outputs = kind.runs(task), task.outputs or (task.output,)
-    if len(jobs) != len(outputs) or not kind.judge(task, ""):
-        raise ValueError("it has too few pairs of inputs and outputs")
-    for job, run, output in zip(jobs, executor.run(jobs) if executor else (), outputs):
-        if not run.ok or not _equal(run.output, output):
-            raise ValueError(f"f({job[1]}) gives {run.output or run.error}, and the task says {output}")
-    return row["split"], task
-
+# --- rewards: equations 4 to 6 ----------------------------------------------------------------------
 
 def learnability(success_rate, zero=0.0):
     """Equation 4: 1 − r̄ for a task that is solved sometimes, `zero` if always or never.
@@ -184,6 +155,40 @@ def composite_reward(reward, well_formed):
     return FAILED if reward is None else float(reward)
 
 
+def reward(rollout, zero=0.0):
+    """Equations 4 to 6 together: R of a rollout, from its verdict and its solve rate alone.
+
+    A valid proposal without a solve rate earns 0: a repeat, which nobody tries (this is not in the paper), or
+    any with --samples 0. zero: see `learnability`.
+    """
+    if rollout.verdict is Verdict.CORRECT:
+        return composite_reward(1.0, True)
+    if rollout.verdict is Verdict.VALID:
+        untried = rollout.solve_rate is None
+        return composite_reward(0.0 if untried else learnability(rollout.solve_rate, zero), True)
+    return composite_reward(None, rollout.well_formed)
+
+
+def set_rewards(proposals, tries, solutions, cfg):
+    """Set the solve rates of new tasks from the solver's tries at them, then the reward of every rollout.
+
+    Equal tasks of one step, which only --no-dedup lets through, share their tries.
+    """
+    tried, solved = Counter(), Counter()
+    for attempt in tries:
+        tried[attempt.task] += 1
+        if attempt.verdict is Verdict.CORRECT:
+            solved[attempt.task] += 1
+    for proposal in proposals:
+        if tried[proposal.task]:
+            proposal.solve_rate = solved[proposal.task] / tried[proposal.task]
+    zero = -0.5 if cfg.zero_learnability == "official" else 0.0
+    for rollout in [*proposals, *tries, *solutions]:
+        rollout.reward = reward(rollout, zero)
+
+
+# --- advantages: equation 8 -------------------------------------------------------------------------
+
 def task_relative_advantages(rewards, groups):
     """Equation 8, TRR++: (r − mean) / std within each of the groups, normally six.
 
@@ -195,16 +200,58 @@ def task_relative_advantages(rewards, groups):
     [1.0, -1.0, 0.0]
     """
     members = defaultdict(list)
-    for reward, group in zip(rewards, groups, strict=True):
-        members[group].append(float(reward))
-    moments = {}
+    for value, group in zip(rewards, groups, strict=True):
+        members[group].append(float(value))
+    means, deviations = {}, {}
     for group, values in members.items():
         mean = math.fsum(values) / len(values)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
-        # min == max decides, not spread == 0: rounding leaves 1e-17 behind, and dividing by it is ±1
-        moments[group] = mean, (0.0 if min(values) == max(values) else spread)
-    return [(reward - moments[group][0]) / moments[group][1] if moments[group][1] else 0.0
-            for reward, group in zip(rewards, groups)]
+        means[group] = mean
+        deviations[group] = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        if min(values) == max(values):  # rounding leaves 1e-17 in the deviation, and dividing by it gives ±1
+            deviations[group] = 0.0
+    advantages = []
+    for value, group in zip(rewards, groups):
+        deviation = deviations[group]
+        advantages.append((value - means[group]) / deviation if deviation else 0.0)
+    return advantages
+
+
+def set_advantages(rollouts, cfg, rng):
+    """Set the advantage of every rollout: equation 8 within its group, times λ (eq. 3) for the solver."""
+    groups = groups_of(rollouts, cfg.baseline)
+    rewards = [rollout.reward for rollout in rollouts]
+    if cfg.shuffle_rewards:
+        rewards = shuffled(rewards, groups, rng)
+    for rollout, advantage in zip(rollouts, task_relative_advantages(rewards, groups)):
+        weight = cfg.solve_weight if rollout.role == "solve" else 1.0
+        rollout.advantage = weight * advantage
+
+
+def groups_of(rollouts, baseline):
+    """The group that each rollout is compared in: (type, role), six when all types and both roles train.
+
+    baseline "task": solutions of one task, where a step holds several, are compared with each other alone,
+    as in GRPO. A hard task solved once then counts for more than an easy one solved as always.
+    """
+    if baseline == "group":
+        return [(rollout.type, rollout.role) for rollout in rollouts]
+    attempts = Counter(rollout.task for rollout in rollouts if rollout.role == "solve")
+    groups = []
+    for rollout in rollouts:
+        has_rivals = rollout.role == "solve" and attempts[rollout.task] > 1
+        groups.append((rollout.type, rollout.role, rollout.task if has_rivals else None))
+    return groups
+
+
+def shuffled(rewards, groups, rng):
+    """A control: the same rewards in each group, but no longer those of the responses."""
+    result = list(rewards)
+    for group in dict.fromkeys(groups):
+        places = [place for place, other in enumerate(groups) if other == group]
+        values = [rewards[place] for place in places]
+        for place, value in zip(places, rng.sample(values, len(values))):
+            result[place] = value
+    return result
 
 
 def mean_error(values):

@@ -8,24 +8,27 @@
     # greedily to the token; sampled, from the same distribution
 
 Four things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
-for prompts that wait (`generate`), the cache is neither copied at every token (`RoomyLayer`) nor once a query
-head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_replayed`). Axes as in azr.py: B rows,
-P prompt tokens, T prompt and response tokens.
+for prompts that wait (`Sampler.stream`), the cache is neither copied at every token (`RoomyLayer`) nor once a
+query head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_Replay`).
+
+Axes: B rows, P prompt tokens, T prompt and response tokens, N tokens of a segment, V vocabulary.
 """
 
 import contextlib
 import functools
+import math
 import os
 import warnings
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # caches have many sizes
 
 import psutil
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor,
+                          LogitsProcessorList)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -127,8 +130,7 @@ class _Batch:
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
     cache: DynamicCache
-    owners: list   # row → index of its response
-    lengths: list  # row → response tokens so far, the last columns of ids_BT
+    completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
@@ -141,7 +143,7 @@ class _Batch:
         index = torch.tensor(rows, device=self.ids_BT.device)
         self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
         self.cache.batch_select_indices(index)
-        self.owners, self.lengths = [self.owners[r] for r in rows], [self.lengths[r] for r in rows]
+        self.completions = [self.completions[row] for row in rows]
         idle = int(self.mask_BT.any(0).int().argmax())
         if idle and _can_grow(self.cache):
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
@@ -158,58 +160,63 @@ def _join(batch, other):
     for ours, theirs in zip(batch.cache.layers, other.cache.layers):
         ours.put(lambda *pair: torch.cat(pair), theirs)
     ids_BT, mask_BT = torch.cat([batch.ids_BT, other.ids_BT]), torch.cat([batch.mask_BT, other.mask_BT])
-    return _Batch(ids_BT, mask_BT, batch.cache, batch.owners + other.owners, batch.lengths + other.lengths)
+    return _Batch(ids_BT, mask_BT, batch.cache, batch.completions + other.completions)
 
 
-@contextlib.contextmanager
-def _replayed(causal, batch, tokens):
-    """In it so many tokens are decoded by replaying a CUDA graph, where causal.forward is called.
+class _Replay:
+    """While it is open, `causal.forward` decodes so many tokens of a batch by replaying a CUDA graph.
 
-    The first token runs as always. The second is captured, which the others replay: Python launches one graph
-    a token instead of the thousands of kernels in it, which take longer to launch than to run. What changes
-    from token to token stands in tensors, so each reads the whole room of the cache, under a mask. The graph
-    holds only for this batch and this room: the next segment captures its own.
+    The first token runs as always. The second is captured, and the others replay it: Python launches one
+    graph a token instead of thousands of kernels, which take longer to launch than to run. The values that
+    change from token to token stand in tensors, so each token reads the whole room of the cache, under a
+    mask. The graph holds only for this batch and this room, so the next segment captures its own.
     """
-    own, plain = "forward" in vars(causal), causal.forward
-    layers, begin = batch.cache.layers, batch.ids_BT.shape[1] - 1
-    for layer in layers:
-        layer.reserve(begin + tokens)
-    ids_B1, at = torch.empty_like(batch.ids_BT[:, -1:]), batch.ids_BT.new_empty(1)
-    unwritten = layers[0].room[0].shape[2] - batch.mask_BT.shape[1]
-    mask_B11T = functional.pad(batch.mask_BT, (0, unwritten)).bool()[:, None, None]
-    replay = output = None
 
-    def decode():
-        nonlocal output
-        mask_B11T.index_fill_(-1, at, True)
-        for layer in layers:
-            layer.at = at
-        output = plain(input_ids=ids_B1, attention_mask=mask_B11T, past_key_values=batch.cache,
-                       position_ids=mask_B11T[:, 0].sum(-1) - 1)
-        for layer in layers:
+    def __init__(self, causal, batch, tokens):
+        self.causal, self.cache = causal, batch.cache
+        self.begin = batch.ids_BT.shape[1] - 1  # columns of the cache before the first token
+        for layer in self.cache.layers:
+            layer.reserve(self.begin + tokens)
+        unwritten = self.cache.layers[0].room[0].shape[2] - batch.mask_BT.shape[1]
+        self.ids_B1 = torch.empty_like(batch.ids_BT[:, -1:])
+        self.column = batch.ids_BT.new_empty(1)
+        self.mask_B11T = functional.pad(batch.mask_BT, (0, unwritten)).bool()[:, None, None]
+        self.graph = self.output = None
+
+    def __enter__(self):
+        self.had_own = "forward" in vars(self.causal)
+        self.plain = self.causal.forward
+        # transformers reads the signature of forward
+        self.causal.forward = functools.wraps(self.plain)(self.forward)
+
+    def __exit__(self, *error):
+        del self.causal.forward  # an assignment would be a cycle that keeps the model in memory
+        if self.had_own:
+            self.causal.forward = self.plain
+
+    def forward(self, input_ids, past_key_values, **options):
+        column = past_key_values.get_seq_length()
+        if column == self.begin:
+            return self.plain(input_ids=input_ids, past_key_values=past_key_values, **options)
+        self.ids_B1.copy_(input_ids)
+        self.column.fill_(column)
+        if self.graph is None:
+            self.graph = capture(self.decode)
+        self.graph()
+        for layer in self.cache.layers:
+            layer.show(column + 1)
+        return self.output
+
+    def decode(self):
+        """The operations of one token, from the tensors and into them."""
+        self.mask_B11T.index_fill_(-1, self.column, True)
+        for layer in self.cache.layers:
+            layer.at = self.column
+        positions_B1 = self.mask_B11T[:, 0].sum(-1) - 1
+        self.output = self.plain(input_ids=self.ids_B1, attention_mask=self.mask_B11T,
+                                 past_key_values=self.cache, position_ids=positions_B1)
+        for layer in self.cache.layers:
             layer.at = None
-
-    @functools.wraps(plain)  # transformers looks at the signature
-    def forward(input_ids, past_key_values, **options):
-        nonlocal replay
-        end = past_key_values.get_seq_length()
-        if end == begin:
-            return plain(input_ids=input_ids, past_key_values=past_key_values, **options)
-        ids_B1.copy_(input_ids)
-        at.fill_(end)
-        replay = replay or capture(decode)
-        replay()
-        for layer in layers:
-            layer.show(end + 1)
-        return output
-
-    causal.forward = forward
-    try:
-        yield
-    finally:
-        del causal.forward  # not `= plain`, which would be a cycle that keeps the model in memory
-        if own:
-            causal.forward = plain
 
 
 def uses_graphs(policy):
@@ -228,92 +235,187 @@ def capture(operations):
     return graph.replay
 
 
-@torch.no_grad()
-def generate(policy, prompts, max_tokens, copies=1, greedy=False, temperature=1.0):
-    """Sample `copies` responses to each prompt from the whole distribution (no top-k, no top-p).
+class _LogprobRecorder(LogitsProcessor):
+    """Keeps the logprob of each token that `generate` samples: it sees the logits of a step before they are
+    divided by the temperature, and the token that was chosen from them one step later."""
 
-    prompts: [[id]]; → [[id]], len(prompts) · copies of them, prompt by prompt; each at most
-    max_tokens long and ended by an end token, by the token that completes `</answer>`, or by the
-    limit. greedy=True takes the likeliest token instead. Training samples at temperature 1, where
-    the sampling distribution is the one whose logprobs are trained.
+    def __init__(self):
+        self.logps, self.logits_BV = [], None
 
-    >>> generate(policy, [[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
-    [[9, 1], [8, 8, 8], [9, 9, 1], [1]]
+    def __call__(self, ids_BT, logits_BV):
+        self.settle(ids_BT)
+        self.logits_BV = logits_BV
+        return logits_BV
 
-    A prompt is read once for all its copies. Then transformers' own `generate` goes on in short
-    segments; in between finished rows leave and waiting prompts take their places, so that the
-    rows that memory allows are always busy and nobody waits for the longest response. How many
-    that are follows from the lengths seen so far. Rows that then grow too long for it wait, and are
-    read again with what they have said; the same after running out of GPU memory, with half the rows.
+    def settle(self, ids_BT):
+        """Take up the token that was chosen last."""
+        if self.logits_BV is not None:
+            chosen_B1 = self.logits_BV.gather(1, ids_BT[:, -1:])
+            self.logps.append(chosen_B1 - self.logits_BV.logsumexp(-1, keepdim=True))
+
+
+@dataclass(eq=False)
+class Completion:
+    """A request for one response, and the response as far as it is sampled."""
+
+    prompt_ids: list
+    max_tokens: int
+    ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)  # of each of these, in nats, at temperature 1
+
+    @property
+    def text_ids(self):
+        return [*self.prompt_ids, *self.ids]
+
+
+class Sampler:
+    """Samples responses from a policy, from the whole distribution (no top-k, no top-p).
+
+    rows: most responses sampled at once; 0: as many as memory allows. Whoever samples elsewhere, for example
+    with a server, writes a class with the methods `generate` and `refresh`.
     """
-    policy.causal.eval()
-    # every sampling field explicit: none is left for a model's own configuration to fill in
-    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": 1.0,
-                                               "top_k": 0, "repetition_penalty": 1.0}
-    responses = [[]] * (len(prompts) * copies)  # as far as they are sampled
-    waiting = [i * copies + copy for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-               for copy in range(copies)]  # longest prompts first, so that later ones fit in beside them
-    free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
-    least = SEGMENT * 4 if graphs else SEGMENT
-    while waiting or batch:
-        busy = batch.owners if batch else []
-        unfinished = busy + waiting
-        width = max(len(prompts[i // copies]) + len(responses[i]) for i in unfinished)
-        if len(busy) > _rows_that_fit(policy, free, width + least):
-            waiting, batch = unfinished, None  # read again, fewer at once
-            continue
-        rows = _rows_that_fit(policy, free, width + least + min(max_tokens, policy.mean_tokens))
-        try:
-            if waiting and (not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4):
-                joining = waiting[:rows - len(busy)]
-                batch = _join(batch, _prefill(policy, prompts, copies, responses, joining))
-                waiting = waiting[len(joining):]
-            segment = max(least, min(batch.lengths) // 4)
-            segment = min(segment, max_tokens - max(batch.lengths))
-            width = batch.ids_BT.shape[1]
-            with _replayed(policy.causal, batch, segment) if graphs else contextlib.nullcontext():
-                batch.ids_BT = policy.causal.generate(
-                    batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
-                    eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=segment,
-                    **how)
-        except torch.OutOfMemoryError:
-            policy.rows = min(rows, len(unfinished)) // 2
-            if not policy.rows:
-                raise
-            warnings.warn(f"out of GPU memory in sampling: at most {policy.rows} rows from now on")
-            waiting, batch = unfinished, None
-            continue
-        added = batch.ids_BT.shape[1] - width
+
+    def __init__(self, policy, rows=0):
+        self.policy, self.rows = policy, rows
+        self.mean_tokens = math.inf  # of the responses sampled last: rows are planned by it
+
+    def refresh(self, policy):
+        """Take up the weights after an update. They are shared here, so there is nothing to do."""
+
+    def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
+        """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt
+
+        prompts: [[id]]. ids: at most max_tokens long and ended by an end token, by the token that completes
+        `</answer>`, or by the limit. logps: the logprob of each of them in nats, always at temperature 1.
+        temperature 0 takes the likeliest token. Training samples at temperature 1, where the sampling
+        distribution is the one whose logprobs are trained.
+
+        >>> sampler.generate([[5, 6], [7]], 3, copies=2)      # doctest: +SKIP
+        [([9, 1], [-0.1, -0.7]), ([8, 8, 8], [-0.2, -0.1, -0.4]), ([9, 1], [-0.1, -0.7]), ([1], [-2.3])]
+        """
+        completions = []
+        for prompt in prompts:
+            completions += [Completion(prompt, max_tokens) for _ in range(copies)]
+        # longest prompts first, so that later ones fit in beside them
+        for _ in self.stream(sorted(completions, key=lambda c: -len(c.prompt_ids)), temperature):
+            pass
+        if completions:
+            self.mean_tokens = sum(len(c.ids) for c in completions) / len(completions)
+        return [(c.ids, c.logps) for c in completions]
+
+    @torch.no_grad()
+    def stream(self, waiting, temperature=1.0):
+        """Sample all of `waiting`; yields, segment by segment, the completions that have ended in it.
+
+        waiting: [Completion], emptied from the front; the caller may append to it between two segments.
+
+        A prompt is read once for all its copies. Then transformers' own `generate` goes on in short segments;
+        in between finished rows leave and waiting ones take their places, so that the rows that memory allows
+        are always busy and nobody waits for the longest response. Their number follows from the lengths seen
+        so far. Rows that then grow too long for it wait, and are read again with what they have said; the
+        same after running out of GPU memory, with half the rows.
+        """
+        policy = self.policy
+        policy.causal.eval()
+        free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
+        least = SEGMENT * 4 if graphs else SEGMENT
+        while waiting or batch:
+            busy = batch.completions if batch else []
+            widest = max(len(c.text_ids) for c in [*busy, *waiting])
+            if len(busy) > self._rows_that_fit(free, widest + least):
+                waiting[:0], batch = busy, None  # read again, fewer at once
+                continue
+            expected = min(max(c.max_tokens for c in [*busy, *waiting]), self.mean_tokens)
+            rows = self._rows_that_fit(free, widest + least + expected)
+            has_room = not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4
+            joining = waiting[:rows - len(busy)] if has_room else []
+            try:
+                with policy.autocast():
+                    if joining:
+                        batch = _join(batch, _prefill(policy, joining))
+                    added_BN, logps_BN = self._decode_segment(batch, least, temperature, graphs)
+            except torch.OutOfMemoryError:
+                self.rows = min(rows, len(busy) + len(waiting)) // 2
+                if not self.rows:
+                    raise
+                warnings.warn(f"out of GPU memory in sampling: at most {self.rows} rows from now on")
+                waiting[:0], batch = busy, None
+                continue
+            del waiting[:len(joining)]
+            batch, ended = _harvest(policy, batch, added_BN, logps_BN)
+            yield ended
+
+    def _decode_segment(self, batch, least, temperature, graphs):
+        """Let every row of the batch go on by a number of tokens. → these ids_BN, their logps_BN"""
+        policy = self.policy
+        if temperature:
+            options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0,
+                       "repetition_penalty": 1.0}
+        else:
+            options = {"do_sample": False}
+        room = min(c.max_tokens - len(c.ids) for c in batch.completions)
+        youngest = min(len(c.ids) for c in batch.completions)
+        tokens = min(room, max(least, youngest // 4))
+        width, recorder = batch.ids_BT.shape[1], _LogprobRecorder()
+        with _Replay(policy.causal, batch, tokens) if graphs else contextlib.nullcontext():
+            batch.ids_BT = policy.causal.generate(
+                batch.ids_BT, attention_mask=batch.mask_BT, past_key_values=batch.cache,
+                eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=tokens,
+                logits_processor=LogitsProcessorList([recorder]), **options)
+        recorder.settle(batch.ids_BT)
+        added = batch.ids_BT.shape[1] - width  # fewer than asked for if every row has ended
         batch.mask_BT = functional.pad(batch.mask_BT, (0, added), value=1)
-        alive = []
-        for row, ids in enumerate(batch.ids_BT.tolist()):
-            length = batch.lengths[row] = batch.lengths[row] + added
-            end = _end_of(policy, ids[-length:], length - added)
-            responses[batch.owners[row]] = ids[-length:][:end]
-            if end is None and length < max_tokens:
-                alive.append(row)
-        if not alive:
-            batch = None
-        elif len(alive) < len(batch.owners):
-            batch.keep(alive)
-    if responses:
-        policy.mean_tokens = sum(map(len, responses)) / len(responses)
-    return responses
+        return batch.ids_BT[:, width:], torch.cat(recorder.logps, 1)
+
+    def _rows_that_fit(self, free, columns):
+        """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
+        if self.rows:
+            return self.rows
+        config = self.policy.causal.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * self.policy.causal.dtype.itemsize
+        # a layer whose room is used up is there twice for a moment, and logits of a step are held in
+        # fp32 a few times over
+        per_row = per_token * (columns + BLOCK) * 1.1 + 16 * config.vocab_size
+        return max(1, min(ROWS, int(0.6 * free / per_row)))
 
 
-def _prefill(policy, prompts, copies, responses, owners):
-    """Read the prompts of these responses, and what they have said, into a batch with a row a response.
+def _harvest(policy, batch, added_BN, logps_BN):
+    """Append a segment's tokens to the completions of a batch. → (batch of the unfinished or None, ended)"""
+    ended, alive = [], []
+    for row, completion in enumerate(batch.completions):
+        before = len(completion.ids)
+        completion.ids += added_BN[row].tolist()
+        completion.logps += logps_BN[row].tolist()
+        end = _end_of(policy, completion.ids, before)
+        if end is not None:
+            del completion.ids[end:], completion.logps[end:]
+        if end is None and len(completion.ids) < completion.max_tokens:
+            alive.append(row)
+        else:
+            ended.append(completion)
+    if not alive:
+        batch = None
+    elif ended:
+        batch.keep(alive)
+    return batch, ended
+
+
+def _prefill(policy, completions):
+    """Read the prompts of these completions, and the tokens they have, into a batch with a row for each.
 
     Rows that begin alike are read once. Too many tokens for one pass are read half by half.
     """
-    keys = [(*prompts[owner // copies], *responses[owner]) for owner in owners]
-    texts = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    texts = {}  # → its place
+    for completion in completions:
+        texts.setdefault((*completion.text_ids,), len(texts))
     width = max(2, *map(len, texts))  # at least one column for the cache
     cache = DynamicCache(config=policy.causal.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
-        halves = owners[:len(owners) // 2], owners[len(owners) // 2:]
-        return _join(*(_prefill(policy, prompts, copies, responses, half) for half in halves))
+        middle = len(completions) // 2
+        return _join(_prefill(policy, completions[:middle]), _prefill(policy, completions[middle:]))
     gaps = [width - len(ids) for ids in texts]
     ids_BT = [[policy.pad_id] * gap + [*ids] for gap, ids in zip(gaps, texts)]
     mask_BT = [[0] * gap + [1] * (width - gap) for gap in gaps]
@@ -322,9 +424,10 @@ def _prefill(policy, prompts, copies, responses, owners):
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
-    rows = torch.tensor([texts[key] for key in keys], device=policy.device)
+    places = [texts[(*completion.text_ids,)] for completion in completions]
+    rows = torch.tensor(places, device=policy.device)
     cache.batch_select_indices(rows)
-    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(owners), [len(responses[i]) for i in owners])
+    return _Batch(ids_BT[rows], mask_BT[rows], cache, list(completions))
 
 
 def _end_of(policy, ids, checked):
@@ -333,7 +436,8 @@ def _end_of(policy, ids, checked):
     The first `checked` tokens are known not to end it; `</answer>` may start among them.
     """
     start = max(0, checked - len("</answer>"))
-    stop = next((i + 1 for i in range(checked, len(ids)) if ids[i] in policy.end_ids), None)
+    ends = (place + 1 for place in range(checked, len(ids)) if ids[place] in policy.end_ids)
+    stop = next(ends, None)
     if "</answer>" not in policy.decode(ids[start:stop]):
         return stop
     ends = range(start + 1, stop or len(ids))  # the first that takes in the closing tag
@@ -348,20 +452,6 @@ def free_memory(device):
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _rows_that_fit(policy, free, columns):
-    """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
-    if policy.rows:
-        return policy.rows
-    config = policy.causal.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * width * policy.causal.dtype.itemsize
-    # a layer whose room is used up is there twice for a moment, and logits of a step are held in
-    # fp32 a few times over
-    per_row = per_token * (columns + BLOCK) * 1.1 + 16 * config.vocab_size
-    return max(1, min(ROWS, int(0.6 * free / per_row)))
-
-
 def _tokens_in_a_pass(policy):
     """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B."""
     width = inner_width(policy.causal.config.get_text_config())
@@ -371,18 +461,3 @@ def _tokens_in_a_pass(policy):
 def inner_width(config):
     """The width inside an MLP; four times the outer one where a config has another name for it."""
     return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-
-
-@torch.no_grad()
-def decoded_logprobs(policy, rollouts, tokens):
-    """Logprobs of the first `tokens` tokens of each response, decoded one by one as in sampling. → [B, N]"""
-    batch = _prefill(policy, [r.prompt_ids for r in rollouts], 1, [[]] * len(rollouts), range(len(rollouts)))
-    ids_B1, mask_BT, logps = batch.ids_BT[:, -1:], batch.mask_BT, []
-    targets_BN = torch.tensor([r.response_ids[:tokens] for r in rollouts], device=policy.device)
-    with _replayed(policy.causal, batch, tokens) if uses_graphs(policy) else contextlib.nullcontext():
-        for targets_B1 in targets_BN.split(1, 1):
-            logits_BV = policy.causal(input_ids=ids_B1, attention_mask=mask_BT, past_key_values=batch.cache,
-                                      position_ids=mask_BT.sum(1, keepdim=True) - 1).logits[:, 0]
-            logps.append(torch.log_softmax(logits_BV.float(), -1).gather(1, targets_B1))
-            ids_B1, mask_BT = targets_B1, functional.pad(mask_BT, (0, 1), value=1)
-    return torch.cat(logps, 1)
