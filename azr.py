@@ -86,15 +86,17 @@ def proposal_request(policy, buffer, kind, cfg):
     return Rollout("propose", kind, prompt_ids, program=program, references=shown)
 
 
-def accept(proposals, buffer, cfg):
+def accept(proposals, buffer, cfg, types=None, limit=math.inf):
     """Put the valid proposals into the buffer, and mark repeats as such. → [Task], the new ones
+
+    types: the types that a task joins (None: its own; seeds are shared). limit: most new tasks.
 
     Not in the paper (--no-dedup): a program that was seen before earns nothing and is not stored. Without
     this the proposer finds that repeating one learnable program pays best.
     """
     new = []
     for proposal in proposals:
-        if proposal.task is None:
+        if proposal.task is None or len(new) == limit:
             continue
         is_repeat = buffer.is_repeat(proposal.task)
         if KINDS[proposal.type].own_program:
@@ -103,7 +105,8 @@ def accept(proposals, buffer, cfg):
             proposal.repeat, proposal.task = True, None
             continue
         proposal.traits |= traits_of(proposal, buffer)
-        buffer.add(proposal.task)
+        for kind in types or [proposal.type]:
+            buffer.add(replace(proposal.task, type=kind))
         new.append(proposal.task)
     return new
 
@@ -221,12 +224,17 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
     micro_tokens, halved if memory ran out. sampler_gap is the mean absolute difference, in nats over all
     response tokens, between these logprobs and those of the sampler (None if rollouts come without logps).
     It should be rounding: the sampler runs other kernels, while the loss takes the ratio of their
-    probabilities as 1. It also shows a sampler that missed an update. All but micro_tokens are None without
-    rollouts.
+    probabilities as 1. It also shows a sampler that missed an update. signal is the share of rollouts whose
+    advantage is not 0 (None without rollouts).
+
+    Without any signal there is no update, and the other figures are None. AdamW divides by the size of the
+    gradient, so the entropy bonus alone would move the weights as far as rewards do.
     """
     micro_tokens = micro_tokens or cfg.micro_tokens
-    metrics = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap"))
-    if not rollouts:  # --no-train-proposer, and no task to solve yet
+    metrics = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap", "signal"))
+    if rollouts:
+        metrics["signal"] = sum(rollout.advantage != 0 for rollout in rollouts) / len(rollouts)
+    if not metrics["signal"]:
         return metrics | {"micro_tokens": micro_tokens}
     longest = max(rollout.tokens for rollout in rollouts)
     policy.causal.train()
