@@ -11,7 +11,6 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,8 +21,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import parallel
-from azr import (accept, fit_micro_tokens, heldout_accuracy, load_heldout, propose, solve,
-                 trr_update)
+from azr import Actor, accept, fit_micro_tokens, heldout_accuracy, load_heldout, trr_update
 from executor import Executor
 from model import SHIPPED, load_policy
 from parallel import say
@@ -142,26 +140,25 @@ def train(cfg, run):
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, frame=cfg.frame)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
-    clock = Counter()  # seconds by phase
-    sampler = Timed(Sampler(policy, cfg.generate_batch), clock, "generate")
-    state = State(policy, sampler.inner, optimizer, buffer, rng)
+    sampler = Sampler(policy, cfg.generate_batch)
+    state = State(policy, sampler, optimizer, buffer, rng)
     micro_tokens = cfg.micro_tokens
     if cfg.model not in SHIPPED or policy.device.type == "cuda":
         micro_tokens = fit_micro_tokens(policy, cfg)
         say(f"micro-batches of at most {micro_tokens:,} tokens fit into memory")
 
     workers = cfg.workers or parallel.workers()
-    with Executor(workers, cfg.timeout) as sandbox, interruptible() as stop_requests:
-        executor = Timed(sandbox, clock, "execute")
+    with Executor(workers, cfg.timeout) as executor, interruptible() as stop_requests:
+        actor = Actor(policy, sampler, executor, cfg)
         heldout = heldout_tasks(cfg, executor)
         done = run.restore(cfg, state)
         if done is None:  # a seed set from the identity triplet and the model itself
             parallel.seed_sampling(rng)
-            done, seeds = 0, seed_buffers(policy, sampler, executor, buffer, cfg, run, clock, stop_requests)
+            done, seeds = 0, seed_buffers(actor, buffer, cfg, run, stop_requests)
             accepted = []
             for tasks in buffer.tasks.values():
                 accepted += [(task, None) for task in tasks]
-            metrics = measure(policy, sampler, executor, heldout, cfg) | sizes(buffer)
+            metrics = measure(actor, heldout) | sizes(buffer)
             run.record(0, metrics, accepted, screen(0, seeds))
             run.save(0, state)
         stop = False
@@ -169,21 +166,13 @@ def train(cfg, run):
                    disable=parallel.rank() > 0)
         for step in bar:
             started = time.perf_counter()
-            clock.clear()
+            actor.clock.clear()
             parallel.seed_sampling(rng)
 
             # PROPOSE: the model invents B tasks of each type; valid new ones join the buffer and are tried
-            bar.set_description("propose")
-            proposals = propose(policy, sampler, executor, buffer, cfg)
-            new_tasks = accept(proposals, buffer, cfg)
-            tries = solve(policy, sampler, executor, new_tasks, cfg, copies=cfg.samples)
-
             # SOLVE: the model answers B tasks of each type, the new ones first
-            bar.set_description("solve")
-            batch = []
-            for kind in cfg.types:
-                batch += buffer.fill(kind, new_tasks, cfg.batch)
-            solutions = solve(policy, sampler, executor, batch, cfg)
+            bar.set_description("self-play")
+            proposals, tries, solutions = actor.self_play(buffer)
 
             # REWARD: equations 4 to 6, from verdicts and solve rates
             set_rewards(proposals, tries, solutions, cfg)
@@ -194,18 +183,18 @@ def train(cfg, run):
             set_advantages(rollouts, cfg, rng)
             decay = (1 - cfg.lr_final) * (step - 1) / max(1, cfg.steps - 1)
             optimizer.param_groups[0]["lr"] = cfg.lr * (1 - decay)
-            with timed(clock, "update"):
+            with actor.timed("update"):
                 update = trr_update(policy, optimizer, rollouts, cfg, micro_tokens)
                 sampler.refresh(policy)
             micro_tokens = update["micro_tokens"]
 
-            clock["total"] = time.perf_counter() - started
+            actor.clock["total"] = time.perf_counter() - started
             sampled = proposals + tries + solutions
             metrics = {**describe(proposals, solutions, cfg), **update, "lr": cfg.lr * (1 - decay),
-                       **sizes(buffer), **cost(sampled, clock)}
+                       **sizes(buffer), **cost(sampled, actor.clock)}
             last = step == cfg.steps
             if last or cfg.eval_every and step % cfg.eval_every == 0:
-                metrics |= measure(policy, sampler, executor, heldout, cfg)
+                metrics |= measure(actor, heldout)
             accepted = [(proposal.task, proposal.solve_rate) for proposal in proposals if proposal.task]
             run.record(step, metrics, accepted, screen(step, sampled),
                        pick_samples(step, proposals + solutions, policy))
@@ -233,7 +222,7 @@ def trained_rollouts(proposals, tries, solutions, cfg):
     return rollouts
 
 
-def seed_buffers(policy, sampler, executor, buffer, cfg, run, clock, stop_requests):
+def seed_buffers(actor, buffer, cfg, run, stop_requests):
     """Fill the buffers with B·S valid tasks of the untrained model, starting from the identity. → [Rollout]
 
     Deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper); induction
@@ -251,11 +240,11 @@ def seed_buffers(policy, sampler, executor, buffer, cfg, run, clock, stop_reques
                 missing = target - len(bucket)
                 if missing <= 0:
                     break
-                fresh = propose(policy, sampler, executor, buffer, cfg, kinds)
+                fresh = actor.propose(buffer, kinds)
                 bar.update(len(accept(fresh, buffer, cfg, kinds, missing)))
                 drafts += fresh
-                run.append("samples.jsonl", pick_samples(0, fresh, policy))
-                bar.set_postfix_str(seeding_figures(drafts, clock["generate"]))
+                run.append("samples.jsonl", pick_samples(0, fresh, actor.policy))
+                bar.set_postfix_str(seeding_figures(drafts, actor.clock["generate"]))
                 has_valid = any(draft.verdict is Verdict.VALID for draft in drafts)
                 if number == 2 and not has_valid:
                     say(why_none_is_valid(drafts))
@@ -286,11 +275,11 @@ def heldout_tasks(cfg, executor):
     return tasks
 
 
-def measure(policy, sampler, executor, heldout, cfg):
+def measure(actor, heldout):
     """Greedy accuracy on the held-out tasks, with standard errors."""
     metrics = {}
     for split, tasks in heldout.items():
-        scores = heldout_accuracy(policy, sampler, executor, tasks, cfg)
+        scores = heldout_accuracy(actor, tasks)
         scores["mean"] = mean_score(scores.values())
         for name, (score, error) in scores.items():
             metrics |= {f"heldout/{split}{name}": score, f"heldout_stderr/{split}{name}": error}
@@ -334,26 +323,6 @@ def cost(rollouts, clock):
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return metrics | {"tokens_per_second": round(tokens / clock["generate"], 1),
                       "memory_gb": round(memory / 2 ** 30, 3)}
-
-
-@contextmanager
-def timed(clock, phase):
-    """Adds the seconds spent inside to clock[phase]."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        clock[phase] += time.perf_counter() - start
-
-
-class Timed:
-    """Passes method calls on to a sampler or a sandbox, and adds their seconds to clock[phase]."""
-
-    def __init__(self, inner, clock, phase):
-        self.inner, self.clock, self.phase = inner, clock, phase
-
-    def __getattr__(self, name):
-        return timed(self.clock, self.phase)(getattr(self.inner, name))
 
 
 # --- the command line -------------------------------------------------------------------------------
