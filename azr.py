@@ -536,7 +536,7 @@ def _heldout_task(row, executor):
     fields = {name: row[name] for name in Task.__match_args__ if name in row or name in needed}
     task = Task.from_dict(fields)
     if not isinstance(task.inputs, tuple) or not isinstance(task.outputs, tuple):
-        raise ValueError("inputs or outputs are no list")
+        raise ValueError("inputs or outputs is not a list")
     texts = [row["split"], task.program, task.input, task.output, task.message]
     for text in [*texts, *task.inputs, *task.outputs]:
         if not isinstance(text, str):

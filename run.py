@@ -70,10 +70,7 @@ class Run:
             raise UsageError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
 
     def config(self, names):
-        """The settings of config.json, which must have these names, once this process holds the folder.
-
-        → {name: value}. Raises UsageError.
-        """
+        """The settings of config.json, which must have these names. → {name: value}. Raises UsageError."""
         values = read_config(self.folder, {"types": list, "versions": dict})
         versions = values.pop("versions")
         if values.keys() != names:
@@ -83,7 +80,6 @@ class Run:
         if python.rpartition(".")[0] != platform.python_version().rpartition(".")[0]:
             say(f"warning: this run was started on Python {python} and resumes on "
                 f"{platform.python_version()}, where some programs return other values (see docs/sandbox.md)")
-        self.acquire()
         return values | {"types": tuple(values["types"])}
 
     def write_config(self, cfg):

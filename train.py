@@ -399,8 +399,9 @@ def configure(given):
             changes[name] = os.path.abspath(value)
     if "resume" in given:
         run = Run(given["resume"], max_flags)
-        values = run.config(asdict(Config()).keys())
-        return Config(**values | changes), run
+        cfg = Config(**run.config(asdict(Config()).keys()) | changes)
+        run.acquire()
+        return cfg, run
     column = TINY if given.get("model", "tiny") in SHIPPED else CARD
     cfg = preset(PAPER if "paper" in given else column, **changes)
     if cfg.heldout == "cruxeval" and "heldout" not in changes:
