@@ -506,8 +506,15 @@ def complexity(program):
     >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
     4
     """
-    return 1 + sum(count * ((child in BRANCHES) + (parent in CHAINS) - 2 * (child in CHAINS))
-                   for (parent, child), count in _anatomy(program).edges.items())
+    branches = 1
+    for (parent, child), count in _anatomy(program).edges.items():
+        if child in BRANCHES:
+            branches += count
+        if parent in CHAINS:
+            branches += count
+        if child in CHAINS:
+            branches -= 2 * count  # of its own children the first two are no branch
+    return branches
 
 
 def edit_distance(program, other):
@@ -581,12 +588,19 @@ class TaskBuffer:
 
     def state(self):
         """Everything but `rng` as JSON-ready values; `restore` takes it back."""
-        return {"tasks": {kind: [asdict(t) for t in tasks] for kind, tasks in self.tasks.items()},
-                "seen": sorted(self.seen)}
+        tasks = {}
+        for kind, bucket in self.tasks.items():
+            tasks[kind] = [asdict(task) for task in bucket]
+        return {"tasks": tasks, "seen": sorted(self.seen)}
 
     def restore(self, state):
-        self.tasks = {kind: [Task.from_dict(t) for t in tasks] for kind, tasks in state["tasks"].items()}
+        for kind, rows in state["tasks"].items():
+            self.tasks[kind] = [Task.from_dict(row) for row in rows]
         self.seen = set(state["seen"])
 
     def _triplets(self):
-        return [task for kind, tasks in self.tasks.items() if KINDS[kind].is_triplet for task in tasks]
+        triplets = []
+        for kind, tasks in self.tasks.items():
+            if KINDS[kind].is_triplet:
+                triplets += tasks
+        return triplets

@@ -18,7 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # else each run of a model that is not shipp
 
 import torch  # noqa: E402
 
-from sampling import AnySampler  # noqa: E402
+from rewards import Rollout  # noqa: E402
+from sampling import AnySampler, Sampler  # noqa: E402
 
 # a shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,6 +113,24 @@ def make_random_model(folder, seed=0, vocab_size=None, **changes):
     model.generation_config.update(do_sample=True, temperature=0.2, top_k=3, top_p=0.5, repetition_penalty=1.5)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def rollouts_of(policy, advantages, seed=0, max_tokens=20):
+    torch.manual_seed(seed)
+    prompts = [[3, 1, 4, 1, 5][: 1 + i % 5] for i in range(len(advantages))]
+    responses = Sampler(policy).generate(prompts, max_tokens)
+    return [Rollout("solve", "deduction", prompt, ids, logps, advantage=advantage)
+            for prompt, (ids, logps), advantage in zip(prompts, responses, advantages)]
+
+
+def naive_logprobs(policy, rollout, softcap=None):
+    """One row alone, no padding, no cache, all logits at once."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    logits_TV = policy.causal(input_ids=ids).logits[0].float()
+    logps_TV = torch.log_softmax(softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV, -1)
+    n = len(rollout.prompt_ids)
+    logps_TV = logps_TV[n - 1:-1]
+    return logps_TV.gather(-1, ids[0, n:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
 
 
 class Scripted(AnySampler):

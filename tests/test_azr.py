@@ -13,8 +13,8 @@ from transformers import Qwen2Config
 
 import azr
 import model
-from azr import Actor, accept, heldout_accuracy, micro_batches, policy_loss, trr_update
-from conftest import Scripted, make_random_model
+from azr import Actor, heldout_accuracy, micro_batches, policy_loss, trr_update
+from conftest import Scripted, make_random_model, naive_logprobs, rollouts_of
 from model import load_policy, resolve_model, response_logprobs
 from rewards import Rollout, set_rewards, task_relative_advantages
 from sampling import Sampler, attends_to_all
@@ -37,24 +37,6 @@ def generate(policy, prompts, max_tokens, copies=1, greedy=False):
 
 def logprobs(policy, rollouts, chunk=None):
     return response_logprobs(policy, [[rollout] for rollout in rollouts], chunk)
-
-
-def rollouts_of(policy, advantages, seed=0, max_tokens=20):
-    torch.manual_seed(seed)
-    prompts = [[3, 1, 4, 1, 5][: 1 + i % 5] for i in range(len(advantages))]
-    responses = Sampler(policy).generate(prompts, max_tokens)
-    return [Rollout("solve", "deduction", prompt, ids, logps, advantage=advantage)
-            for prompt, (ids, logps), advantage in zip(prompts, responses, advantages)]
-
-
-def naive_logprobs(policy, rollout, softcap=None):
-    """One row alone, no padding, no cache, all logits at once."""
-    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-    logits_TV = policy.causal(input_ids=ids).logits[0].float()
-    logps_TV = torch.log_softmax(softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV, -1)
-    n = len(rollout.prompt_ids)
-    logps_TV = logps_TV[n - 1:-1]
-    return logps_TV.gather(-1, ids[0, n:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
 
 
 def gradients(policy):

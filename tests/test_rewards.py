@@ -101,9 +101,9 @@ def test_advantages_against_a_slow_oracle():
     rewards = [rng.choice([-1.0, -0.5, 0.0, 0.25, 0.75, 1.0]) for _ in range(300)]
     groups = [(rng.choice("abc"), rng.choice(["propose", "solve"])) for _ in rewards]
     advantages = task_relative_advantages(rewards, groups)
-    for reward, group, advantage in zip(rewards, groups, advantages):
+    for value, group, advantage in zip(rewards, groups, advantages):
         same = [r for r, g in zip(rewards, groups) if g == group]
-        assert advantage == pytest.approx((reward - statistics.mean(same)) / statistics.pstdev(same))
+        assert advantage == pytest.approx((value - statistics.mean(same)) / statistics.pstdev(same))
     for group in set(groups):
         ours = [a for a, g in zip(advantages, groups) if g == group]
         assert statistics.mean(ours) == pytest.approx(0, abs=1e-12) and statistics.pstdev(ours) == pytest.approx(1)
