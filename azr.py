@@ -61,30 +61,31 @@ class Actor:
         the buffer, and are tried n times. SOLVE: for each type B tasks, this step's new ones first.
 
         Nobody waits for the longest response: a proposal is run as soon as it has ended, and the tries and
-        the solution of its task join while other proposals are still being written. The rest of a type's
-        batch follows once all of its proposals are settled.
+        the solution of its task join while other proposals are still being written. A proposal that brings
+        no new task gives its place among the solutions to a task from the buffer.
         """
         cfg = self.cfg
         proposals = self.proposal_requests(buffer, cfg.types)
-        new, tries, solutions = [], [], []
-        unsettled = Counter(proposal.type for proposal in proposals)
+        batches = {kind: [] for kind in cfg.types}  # the tasks to solve, cfg.batch in the end
+        tries, solutions = [], []
         waiting = [*proposals]
         for settled in self.play(waiting):
             written = [rollout for rollout in settled if rollout.role == "propose"]
-            tasks = accept(written, buffer, cfg)
-            new += tasks
-            tries_at_these = self.solver_requests(tasks, cfg.samples)
-            tries += tries_at_these
-            batch = [*tasks]
+            new = accept(written, buffer, cfg)
+            for task in new:
+                batches[task.type].append(task)
+            drawn = []
             for proposal in written:
-                kind = proposal.type
-                unsettled[kind] -= 1
-                if not unsettled[kind]:  # how many are new is known, and the buffer gives the rest
-                    taken = [task for task in new if task.type == kind]
-                    batch += buffer.fill(kind, taken, cfg.batch)[len(taken):]
-            solutions_of_these = self.solver_requests(batch)
-            solutions += solutions_of_these
-            waiting += tries_at_these + solutions_of_these
+                if proposal.task is None:
+                    batch = batches[proposal.type]
+                    replacement = buffer.fill(proposal.type, batch, len(batch) + 1)[len(batch):]
+                    batch += replacement
+                    drawn += replacement
+            new_tries = self.solver_requests(new, cfg.samples)
+            new_solutions = self.solver_requests(new + drawn)
+            tries += new_tries
+            solutions += new_solutions
+            waiting += new_tries + new_solutions
         return proposals, tries, solutions
 
     def propose(self, buffer, types):
@@ -139,6 +140,7 @@ class Actor:
                     yield settled
                 if ended:
                     running = _Trial(self, ended)
+                    yield running.malformed  # they wait for no run
 
     @contextlib.contextmanager
     def timed(self, phase):
@@ -196,34 +198,38 @@ class _Trial:
     the runs are left to the other thread, because a tokenizer is not for several threads."""
 
     def __init__(self, actor, rollouts):
-        self.policy, self.cfg, self.rollouts = actor.policy, actor.cfg, rollouts
+        self.policy, self.cfg = actor.policy, actor.cfg
+        self.malformed, self.drafts, self.answers = [], [], []
         for rollout in rollouts:
             rollout.response = self.policy.text(rollout.response_ids)
-        self.proposals = [rollout for rollout in rollouts if rollout.role == "propose"]
-        self.solutions = [rollout for rollout in rollouts if rollout.role == "solve"]
-        self.drafts = [parse_proposal(r.type, r.response, r.program, self.cfg.inputs) for r in self.proposals]
+            if rollout.role == "propose":
+                draft = parse_proposal(rollout.type, rollout.response, rollout.program, self.cfg.inputs)
+                parsed, group = draft, self.drafts
+            else:
+                parsed, group = parse_answer(rollout.type, rollout.response), self.answers
+            if parsed is None:
+                self.set_verdict(rollout, Verdict.MALFORMED, "")
+                self.malformed.append(rollout)
+            else:
+                group.append((rollout, parsed))
         jobs = []
-        for draft in self.drafts:
-            if draft:
-                jobs += KINDS[draft.type].runs(draft)
+        for _, draft in self.drafts:
+            jobs += KINDS[draft.type].runs(draft)
         self.runs = actor.sandbox.submit(actor.executor.validate, jobs)
-        tasks = [rollout.task for rollout in self.solutions]
-        answers = [parse_answer(rollout.type, rollout.response) for rollout in self.solutions]
+        tasks = [rollout.task for rollout, _ in self.answers]
+        answers = [answer for _, answer in self.answers]
         self.verdicts = actor.sandbox.submit(judge, tasks, answers, actor.executor)
 
     def settled(self):
-        """The rollouts with their verdicts and reasons, and with the task of a valid proposal."""
+        """All but the malformed ones, with verdicts and reasons, and with the task of a valid proposal."""
         runs = iter(self.runs.result())
-        for proposal, draft in zip(self.proposals, self.drafts):
-            if draft:
-                own_runs = [next(runs) for _ in KINDS[draft.type].runs(draft)]
-                proposal.task, verdict, reason = self.completed(draft, own_runs)
-            else:
-                verdict, reason = Verdict.MALFORMED, ""
+        for proposal, draft in self.drafts:
+            own_runs = [next(runs) for _ in KINDS[draft.type].runs(draft)]
+            proposal.task, verdict, reason = self.completed(draft, own_runs)
             self.set_verdict(proposal, verdict, reason)
-        for solution, (verdict, reason) in zip(self.solutions, self.verdicts.result()):
+        for (solution, _), (verdict, reason) in zip(self.answers, self.verdicts.result()):
             self.set_verdict(solution, verdict, reason)
-        return self.rollouts
+        return [rollout for rollout, _ in self.drafts + self.answers]
 
     def completed(self, draft, runs):
         """Make a well-formed proposal a task by its runs. → (Task or None, Verdict, reason)"""

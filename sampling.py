@@ -60,7 +60,7 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
 AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
-SEGMENT = 16  # tokens between two looks at the batch, at least; 4 times as many where each captures a graph
+SEGMENT = 8  # tokens between two looks at the batch, at least; 4 times as many where each captures a graph
 BLOCK = 128   # columns by which a cache grows: few sizes, so that memory is used again
 ROWS = 512    # sampled at once, at most
 torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's first choice, which plans anew for every length
