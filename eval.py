@@ -49,7 +49,7 @@ def tables(results, markdown=False):
     columns, means, details = {}, {}, [["", "model", *DETAILS]]
     for column, scores in results.items():
         columns[column] = {name: figures["pass@k"][1] for name, figures in scores.items()}
-    if "base" in results:
+    if "trained" in results:
         base, trained = results["base"], results["trained"]
         columns["difference"] = {name: paired_difference(base[name]["correct"], trained[name]["correct"])
                                  for name in base}
@@ -131,8 +131,8 @@ def generate_answers(problems, options, out, settings):
 def sample(policy, column, name, problems, options):
     """`options.samples` answers to each problem of a benchmark, next to each other. → rows of answers.jsonl
 
-    The seed is set, and the sampler made, for this benchmark alone. Its answers therefore do not depend on the
-    benchmarks before it.
+    The seed is set, and the sampler made, for this benchmark alone. Therefore its answers do not depend on
+    the benchmarks before it.
     """
     from sampling import Sampler
     sampler, rows = Sampler(policy, options.generate_batch), []
@@ -358,8 +358,8 @@ def main(arguments=None):
     except KeyboardInterrupt:
         code, message = 130, "stopped; finished benchmarks are kept for the next time"
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        code, message = 1, (f"{error or 'out of memory'}; finished benchmarks are kept for the next time. If it "
-                            "is the GPU's memory, give a smaller --generate-batch")
+        code, message = 1, (f"{str(error) or 'out of memory'}; finished benchmarks are kept for the next time. "
+                            "If the GPU is full, give a smaller --generate-batch")
     print(f"eval.py: {message}", file=sys.stderr)
     return code
 

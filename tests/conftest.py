@@ -77,6 +77,8 @@ def live(code, arguments, environment, file_size, *writers):
     for fd, writer in zip((1, 2), writers):
         os.dup2(writer.fileno(), fd)
         writer.close()
+    # those of before know the files that they were made for, and look for their ends when reconfigured
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.update(environment)
@@ -120,7 +122,7 @@ def random_model(tmp_path_factory):
 @pytest.fixture
 def policy(random_model):
     """The random model with LoRA whose B matrices are not zero, so that the adapter matters."""
-    from azr import load_policy
+    from model import load_policy
     torch.manual_seed(1)
     policy = load_policy(random_model, lora_rank=4, device="cpu")
     for name, weight in policy.trainable().items():
