@@ -358,8 +358,8 @@ def main(arguments=None):
     except KeyboardInterrupt:
         code, message = 130, "stopped; finished benchmarks are kept for the next time"
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        code, message = 1, (f"{str(error) or 'out of memory'}; finished benchmarks are kept for the next time. "
-                            "If the GPU is full, give a smaller --generate-batch")
+        code, message = 1, (f"{str(error) or 'out of memory'}; finished benchmarks are kept for the next "
+                            "time; if the GPU is full, give a smaller --generate-batch")
     print(f"eval.py: {message}", file=sys.stderr)
     return code
 

@@ -318,23 +318,18 @@ def test_what_stops_the_second_benchmark_is_one_line_and_the_first_is_kept(
     assert (results["CRUXEval-I"]["n"], results["CRUXEval-O"]["n"]) == (10, 9)
 
 
-def test_a_full_disk_takes_no_finished_benchmark(two_benchmarks, tmp_path, capsys, monkeypatch):
-    replace, sizes = e.replace_file, []
-
-    def full(path, content):
-        if path.name == "answers.jsonl":
-            sizes.append(len(content))
-            if len(sizes) == 2:
-                path.with_name("answers.jsonl.new").write_bytes(content[:100])
-                raise OSError(28, "No space left on device")
-        replace(path, content)
-
-    monkeypatch.setattr(e, "replace_file", full)
-    assert e.main(two_benchmarks) == 1
-    assert "No space left on device; finished benchmarks are kept" in capsys.readouterr().err
-    assert len((tmp_path / "out" / "answers.jsonl").read_bytes()) == sizes[0]
+def test_a_full_disk_takes_no_finished_benchmark(two_benchmarks, tmp_path):
+    assert e.main([*two_benchmarks[:-1], str(tmp_path / "whole")]) == 0
+    whole, out = (tmp_path / "whole" / "answers.jsonl").read_bytes(), tmp_path / "out" / "answers.jsonl"
+    code = "import sys, eval; eval.CHUNK = 4; sys.exit(eval.main())"
+    process = Forked(code, two_benchmarks, file_size=len(whole) - 100)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "File too large; finished benchmarks are kept" in errors
+    assert "Traceback" not in errors
+    assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:20])
+    assert sorted(os.listdir(out.parent)) == ["answers.jsonl", "settings.json"]
     assert e.main(two_benchmarks) == 0
-    assert (tmp_path / "out" / "answers.jsonl").read_bytes().count(b"\n") == 38
+    assert out.read_bytes() == whole
 
 
 def test_an_evaluation_killed_in_its_second_benchmark_keeps_the_first(two_benchmarks, tmp_path, capsys, monkeypatch):

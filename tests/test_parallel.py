@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT, Forked
 
 import azr
-import eval as evaluation
 import parallel
 import train as training
 
@@ -285,14 +284,3 @@ def test_ctrl_c_reaches_all_and_a_second_job_is_refused(tmp_path, capsys):
     done = len(rows(tmp_path / "run")) - 1
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == done < 50
-
-
-def test_benchmarks_are_dealt_out_and_written_once(tmp_path):
-    arguments = ["--limit", "5", "--workers", "1", "--out"]
-    assert evaluation.main([*arguments, str(tmp_path / "alone")]) == 0
-    code = "import eval; sys.exit(eval.main(json.loads(out)))"
-    for process in start(2, code, "", json.dumps([*arguments, str(tmp_path / "ranks")])):
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
-    answers = [(tmp_path / name / "answers.jsonl").read_text().splitlines() for name in ("alone", "ranks")]
-    assert answers[0] == answers[1] and len(answers[0]) == 15
