@@ -4,327 +4,250 @@ Alone it measures the shipped model on the shipped held-out tasks. `--run RUN` p
 base, and `--benchmarks code,math` takes the paper's benchmarks (judges/__init__.py lists them).
 `--judge FILE --data DIR` judges answers that were made elsewhere, and loads no model.
 
-The path of an answer: load_benchmarks → problem → question → answers.jsonl → judge → results.json and tables.
-Model text runs in the sandbox and nowhere else; mathematics is parsed in a process of its own.
+    evaluate          benchmarks, answers, verdicts, results.json and results.md
+    generate_answers  answers.jsonl, benchmark by benchmark
+    encode            a problem as a prompt, by one of four templates
+    tables            base and trained side by side
+
+Formats, judges and the figures that follow from verdicts are in judges/. Model text runs in the sandbox and
+nowhere else. Mathematics is parsed in a process of its own.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
-import math
-import os
-import statistics
 import sys
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+import torch
 from tqdm import tqdm
 
 import judges
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
-from report import checked, layout, read_config, read_rows, replace_file, table
-from rewards import load_heldout, mean_error
-from tasks import FRAME, UsageError, solve_prompt
+from judges.figures import paired_difference, score
+from run import checked, flag, layout, printable_output, read_config, read_rows, replace_file, table
+from tasks import UsageError, solve_prompt
 
-# What a line of answers.jsonl, a line of a file for --judge, and a run's config.json must have
-ANSWER = {"column": str, "benchmark": str, "id": str, "response": str, "tokens": int, "truncated": bool}
+# Fields of a line of answers.jsonl, of a line of a file for --judge, and of a run's config.json
+ANSWER = dict.fromkeys("column benchmark id question response".split(), str) | {
+    "tokens": int, "truncated": bool}
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int, "heldout": str}
 FILES = "settings.json answers.jsonl results.json results.md".split()
-RANGES = {"samples": (1, 10_000), "limit": (1, 1_000_000_000), "workers": (1, 512),
-          "max_response": (1, 1_000_000), "temperature": (0, 100), "generate_batch": (0, 1_000_000),
-          "seed": (0, sys.maxsize)}
+FREE = "benchmarks workers generate_batch out markdown".split()  # options that do not decide the answers
 DETAILS = "n unanswered samples pass@k base_tests well_formed truncated response_tokens".split()
-SETTINGS = ("judge model run adapter template samples temperature seed max_response heldout split quantize "
-            "dtype").split()  # that decide what the answers are
+CHUNK = 128  # problems between two steps of the progress bar
 
 
-# --- figures ----------------------------------------------------------------------------------------
-
-def pass_at_k(n, correct, k):
-    """The chance that k of n samples, drawn without replacement, hold a correct one: unbiased.
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def paired_difference(before, after):
-    """(mean, standard error) of after − before over the same problems: {key: [correct]} each."""
-    return mean_error([statistics.fmean(hits) - statistics.fmean(before[key]) for key, hits in after.items()])
-
-
-def score(problems, rows):
-    """The figures of one benchmark from rows with verdicts. A problem without one counts as wrong."""
-    samples = defaultdict(list)
-    for row in rows:
-        samples[row["id"]].append(row)
-    n = min(map(len, samples.values()), default=1)
-    has_base = any(row.get("base") is not None for row in rows)
-    wrong = [{"correct": False, "base": False if has_base else None, "well_formed": False}] * n
-    answers = {problem.key: samples.get(problem.key, wrong) for problem in problems}
-    correct = {key: [verdict["correct"] for verdict in tries] for key, tries in answers.items()}
-    passes = {k: mean_error([pass_at_k(len(hits), sum(hits), k) for hits in correct.values()])
-              for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})}
-
-    def share(name, items):
-        """(mean, standard error) over problems, whose samples are not independent; None if nothing says."""
-        means = [statistics.fmean(item[name] for item in tries) for tries in items.values()
-                 if tries[0].get(name) is not None]
-        return mean_error(means) if means else None
-
-    return {"accuracy": passes[1][0], "stderr": passes[1][1], "n": len(answers), "samples": n,
-            "unanswered": len(answers) - len(samples), "pass@k": passes,
-            "base_tests": share("base", answers), "well_formed": share("well_formed", answers),
-            "truncated": share("truncated", samples), "response_tokens": share("tokens", samples),
-            "correct": correct}
-
+# --- tables -----------------------------------------------------------------------------------------
 
 def tables(results, markdown=False):
     """{column: {benchmark: score}} as two tables: accuracies side by side, and all other figures."""
-    columns = {column: {name: score["pass@k"][1] for name, score in scores.items()}
-               for column, scores in results.items()}
-    if len(results) == 2:
-        before, after = results.values()
-        columns["difference"] = {name: paired_difference(s["correct"], after[name]["correct"])
-                                 for name, s in before.items()}
-    names = list(next(iter(results.values())))
-    groups = {group: [name for name in names if BENCHMARKS[name].group == group] for group in GROUPS}
-    means = {f"mean of {group}": members for group, members in groups.items() if len(members) > 1}
-    lines = [["", "model", *(key.replace("_", " ") for key in DETAILS)]]
-    lines += [[name, column, *(cell(key, scores[name][key]) for key in DETAILS)]
-              for name in names for column, scores in results.items()]
-    return f'{table(columns, "pass@1, %", means, markdown)}\n\n{layout(lines, markdown)}'
+    columns, means, details = {}, {}, [["", "model", *DETAILS]]
+    for column, scores in results.items():
+        columns[column] = {name: figures["pass@k"][1] for name, figures in scores.items()}
+    if "trained" in results:
+        base, trained = results["base"], results["trained"]
+        columns["difference"] = {name: paired_difference(base[name]["correct"], trained[name]["correct"])
+                                 for name in base}
+    for group in GROUPS:
+        members = [name for name in scores if BENCHMARKS[name].group == group]
+        if len(members) > 1:
+            means[f"mean of {group}"] = members
+    for name in scores:
+        for column in results:
+            details.append([name, column, *(_cell(key, results[column][name][key]) for key in DETAILS)])
+    return f'{table(columns, "pass@1, %", means, markdown)}\n\n{layout(details, markdown)}'
 
 
-def cell(key, figure):
+def _cell(key, figure):
     """A figure as text: shares in percent, lengths as they are."""
-    if isinstance(figure, dict):
-        return ", ".join(f"{k}: {cell(key, share)}" for k, share in figure.items())
+    if key == "pass@k":
+        return ", ".join(f"{k}: {_cell('', share)}" for k, share in figure.items())
     if isinstance(figure, tuple):
         mean, error = figure
-        if key == "response_tokens":
-            return f"{mean:.0f} ± {error:.0f}"
-        return f"{100 * mean:.1f} ± {100 * error:.1f}%"
+        return f"{mean:.0f} ± {error:.0f}" if key == "response_tokens" else f"{mean:.1%} ± {error:.1%}"
     return "–" if figure is None else figure
 
 
 # --- answers ----------------------------------------------------------------------------------------
 
-def encode(policy, question, template, task=None):
-    """A question as token ids, by one of four templates, the same for the base and the trained model.
+def encode(policy, problem, template, think=None):
+    """A problem's question as token ids, the same for the base and the trained model.
 
     azr: training's long frame, which ends in <think>; examples: training's frame of worked examples, if the
-    problem is a Task, and never a chat template; plain: the question and an empty line; chat: the model's own
-    chat template around the question.
+    problem is a Task (`policy` was loaded with the frame that it needs); plain: the question and an empty
+    line; chat: the model's own chat template around the question. think: the template's enable_thinking,
+    which templates without that switch ignore. Raises UsageError if there is no chat template.
     """
-    if template == "examples":
-        question = solve_prompt(task, "examples") if task else question
-        return policy.tokenizer(FRAME.replace("{question}", question)).input_ids
-    if template == "azr":
-        return policy.encode(question)
+    question = problem.question
     if template == "plain":
         return policy.tokenizer(question + "\n\n").input_ids
-    if not policy.chat:
-        raise UsageError("--template chat: this model has no chat template; use azr or plain")
-    text = policy.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                add_generation_prompt=True)
-    return policy.tokenizer(text, add_special_tokens=False).input_ids
+    if template == "chat":
+        if not policy.chat:
+            raise UsageError("--template chat: this model has no chat template; use azr or plain")
+        switches = {} if think is None else {"enable_thinking": think}
+        return policy.tokenizer.apply_chat_template([{"role": "user", "content": question}],
+                                                    add_generation_prompt=True, return_dict=False, **switches)
+    if template == "examples" and hasattr(problem, "task"):
+        question = solve_prompt(problem.task, "examples")
+    return policy.encode(question)
 
 
-def sample(loaded, source, column, name, problems, options):
-    """Yields rows of answers.jsonl, `options.samples` a problem, in chunks that have their own seed."""
-    from parallel import of_first
-    size = max(1, 128 // options.samples)
-    for start in tqdm(range(0, len(problems), size), f"{name}: {column}", leave=False, dynamic_ncols=True):
-        chunk = problems[start:start + size]
-        seed = zlib.crc32(f"{options.seed} {name} {chunk[0].key}".encode())
-        for place, rollout in enumerate(answer(loaded, *of_first((options, source, column, chunk, seed)))):
-            yield {"column": column, "benchmark": name, "id": chunk[place // options.samples].key,
-                   "response": rollout.response, "tokens": len(rollout.response_ids),
-                   "truncated": rollout.truncated}
+def generate_answers(problems, options, out, settings):
+    """Answers of every column to every benchmark. → {(column, benchmark): rows of answers.jsonl}
 
-
-def answer(loaded, options, source, column, problems, seed):
-    """`options.samples` responses to each problem, of which each rank makes its share. → [Rollout]"""
-    import torch
-
-    import azr
-    from parallel import rank, spread
-    policy = load(loaded, source, options)
-    torch.manual_seed(seed + rank())
-    asked = [azr.Rollout("solve", "", encode(policy, problem.question, options.template,
-                                             getattr(problem, "task", None))) for problem in problems]
-    how = options.max_response, options.samples, not options.temperature, options.temperature or 1.0
-    try:
-        is_switched_off = column == "base" and source[1]  # the adapter
-        with policy.model.disable_adapter() if is_switched_off else contextlib.nullcontext():
-            return spread(asked, lambda mine: azr.sample(policy, mine, *how))
-    except torch.OutOfMemoryError as error:
-        raise MemoryError("out of GPU memory; go on with a smaller --generate-batch") from error
-
-
-def generate_answers(columns, problems, options, folder):
-    """{(column, benchmark): rows}: those that the folder holds, and new ones, which it gets as they come."""
-    rows, loaded = folder.answers(options.samples), {}
-    for column, source in columns.items():
+    A benchmark is written once all its questions have their answers, and then it is done. One that was
+    stopped before that is sampled again from its start.
+    """
+    from model import load_policy
+    answers = defaultdict(list)
+    for row in read_rows(out / "answers.jsonl", ANSWER):
+        answers[row["column"], row["benchmark"]].append(row)
+    for column, model in options.columns.items():
+        policy = None  # before the next is loaded, because two may not fit into memory
         for name, tasks in problems.items():
-            done = {row["id"] for row in rows[column, name]}
-            todo = [problem for problem in tasks if problem.key not in done]
-            if not todo:
-                continue
-            # a model or a template that cannot be had is refused before anything is written
-            encode(load(loaded, source, options), "", options.template)
-            folder.start()
-            with open(folder.path / "answers.jsonl", "a", buffering=1) as file:
-                for row in sample(loaded, source, column, name, todo, options):
-                    rows[column, name].append(row)
-                    file.write(json.dumps(row) + "\n")
+            questions = [problem.question for problem in tasks] * options.samples
+            if sorted(questions) == sorted(row["question"] for row in answers[column, name]):
+                continue  # done before
+            if not policy:
+                policy = load_policy(
+                    model, options.quantize, 0, options.dtype, options.device, options.adapter,
+                    trained=False, frame="examples" if options.template == "examples" else "long")
+                if column == "base" and options.adapter:
+                    policy.model.base_model.disable_adapter_layers()
+            answers[column, name] = sample(policy, column, name, tasks, options)
+            lines = []
+            for rows in answers.values():
+                lines += [json.dumps(row) + "\n" for row in rows]
+            replace_file(out / "settings.json", settings)
+            replace_file(out / "answers.jsonl", "".join(lines).encode())
+    return answers
+
+
+def sample(policy, column, name, problems, options):
+    """`options.samples` answers to each problem of a benchmark, next to each other. → rows of answers.jsonl
+
+    The seed is set, and the sampler made, for this benchmark alone. Therefore its answers do not depend on
+    the benchmarks before it.
+    """
+    from sampling import Sampler
+    sampler, rows = Sampler(policy, options.generate_batch), []
+    torch.manual_seed(options.seed)
+    for start in tqdm(range(0, len(problems), CHUNK), f"{name}: {column}", leave=False):
+        chunk = problems[start:start + CHUNK]
+        prompts = [encode(policy, problem, options.template, options.think) for problem in chunk]
+        responses = sampler.generate(prompts, options.max_response, options.samples, options.temperature)
+        for place, (ids, _) in enumerate(responses):
+            problem, text = chunk[place // options.samples], policy.text(ids)
+            has_ended = ids[-1] in policy.end_ids or "</answer>" in text
+            rows.append({"column": column, "benchmark": name, "id": problem.key, "question": problem.question,
+                         "response": text, "tokens": len(ids), "truncated": not has_ended})
     return rows
-
-
-def load(loaded, source, options):
-    """The policy of (model, adapter), kept in `loaded`: one alone, since two may not fit into memory."""
-    from azr import load_policy
-    if source not in loaded:
-        model, adapter = source
-        loaded.clear()
-        loaded[source] = load_policy(model, options.quantize, 1 if adapter else 0, options.dtype,
-                                     options.device, adapter, rows=options.generate_batch, trained=False)
-    return loaded[source]
-
-
-def follow():
-    """What a rank behind the first does: its share of each request, until there is none."""
-    from parallel import of_first
-    loaded = {}
-    while request := of_first(None):
-        answer(loaded, *request)
-
-
-def evaluate_together(options):
-    """`evaluate` by the ranks that torchrun has started."""
-    import parallel
-    with parallel.joined():
-        if parallel.rank() > 0:
-            return follow()
-        try:
-            evaluate(options)
-        finally:
-            parallel.of_first(None)
 
 
 def read_answers(path):
     """The file of --judge → {("answers", benchmark): rows}. Raises UsageError."""
-    rows, found = [], defaultdict(list)
+    answers, lines = defaultdict(list), 0
     try:
         for row in judges.read_rows(Path(path)):
-            rows.append(checked(row, FOREIGN))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise UsageError(f"cannot read line {len(rows) + 1} of {path}: {str(error) or type(error).__name__}; "
+            checked(row, FOREIGN)
+            for name in named(row["benchmark"]):
+                answers["answers", name].append({"id": str(row["id"]), "response": row["response"] or ""})
+            lines += 1
+    except judges.READING_ERRORS as error:
+        raise UsageError(f"cannot read line {lines + 1} of {path}: {str(error) or type(error).__name__}; "
                          f"a line is an object with {', '.join(FOREIGN)}") from error
-    for row in rows:
-        for name in named(row["benchmark"]):
-            found["answers", name].append({"id": str(row["id"]), "response": row["response"] or ""})
-    if not found:
+    if not answers:
         raise UsageError(f"--judge {path}: there are no answers in it")
-    return found
+    return answers
 
+
+# --- the folder -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def locked(path):
-    """A folder, made if need be, that no second evaluation enters; if it stays empty it is removed again."""
-    is_new = not path.exists()
+def held(out, settings):
+    """Hold the folder of an evaluation with these settings; one that stays empty is removed again.
+
+    The kernel drops the lock of a process that is killed. Its file then stays, and stops nobody. Raises
+    UsageError if the folder is in use, or has files of other settings or of somebody else.
+    """
+    lock = filelock.FileLock(out / "lock", timeout=0)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--out {path}: there is a file of that name") from error
-    lock = os.open(path, os.O_RDONLY)
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UsageError(f"cannot use the folder {out}: {error}; give another --out, or wait if another "
+                         "evaluation is at work there") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        present = [path for path in map(out.joinpath, FILES) if path.exists()]  # settings.json is the first
+        if present and present[0].read_bytes() != settings:
+            raise UsageError(f"{out} holds answers with other settings (see settings.json there), or files "
+                             "that are not from eval.py; give another --out")
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"another evaluation uses {path}; wait for it, or give another --out") from error
     finally:
-        os.close(lock)
-        if is_new and not any(path.iterdir()):
-            path.rmdir()
+        (out / "lock").unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # it is not empty
+            out.rmdir()
 
 
-@dataclass(frozen=True)
-class Folder:
-    """An evaluation's folder: settings.json, answers.jsonl (as they come), results.json and results.md."""
+def settings_of(options):
+    """What must be equal for answers to be kept: options, and when the files of the weights were changed.
 
-    path: Path
-    settings: str  # what settings.json holds
+    Who trains further writes these files anew, and a checksum of a large model would take as long as loading
+    it. A name on the hub has no files here, and counts as one model. → JSON
+    """
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings["changed"] = {}
+    for folder in filter(None, [*options.columns.values(), options.adapter]):
+        for path in sorted(Path(folder).glob("[!.]*.*")):
+            settings["changed"][str(path)] = path.stat().st_mtime_ns
+    return to_json(settings)
 
-    def check(self):
-        """Raises UsageError if the folder holds what is not of these settings."""
-        held = [path for path in map(self.path.joinpath, FILES) if path.exists()]  # settings.json comes first
-        if held and held[0].read_bytes() != self.settings.encode():
-            raise UsageError(f"{self.path} holds answers with other settings (see settings.json there), or "
-                             "files that are not from eval.py; give another --out")
 
-    def start(self):
-        self.replace("settings.json", self.settings)
-
-    def answers(self, samples):
-        """{(column, benchmark): rows} of the problems that have all their samples; others are asked again."""
-        path, groups, kept = self.path / "answers.jsonl", defaultdict(list), defaultdict(list)
-        for row in read_rows(path, ANSWER):
-            groups[row["column"], row["benchmark"], row["id"]].append(row)
-        for (column, name, _), rows in groups.items():
-            if len(rows) == samples:
-                kept[column, name] += rows
-        if path.exists():
-            self.replace(path.name, "".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
-        return kept
-
-    def replace(self, name, text):
-        replace_file(self.path / name, text.encode())
+def to_json(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 # --- an evaluation ----------------------------------------------------------------------------------
 
 def evaluate(options):
+    """Answers, verdicts and figures of every column and benchmark. Raises UsageError."""
     given = read_answers(options.judge) if options.judge else {}
-    if not given:
-        fill_in(options)
     names = named(options.benchmarks or ",".join(name for _, name in given) or "heldout")
     with sandbox(options.workers) as executor:
-        tasks = heldout(names, options, executor)
+        tasks = heldout_tasks(names, options, executor)
         problems, missing = load_benchmarks(names, options.data, options.limit, tasks)
         for name, reason in missing.items():
             print(f"{name} is left out: {reason}", file=sys.stderr)
         if not problems:
             raise UsageError("no benchmark data found, for the reasons above")
-        settings = {name: getattr(options, name) for name in SETTINGS}
-        settings["contents"] = contents(options, tasks)
-        stem = Path(options.judge or options.run or options.model).stem
-        out = Path(options.out or f"runs/eval-{stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
-        with locked(out):
-            folder = Folder(out, json.dumps(settings, indent=1) + "\n")
-            folder.check()
-            columns = {"answers": None} if given else columns_of(options)
-            rows = given or generate_answers(columns, problems, options, folder)
-            results = {column: {name: judged(name, tasks, rows.get((column, name), []), executor)
-                                for name, tasks in problems.items()} for column in columns}
-            folder.start()
-            whole = {"settings": settings, "limit": options.limit, "results": results, "missing": missing}
-            folder.replace("results.json", json.dumps(whole, indent=1) + "\n")
-            folder.replace("results.md", tables(results, markdown=True) + "\n")
+        settings = settings_of(options)
+        name = f"{Path(options.judge or options.run or options.model).stem}-{zlib.crc32(settings):08x}"
+        out = Path(options.out or f"runs/eval-{name}")
+        with held(out, settings):
+            answers = given or generate_answers(problems, options, out, settings)
+            results = defaultdict(dict)
+            for column in options.columns:
+                for name in problems:
+                    results[column][name] = judged(name, problems[name], answers[column, name], executor)
+            replace_file(out / "settings.json", settings)
+            replace_file(out / "results.json", to_json(
+                {"limit": options.limit, "results": results, "missing": missing}))
+            replace_file(out / "results.md", (tables(results, markdown=True) + "\n").encode())
     print(f"{tables(results, options.markdown)}\n\nresults.json and results.md  {out}")
 
 
-def heldout(names, options, executor):
+def heldout_tasks(names, options, executor):
     """The held-out tasks that the group heldout needs; a user's own are checked. Raises UsageError."""
-    if not any(BENCHMARKS[name].group == "heldout" for name in names):
+    if not any(name.startswith("heldout") for name in names):
         return []
-    splits = load_heldout(options.heldout or "tiny", executor=executor)
+    from azr import load_heldout
+    splits = load_heldout(options.heldout, executor=executor)
     split = options.split or ("easy" if "easy" in splits else next(iter(splits), "easy"))
     if split not in splits:
         raise UsageError(f"--split {split}: the held-out tasks have the splits {', '.join(splits)}")
@@ -334,122 +257,111 @@ def heldout(names, options, executor):
 def judged(name, problems, rows, executor):
     """The figures of one benchmark's rows; those of problems that are not asked for do not count."""
     known = {problem.key: problem for problem in problems}
-    if strangers := [row["id"] for row in rows if row["id"] not in known]:
-        print(f"{name}: {len(strangers)} answers to problems that were not asked, such as {strangers[0]!r}, "
-              "do not count", file=sys.stderr)
-    rows = [row for row in rows if row["id"] in known]
-    verdicts = judge([known[row["id"]] for row in rows], [row["response"] for row in rows], executor, name)
-    return score(problems, [row | verdict for row, verdict in zip(rows, verdicts, strict=True)])
-
-
-def fill_in(options):
-    """Options that were not given: as the run was trained, else what suits the model. Raises UsageError."""
-    config = {"model": "tiny", "quantize": "auto"}
-    if options.run:
-        run = Path(options.run)
-        config = read_config(run, CONFIG)
-        if (run / "adapter").is_dir():
-            options.adapter = options.adapter or str(run / "adapter")
-        elif not (run / "model").is_dir():
-            raise UsageError(f"{run} has no trained weights yet: there is no folder adapter or model in it")
-    for name in CONFIG:
-        setattr(options, name, getattr(options, name) or config.get(name))
-    options.template = options.template or ("examples" if config.get("frame") == "examples" else "azr")
-    options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
-
-
-def contents(options, tasks):
-    """Checksums of the trained weights and of the held-out tasks' file: with others, answers are others."""
-    paths = {"trained": options.adapter or options.run and f"{options.run}/model",
-             "heldout": options.heldout if tasks else None}
-    no_files = (None, "tiny", "cruxeval")
-    return {name: checksum(Path(path)) for name, path in paths.items() if path not in no_files}
-
-
-def checksum(path):
-    """crc32 over a file, or over all files of a folder."""
-    total = 0
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as lines:
-                while chunk := lines.read(2 ** 24):
-                    total = zlib.crc32(chunk, total)
-    return total
-
-
-def columns_of(options):
-    """{column: (model to load, adapter or None)}; in the column base the adapter is switched off."""
-    model, adapter = options.model, options.adapter
-    if not (options.run or adapter):
-        return {"model": (model, None)}
-    return {"base": (model, adapter),
-            "trained": (model if adapter else str(Path(options.run) / "model"), adapter)}
+    asked = [row for row in rows if row["id"] in known]
+    if len(asked) < len(rows):
+        print(f"{name}: {len(rows) - len(asked)} answers are to no problem that was asked, and do not count",
+              file=sys.stderr)
+    verdicts = judge([known[row["id"]] for row in asked], [row["response"] for row in asked], executor, name)
+    return score(problems, [row | verdict for row, verdict in zip(asked, verdicts)])
 
 
 # --- the command line -------------------------------------------------------------------------------
 
+def number(low, high=10 ** 9, kind=int):
+    """An argparse type: the numbers of a range."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    return number
+
+
 def parse(arguments):
+    """The command line → options. Raises UsageError or ArgumentError."""
     parser = argparse.ArgumentParser(
-        prog="eval.py", description="Measure a model on benchmarks, base and trained side by side.")
+        exit_on_error=False, description="Measure a model, or a base and a trained one side by side.")
     add = parser.add_argument
-    add("--model", help="tiny (shipped, the default), a local folder or a Hugging Face name")
+    add("--model", default="tiny", help="tiny (shipped, the default), a local folder or a Hugging Face name")
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
     add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io "
         "(in-distribution), code, math and all (of these three); names are " + ", ".join(BENCHMARKS))
-    add("--data", metavar="DIR", help="a folder with the benchmarks' files; default: the Hugging Face hub")
-    add("--judge", metavar="FILE", help='judge the answers in it: lines of {"benchmark", "id", "response"}')
-    add("--limit", type=int, help="only the first so many tasks of each benchmark")
-    add("--template", choices=("azr", "examples", "plain", "chat"),
-        help="azr: training's --frame long (default); examples: its --frame examples (default for a run that "
-             "had it); plain: the question alone; chat: the model's template")
-    add("--samples", type=int, default=1, help="answers to each task (1)")
-    add("--temperature", type=float, help="0 is greedy, the default for one sample; for more it is 1")
-    add("--max-response", type=int, help="tokens of a response; default: as trained, 128 for tiny, else 4096")
-    add("--seed", type=int, default=0, help="random seed of sampling (0)")
-    add("--heldout", metavar="FILE", help="held-out tasks: JSON lines, tiny, or cruxeval; default: the run's")
+    add("--data", help="a folder with the benchmarks' files; default: the Hugging Face hub")
+    add("--judge", help='judge the answers in this file: lines of {"benchmark", "id", "response"}')
+    add("--limit", type=number(1), help="only the first so many tasks of each benchmark")
+    add("--template", choices="azr examples plain chat".split(), default="azr",
+        help="azr: training's --frame long (default); examples: its --frame examples (default for such a "
+             "run); plain: the question alone; chat: the model's template")
+    add("--think", action=argparse.BooleanOptionalAction,
+        help="with --template chat: its switch enable_thinking, if it has one; default: the template's own")
+    add("--samples", type=number(1), default=1, help="answers to each task (1)")
+    add("--temperature", type=number(0, 100, float),
+        help="0 is greedy, the default for one sample; for more it is 1")
+    add("--max-response", type=number(1),
+        help="tokens of a response; default: as trained, 128 for tiny, else 4096")
+    add("--seed", type=number(0), default=0, help="random seed of sampling (0)")
+    add("--heldout", default="tiny", help="held-out tasks: a file of JSON lines, tiny, or cruxeval; default: "
+        "the run's, else tiny")
     add("--split", help="which split of them; default: easy, else the first")
-    add("--out", metavar="DIR", help="where answers.jsonl, results.json and results.md go; default: a folder "
-        "in runs/ for these very settings, so that the same command goes on where it was stopped")
+    add("--out", help="a folder for answers.jsonl, results.json and results.md; default: one in runs/ for "
+        "these very settings, so that the same command keeps the benchmarks that are finished")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--quantize", choices=("auto", "4bit", "none"), help="4-bit base weights; default: the run's, else "
-        "auto: on a GPU, with an adapter")
-    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
+    add("--quantize", choices="auto 4bit none".split(), default="auto", help="4-bit base weights; default: "
+        "the run's, else auto: on a GPU, with an adapter")
+    add("--dtype", choices="auto bf16 fp16 fp32".split(), default="auto", help="of the weights")
     add("--device", help="cuda, cuda:1 or cpu; default: cuda where there is one")
-    add("--generate-batch", type=int, default=0, help="responses sampled at once; 0: as memory allows")
-    add("--workers", type=int, help="sandbox workers; default: all cores")
-    return check(parser.parse_args(arguments))
-
-
-def check(options):
-    """The options, with the temperature set. Raises UsageError for values that cannot work."""
-    if options.temperature is None:
-        options.temperature = float(options.samples > 1)
+    add("--generate-batch", type=number(0), default=0, help="responses sampled at once; 0: as memory allows")
+    add("--workers", type=number(1, 512), help="sandbox workers; default: all cores")
+    options = parser.parse_args(arguments)
     for name, value in vars(options).items():
-        flag, (low, high) = "--" + name.replace("_", "-"), RANGES.get(name, (0, 0))
         if value == "":
-            raise UsageError(f"{flag} is empty; give it a value or leave it out")
-        if name in RANGES and value is not None and not low <= value <= high:
-            raise UsageError(f"{flag} is {value}; it must be between {low} and {high}")
+            raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
+    if options.run:
+        parser.set_defaults(**defaults_of(Path(options.run)))
+        options = parser.parse_args(arguments)
+    options.columns = {"model": options.model}
+    if options.judge:
+        options.columns = {"answers": None}
+    elif options.run or options.adapter:
+        options.columns = {"base": options.model,
+                           "trained": options.model if options.adapter else f"{options.run}/model"}
+    options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
+    if options.temperature is None:
+        options.temperature = 1.0 if options.samples > 1 else 0.0
     if options.samples > 1 and not options.temperature:
         raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
+    if options.think is not None and options.template != "chat":
+        raise UsageError("--think and --no-think need --template chat")
     return options
 
 
+def defaults_of(run):
+    """{option: default} as the run was trained. Raises UsageError."""
+    config = read_config(run, CONFIG)
+    defaults = {name: config[name] for name in CONFIG}
+    if config.get("frame") == "examples":
+        defaults["template"] = "examples"
+    if (run / "adapter").is_dir():
+        defaults["adapter"] = str(run / "adapter")
+    elif not (run / "model").is_dir():
+        raise UsageError(f"{run} has no trained weights yet: there is no folder adapter or model in it")
+    return defaults
+
+
 def main(arguments=None):
+    printable_output()
     try:
-        run = evaluate_together if int(os.environ.get("WORLD_SIZE", 1)) > 1 else evaluate
-        run(parse(arguments))
-    except UsageError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
+        evaluate(parse(arguments))
+        return 0
+    except (UsageError, argparse.ArgumentError) as error:
+        code, message = 2, str(error)
     except KeyboardInterrupt:
-        print("\nstopped; the answers are kept, and the same command goes on from them", file=sys.stderr)
-        return 130
-    except (OSError, MemoryError) as error:
-        print(f"eval.py: {error or 'out of memory'}; the answers so far are kept", file=sys.stderr)
-        return 1
-    return 0
+        code, message = 130, "stopped; finished benchmarks are kept for the next time"
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        code, message = 1, (f"{str(error) or 'out of memory'}; finished benchmarks are kept for the next "
+                            "time; if the GPU is full, give a smaller --generate-batch")
+    print(f"eval.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

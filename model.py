@@ -119,7 +119,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if on_gpu:
         torch.cuda.set_device(device)  # where graphs are captured and memory is counted
     if quantize == "auto":
-        quantize = "4bit" if on_gpu and lora_rank else "none"
+        quantize = "4bit" if on_gpu and (lora_rank or adapter) else "none"
     if trained and quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":

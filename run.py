@@ -322,6 +322,12 @@ def load(content, state):
                          "start a new run") from error
 
 
+def printable_output():
+    """Let the terminal show "?" for what its encoding lacks, so that no character of ours ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
 # --- logs and files ---------------------------------------------------------------------------------
 
 def pick_samples(step, rollouts, policy):

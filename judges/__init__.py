@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from executor import Executor
-from rewards import reaching_the_hub
 from tasks import TASK_TYPES, UsageError
 
 from .code import EVERYTHING, read_contest, read_function
@@ -146,6 +145,7 @@ def local_files(data):
 
 def hub_rows(benchmark):
     """The rows of a benchmark from the Hugging Face hub."""
+    from azr import reaching_the_hub  # here, because judging local files needs no model
     with reaching_the_hub() as datasets:
         if not benchmark.files:
             return datasets.load_dataset(benchmark.repository, benchmark.configuration or None,

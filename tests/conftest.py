@@ -80,6 +80,8 @@ def live(code, arguments, environment, file_size, *writers):
     for fd, writer in zip((1, 2), writers):
         os.dup2(writer.fileno(), fd)
         writer.close()
+    # those of before know the files that they were made for, and look for their ends when reconfigured
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.update(environment)

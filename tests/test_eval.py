@@ -1,4 +1,4 @@
-"""eval.py: figures, resuming, folders that are not its own, damaged files, judging from a file."""
+"""eval.py: figures, finished benchmarks, folders that are not its own, damaged files, judging from a file."""
 
 import gzip
 import itertools
@@ -9,14 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT, Forked, make_random_model
 
 import eval as e
+from judges import figures
 from judges.math import MathProblem
+from judges.values import read_heldout
+from sampling import Sampler
 from tasks import TASK_TYPES, ZERO_TRIPLET, UsageError
 
 HALF = 'def half(x: float) -> float:\n    """ Half of x. """\n'
@@ -43,7 +45,7 @@ def test_pass_at_k_against_brute_force():
         for right in range(n + 1):
             for k in range(1, n + 1):
                 draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
-                assert math.isclose(e.pass_at_k(n, right, k), sum(map(any, draws)) / len(draws))
+                assert math.isclose(figures.pass_at_k(n, right, k), sum(map(any, draws)) / len(draws))
 
 
 def test_scores_count_what_is_missing_as_wrong():
@@ -51,7 +53,7 @@ def test_scores_count_what_is_missing_as_wrong():
     rows = [{"id": "0", "response": "ab", "tokens": 2}, {"id": "0", "response": "ab", "tokens": 2},
             {"id": "1", "response": "", "tokens": 0}, {"id": "1", "response": "ab", "tokens": 2}]
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
-    score = e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
+    score = figures.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
     assert score["n"] == 4 and score["truncated"] is None
     # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
@@ -62,13 +64,13 @@ def test_scores_count_what_is_missing_as_wrong():
 def test_base_and_trained_differ_pairwise():
     before = {"1": [True, False], "2": [False, False], "3": [True, True], "4": [False, False]}
     after = {"1": [True, True], "2": [True, True], "3": [True, True], "4": [False, False]}
-    assert e.paired_difference(before, after) == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
+    assert figures.paired_difference(before, after) == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
     problems = [MathProblem(key, "", "") for key in before]
     columns = {}
     for column, answers in (("base", before), ("trained", after)):
         rows = [{"id": key, "response": "a"} for key, hits in answers.items() for _ in hits]
         verdicts = [{"correct": hit, "well_formed": True} for hits in answers.values() for hit in hits]
-        columns[column] = {"AIME24": e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
+        columns[column] = {"AIME24": figures.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
     first, second = e.tables(columns).splitlines()[:2]
     assert first.split() == ["pass@1,", "%", "base", "trained", "difference"]
     assert second.endswith("+37.5 ± 20.7")
@@ -98,7 +100,7 @@ def test_judging_answers_made_elsewhere(data, tmp_path, monkeypatch):
         {"benchmark": "humaneval+", "id": "HumanEval/901", "response": "no idea"},
         {"benchmark": "humaneval+", "id": "HumanEval/901", "response": "none"}])
     (tmp_path / "no").mkdir()  # judging must do without what cannot be imported
-    for name in ("torch", "transformers", "datasets", "peft"):
+    for name in ("transformers", "datasets", "peft"):
         (tmp_path / "no" / f"{name}.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no"))
     done = run("--judge", tmp_path / "answers.jsonl", "--data", data, "--out", tmp_path / "out", "--markdown")
@@ -113,13 +115,16 @@ def test_judging_answers_made_elsewhere(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments,message", [
     (["--benchmarks", "gsm8k"], "no benchmark 'gsm8k'"), (["--judge", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--samples", "4", "--temperature", "0"], "all the same"), (["--limit", "0"], "--limit is 0"),
+    (["--samples", "4", "--temperature", "0"], "all the same"), (["--limit", "0"], "--limit: 0 is not between 1"),
     (["--benchmarks", "math", "--data", "nowhere"], "--data nowhere"),
     (["--run", "nowhere"], "not a run folder"), (["--split", "impossible"], "--split impossible"),
     *(([flag, ""], f"{flag} is empty") for flag in (
         "--run", "--model", "--adapter", "--judge", "--out", "--data", "--benchmarks", "--heldout",
         "--device")),
-    *(([flag, value], f"{flag} is {value}") for flag, value in (
+    (["--limit", "many"], "--limit: invalid number value: 'many'"),
+    (["--template", "poem"], "--template: invalid choice: 'poem'"), (["--samples"], "--samples: expected one"),
+    (["--no-think"], "need --template chat"), (["--think", "--template", "plain"], "need --template chat"),
+    *(([flag, value], f"{flag}: {value} is not between") for flag, value in (
         ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1.0"),
         ("--generate-batch", "-1"),
         ("--workers", "0"), ("--workers", "100000"), ("--max-response", "0"), ("--samples", "0"),
@@ -170,7 +175,7 @@ def test_the_same_command_may_write_its_results_again(judging, tmp_path):
 
 def test_an_out_that_is_a_file(judging, tmp_path, capsys):
     (tmp_path / "out").write_text("precious")
-    refused(judging, "there is a file", capsys, tmp_path)
+    refused(judging, "File exists", capsys, tmp_path)
 
 
 @pytest.mark.parametrize("line", [
@@ -194,9 +199,25 @@ def test_answers_from_elsewhere_may_be_compressed_and_hold_blank_lines(judging, 
 
 
 def test_two_at_once_are_kept_apart(judging, tmp_path, capsys):
-    with e.locked(tmp_path / "out"):
+    with e.held(tmp_path / "out", b""):
         assert e.main(judging) == 2
-        assert "another evaluation uses" in capsys.readouterr().err
+        assert "wait if another evaluation is at work" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert e.main(judging) == 0
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_lock_that_a_killed_evaluation_left_stops_nobody(judging, tmp_path):
+    code = """import sys, pathlib, eval
+with eval.held(pathlib.Path(sys.argv[1]), b""):
+    print("held", flush=True)
+    input()"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert e.main(judging) == 2
+        holder.kill()
+    assert (tmp_path / "out" / "lock").exists()
     assert e.main(judging) == 0
 
 
@@ -212,9 +233,9 @@ def test_what_fails_first_does_not_stand_in_the_way(random_model, data, tmp_path
 
 @pytest.mark.parametrize("line", [
     "garbage", "", "[]", "\x00\x00\x00",
-    '{"column": "model", "benchmark": "AIME24", "id": "0", "response": ""}',
-    '{"column": [], "benchmark": "AIME24", "id": "0", "response": "", "tokens": 1, "truncated": false}',
-    '{"column": "model", "benchmark": "AIME24", "id": "0", "response": "", "tokens": "x", "truncated": false}'])
+    '{"column": "model", "benchmark": "AIME24", "id": "0", "question": "", "response": ""}',
+    *(json.dumps({"column": "model", "benchmark": "AIME24", "id": "0", "question": "", "response": "", "tokens": 1,
+                  "truncated": False} | change) for change in ({"column": []}, {"question": None}, {"tokens": "x"}))])
 def test_a_damaged_line_of_answers_is_named(line, random_model, data, tmp_path, capsys):
     arguments = ["--benchmarks", "aime24", "--data", data, "--out", tmp_path / "out", "--limit", "2",
                  "--max-response", "8", "--device", "cpu", "--model", random_model]
@@ -250,48 +271,124 @@ def test_damaged_model_files(what, damage, policy, random_model, tmp_path, capsy
             f"cannot load the {what}", capsys, tmp_path)
 
 
-def test_out_of_gpu_memory_is_one_line_and_the_answers_stay(random_model, data, tmp_path, capsys, monkeypatch):
-    import azr
-    arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", str(data), "--max-response", "8",
-                 "--device", "cpu", "--out", str(tmp_path / "out")]
-    generate, calls = azr.generate, []
+@pytest.fixture
+def two_benchmarks(random_model, data, tmp_path, monkeypatch):
+    """The command that samples answers to two benchmarks, of 10 and 9 problems in chunks of 4, into the folder out."""
+    monkeypatch.setattr(e, "CHUNK", 4)
+    for name, count in (("i", 10), ("o", 9)):
+        write(data / f"cruxeval-{name}.jsonl", [
+            {"id": i, "code": f"def f({name}):\n    return {name} + 70{i}", "input": "1", "output": f"70{i + 1}"}
+            for i in range(count)])
+    return ["--model", random_model, "--benchmarks", "cruxeval", "--data", str(data), "--samples", "2",
+            "--temperature", "0.9", "--max-response", "12", "--device", "cpu", "--workers", "1",
+            "--out", str(tmp_path / "out")]
 
-    def full_at_the_second_call(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
-        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(azr, "generate", full_at_the_second_call)
-    assert e.main(arguments) == 1
-    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
-    assert len(message) == 1 and "--generate-batch" in message[0] and "answers so far are kept" in message[0]
+def stop_in_the_second_benchmark(monkeypatch, error):
+    """Let the sampler raise this error at the second chunk of the second benchmark. → the list of all its prompts"""
+    generate, asked = Sampler.generate, []
+
+    def stop(self, prompts, *how):
+        asked.extend(self.policy.decode(ids) for ids in prompts)
+        if "return o + 704" in asked[-4]:
+            raise error
+        return generate(self, prompts, *how)
+
+    monkeypatch.setattr(Sampler, "generate", stop)
+    return asked
+
+
+@pytest.mark.parametrize("error,code,message", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."), 1, "--generate-batch"),
+    (MemoryError(), 1, "out of memory"), (OSError(28, "No space left on device"), 1, "No space left"),
+    (KeyboardInterrupt(), 130, "stopped")])
+def test_what_stops_the_second_benchmark_is_one_line_and_the_first_is_kept(
+        error, code, message, two_benchmarks, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_the_second_benchmark(patch, error)
+        assert e.main(two_benchmarks) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
+    assert len(lines) == 1 and message in lines[0] and "finished benchmarks are kept" in lines[0]
     kept = (tmp_path / "out" / "answers.jsonl").read_text()
-    assert kept.count("\n") == 128
-    assert e.main([*arguments, "--generate-batch", "8"]) == 0
+    assert [json.loads(line)["benchmark"] for line in kept.splitlines()] == ["CRUXEval-I"] * 20
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert e.main([*two_benchmarks, "--generate-batch", "8"]) == 0
     assert (tmp_path / "out" / "answers.jsonl").read_text().startswith(kept)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]
+    assert (results["CRUXEval-I"]["n"], results["CRUXEval-O"]["n"]) == (10, 9)
 
 
-def test_a_killed_evaluation_goes_on(random_model, data, tmp_path, capsys):
-    arguments = ["--model", random_model, "--benchmarks", "aime24", "--data", data, "--out", tmp_path / "out",
-                 "--max-response", "40", "--samples", "2", "--temperature", "0.9", "--device", "cpu"]
-    killed = Forked("import sys, eval; sys.exit(eval.main())", arguments)
-    answers = tmp_path / "out" / "answers.jsonl"
-    while killed.poll() is None and not (answers.exists() and answers.stat().st_size):
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    before = answers.read_text().splitlines()
-    assert 0 < len(before) < 600
-    answers.write_text("\n".join(before[:20]) + "\n" + before[20][:30])  # a line cut in the middle
-    assert e.main(list(map(str, arguments))) == 0
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [json.loads(line) for line in before[:20]] == rows[:20]
-    assert sorted(row["id"] for row in rows) == sorted(str(i) for i in range(300) for _ in range(2))
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]["AIME24"]
-    assert results["n"] == 300 and results["samples"] == 2
-    assert results["response_tokens"][0] == pytest.approx(sum(row["tokens"] for row in rows) / 600)
-    assert e.main([*map(str, arguments), "--seed", "5"]) == 2 and "other settings" in capsys.readouterr().err
+def test_a_full_disk_takes_no_finished_benchmark(two_benchmarks, tmp_path):
+    assert e.main([*two_benchmarks[:-1], str(tmp_path / "whole")]) == 0
+    whole, out = (tmp_path / "whole" / "answers.jsonl").read_bytes(), tmp_path / "out" / "answers.jsonl"
+    code = "import sys, eval; eval.CHUNK = 4; sys.exit(eval.main())"
+    process = Forked(code, two_benchmarks, file_size=len(whole) - 100)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "File too large; finished benchmarks are kept" in errors
+    assert "Traceback" not in errors
+    assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:20])
+    assert sorted(os.listdir(out.parent)) == ["answers.jsonl", "settings.json"]
+    assert e.main(two_benchmarks) == 0
+    assert out.read_bytes() == whole
+
+
+def test_an_evaluation_killed_in_its_second_benchmark_keeps_the_first(two_benchmarks, tmp_path, capsys, monkeypatch):
+    whole = tmp_path / "whole"
+    assert e.main([*two_benchmarks[:-1], str(whole)]) == 0
+    code = """import os, signal, sys, eval
+from sampling import Sampler
+generate = Sampler.generate
+def die(self, prompts, *how):
+    rows = generate(self, prompts, *how)
+    if "return o + 704" in self.policy.decode(prompts[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows
+Sampler.generate, eval.CHUNK = die, 4
+sys.exit(eval.main())"""
+    assert Forked(code, two_benchmarks).wait() == -signal.SIGKILL
+    out = tmp_path / "out"
+    first = (whole / "answers.jsonl").read_bytes().splitlines(keepends=True)[:20]
+    assert (out / "answers.jsonl").read_bytes() == b"".join(first) and (out / "lock").exists()
+    with monkeypatch.context() as patch:  # nothing of the first is asked again, and the second from its start
+        asked = stop_in_the_second_benchmark(patch, KeyboardInterrupt())
+        assert e.main(two_benchmarks) == 130
+    assert [prompt.count(f"return o + 70{i}") for i, prompt in enumerate(asked)] == [1] * 8
+    assert e.main([*two_benchmarks, "--seed", "5"]) == 2 and "other settings" in capsys.readouterr().err
+    assert e.main(two_benchmarks) == 0
+    for name in ("answers.jsonl", "results.json", "results.md"):  # as if it had never been stopped
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows[:20]] == [str(i // 2) for i in range(20)]
+    results = json.loads((out / "results.json").read_text())["results"]["model"]["CRUXEval-I"]
+    assert results["response_tokens"][0] == pytest.approx(sum(row["tokens"] for row in rows[:20]) / 20)
+
+
+def test_more_benchmarks_join_a_folder_and_others_stay(two_benchmarks, tmp_path):
+    one = [*two_benchmarks[:3], "CRUXEval-O", *two_benchmarks[4:]]
+    assert e.main(one) == 0
+    kept = (tmp_path / "out" / "answers.jsonl").read_text()
+    assert e.main(two_benchmarks) == 0 and e.main(one) == 0
+    assert (tmp_path / "out" / "answers.jsonl").read_text().startswith(kept)
+    assert (tmp_path / "out" / "answers.jsonl").read_text().count("\n") == 38
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["results"]["model"]) == ["CRUXEval-O"]
+
+
+@pytest.mark.parametrize("change", ("another question", "a lost line"))
+def test_a_benchmark_whose_questions_have_no_longer_their_answers_is_asked_again(
+        change, two_benchmarks, data, tmp_path):
+    assert e.main(two_benchmarks) == 0
+    out = tmp_path / "out" / "answers.jsonl"
+    before = out.read_text().splitlines()
+    if change == "another question":
+        file = data / "cruxeval-o.jsonl"
+        file.write_text(file.read_text().replace("o + 703", "o + 913"))
+    else:
+        out.write_text("".join(line + "\n" for line in before[:-1]))
+    assert e.main(two_benchmarks) == 0
+    after = out.read_text().splitlines()
+    assert after[:20] == before[:20] and len(after) == 38
+    asked = [json.loads(line)["question"] for line in after]
+    assert sum("o + 913" in question for question in asked) == (2 if change == "another question" else 0)
 
 
 @pytest.fixture
@@ -353,25 +450,38 @@ def test_answers_of_other_weights_or_to_other_tasks_are_not_taken_for_those_of_t
                  "--out", str(tmp_path / "out")]
     assert e.main(arguments) == 0 and e.main(arguments) == 0
     capsys.readouterr()
+    before = (tmp_path / "out" / "answers.jsonl").read_text()
     if what == "adapter":  # trained further
         for weight in policy.trainable().values():
             weight.data += 0.1
         policy.model.save_pretrained(tmp_path / "run" / "adapter")
+        assert e.main(arguments) == 2 and "holds answers with other settings" in capsys.readouterr().err
+        assert (tmp_path / "out" / "answers.jsonl").read_text() == before
     else:
         heldout.write_text(heldout.read_text().replace('"1", "output": "2"', '"2", "output": "3"'))
-    assert e.main(arguments) == 2 and "holds answers with other settings" in capsys.readouterr().err
+        assert e.main(arguments) == 0
+        rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+        kept = [row for row in rows if json.dumps(row) in before.splitlines()]
+        assert len(rows) == 6 and {row["benchmark"] for row in kept} == {"heldout-induction"}
 
 
 def test_what_is_not_given_is_as_the_run_was_trained(tmp_path):
-    assert e.parse([]).temperature == 0.0 and e.parse(["--samples", "4"]).temperature == 1.0
+    options = e.parse([])
+    assert (options.model, options.template, options.max_response, options.heldout) == ("tiny", "azr", 128, "tiny")
+    assert options.temperature == 0.0 and e.parse(["--samples", "4"]).temperature == 1.0
+    assert e.parse(["--model", "m"]).max_response == 4096
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "max_response": 12, "quantize": "none",
-                                                      "heldout": "tiny", "frame": "examples"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "max_response": 12, "quantize": "none", "samples": 8,
+                                                      "heldout": str(tmp_path / "gone"), "frame": "examples"}))
     options = e.parse(["--run", str(tmp_path)])
-    e.fill_in(options)
-    assert (options.model, options.max_response, options.template) == ("m", 12, "examples")
-    options.heldout = str(tmp_path / "gone.jsonl")  # a file that is gone is not missed by other benchmarks
-    assert e.contents(options, []).keys() == {"trained"}
+    assert (options.model, options.max_response, options.template, options.quantize) == ("m", 12, "examples", "none")
+    assert options.adapter == str(tmp_path / "adapter") and options.samples == 1
+    given = ["--model", "n", "--max-response", "9", "--template", "plain", "--quantize", "4bit", "--adapter", "a"]
+    options = e.parse(["--run", str(tmp_path), *given])
+    assert (options.model, options.max_response, options.template, options.quantize, options.adapter) == (
+        "n", 9, "plain", "4bit", "a")
+    # a file that is gone is not missed by other benchmarks
+    assert e.heldout_tasks(["AIME24"], options, None) == []
 
 
 def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
@@ -387,26 +497,67 @@ def test_a_run_that_trained_all_weights(random_model, heldout, tmp_path):
 
 
 def test_templates(policy):
-    assert policy.decode(e.encode(policy, "What?", "azr")).endswith("<think>")
-    assert policy.decode(e.encode(policy, "What?", "plain")) == "What?\n\n"
-    shown = policy.decode(e.encode(policy, "What?", "examples", ZERO_TRIPLET))
-    assert shown.endswith("<think>") and shown.count("### Problem") > 1 and "What?" not in shown
-    assert e.encode(policy, "What?", "examples") == e.encode(policy, "What?", "azr")  # no task, no examples
+    what, task = MathProblem("0", "What?", ""), read_heldout("0", ZERO_TRIPLET)
+    assert policy.decode(e.encode(policy, what, "azr")).endswith("<think>")
+    assert policy.decode(e.encode(policy, what, "plain")) == "What?\n\n"
+    shown = policy.decode(e.encode(policy, task, "examples"))
+    assert shown.endswith("<think>") and shown.count("### Problem") > 1 and task.question not in shown
+    assert e.encode(policy, what, "examples") == e.encode(policy, what, "azr")  # no task, no examples
     with pytest.raises(UsageError, match="no chat template"):
-        e.encode(policy, "What?", "chat")
+        e.encode(policy, what, "chat")
     policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
     policy.chat = True
-    assert policy.decode(e.encode(policy, "What?", "chat")) == "[What?]>"
+    for think in (None, True, False):  # a switch that this template does not have
+        assert policy.decode(e.encode(policy, what, "chat", think)) == "[What?]>"
+
+
+def test_think_is_passed_on_to_the_chat_template(policy):
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if enable_thinking is not defined %}as it is"
+        "{% elif enable_thinking %}<think>{% else %}<think></think>{% endif %}")
+    policy.chat = True
+    what = MathProblem("0", "What?", "")
+    prompts = {think: policy.decode(e.encode(policy, what, "chat", think)) for think in (None, True, False)}
+    assert prompts == {None: "[What?]as it is", True: "[What?]<think>", False: "[What?]<think></think>"}
+    for flags, think in (([], None), (["--think"], True), (["--no-think"], False)):
+        assert e.parse(["--template", "chat", *flags]).think is think
+
+
+def test_a_model_and_its_base_are_asked_by_one_template_and_quantized_alike(policy, random_model, heldout, tmp_path,
+                                                                            monkeypatch):
+    """A chat model that was trained with --frame examples reads no chat template."""
+    shutil.copytree(random_model, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+    policy.model.save_pretrained(tmp_path / "run" / "adapter")
+    config = {"model": str(tmp_path / "chat"), "max_response": 6, "quantize": "auto", "heldout": str(heldout)}
+    generate, seen = Sampler.generate, []
+
+    def look(self, prompts, *how):
+        seen.append([self.policy.decode(ids) for ids in prompts])
+        return generate(self, prompts, *how)
+
+    monkeypatch.setattr(Sampler, "generate", look)
+    shown = {}
+    for frame in ("long", "examples"):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"frame": frame}))
+        seen.clear()
+        assert e.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--out", str(tmp_path / frame)]) == 0
+        shown[frame] = [*seen]
+    for prompts in shown.values():
+        assert len(prompts) == 6 and prompts[:3] == prompts[3:]  # base and trained
+    assert shown["long"][0][0].startswith("[") and not shown["examples"][0][0].startswith("[")
+    assert shown["examples"][0][0].count("### Problem") > 1
 
 
 def test_heldout_figures_are_those_of_training(random_model, heldout, executor, tmp_path):
     from types import SimpleNamespace
 
-    from azr import heldout_accuracy, load_policy
-    from rewards import load_heldout
+    from azr import heldout_accuracy, load_heldout
+    from model import load_policy
     policy = load_policy(random_model, "none", 0, device="cpu")
     tasks = load_heldout(heldout)["easy"]
-    scores = heldout_accuracy(policy, executor, tasks, SimpleNamespace(max_response=12))
+    cfg = SimpleNamespace(max_response=12, frame="long")
+    scores = heldout_accuracy(policy, Sampler(policy), executor, tasks, cfg)
     assert e.main(["--model", random_model, "--heldout", str(heldout), "--device", "cpu",
                    "--max-response", "12", "--out", str(tmp_path / "a")]) == 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]["model"]
@@ -419,3 +570,13 @@ def test_the_shipped_model(tmp_path):
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "heldout-induction" in out and (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("language", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_terminal_without_unicode(language, judging, tmp_path, monkeypatch):
+    for name, value in language.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *judging], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"pass@1" in done.stdout and b" ? " in done.stdout  # ± and –
+    assert "±" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
