@@ -51,6 +51,8 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _sums_gradients(function, args):
+            return args[0]
         if any(x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
             result = _without_data(function, args, kwargs)
         else:
@@ -71,6 +73,15 @@ class Peak(TorchDispatchMode):
     def _free(self, key, size):
         self.known.remove(key)
         self.live -= size
+
+
+def _sums_gradients(function, args):
+    """Whether autograd adds a second gradient to a tensor's first. It does so in place, but not under a dispatch
+    mode, where it would make a third tensor."""
+    is_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    if not is_backward or function is not aten.add.Tensor or not isinstance(args[1], torch.Tensor):
+        return False
+    return args[0].is_meta and args[0].shape == args[1].shape
 
 
 def _without_data(function, args, kwargs):
