@@ -68,7 +68,7 @@ def whole_run(tmp_path_factory):
 
 def test_a_run_leaves_all_its_files_and_says_where(whole_run):
     run = whole_run.folder
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl", "curves.png", "report.html", "checkpoint", "adapter", "tensorboard"):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "tasks.jsonl", "flags.jsonl", "curves.png", "checkpoint", "adapter", "tensorboard"):
         assert (run / name).exists(), name
     assert str(run) in whole_run.out and "curves.png" in whole_run.out and "±" in whole_run.out
     assert "step 0" in whole_run.out and "step 6" in whole_run.out
@@ -200,7 +200,7 @@ def misuse(capsys, *arguments):
     (["--timeout", "1e-9"], "--timeout is 1e-09"), (["--timeout", "1e300"], "--timeout is 1e+300"),
     (["--seed", "9" * 30], "--seed is 999"), (["--seed", "-1"], "--seed is -1"),
     (["--generate-batch", "-1"], "--generate-batch is -1"), (["--resume", ""], "--resume is empty"),
-    (["--report", ""], "--report is empty"), (["--out", ""], "--out is empty"), (["--model", ""], "--model is empty"),
+    (["--out", ""], "--out is empty"), (["--model", ""], "--model is empty"),
     (["--model", "tiny", "--quantize", "4bit", "--lora-rank", "0"], "4-bit"),
     (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--max-flags", "-1"], "--max-flags is -1"), (["--lr-final", "0"], "--lr-final is 0.0"),
     (["--heldout", "/no/such/file"], "cannot read the held-out tasks"), (["--resume", "/no/such/run"], "not a run folder"),
@@ -262,9 +262,8 @@ def test_a_run_that_has_lost_its_checkpoint_keeps_its_logs(capsys, tmp_path, who
 def test_a_picture_that_a_kill_prevented_is_made_by_resume(tmp_path, whole_run):
     run = copy_of(whole_run.folder, tmp_path / "run")
     (run / "curves.png").unlink()
-    (run / "report.html").unlink()
     assert train.main(["--resume", str(run)]) == 0
-    assert (run / "curves.png").exists() and (run / "report.html").exists()
+    assert (run / "curves.png").exists()
 
 
 def test_a_tokenizer_with_several_chat_templates_is_written_again_and_again(tmp_path, random_model):
@@ -477,13 +476,6 @@ def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
     assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().err
     assert shown.count("step 2: entropy is 0.5, should be at least 1: sleep") == 1 and "ALARM=entropy" in shown
-
-
-def test_the_page_of_a_killed_run_can_be_had_and_a_folder_that_is_none_is_refused(tmp_path, whole_run, capsys):
-    (whole_run.folder / "report.html").unlink()
-    assert train.main(["--report", str(whole_run.folder)]) == 0
-    assert (whole_run.folder / "report.html").stat().st_size > 10_000
-    assert "is not a run folder" in misuse(capsys, "--report", tmp_path)
 
 
 def test_resume_survives_line_separators_that_only_unicode_knows(tmp_path, capsys):
