@@ -7,29 +7,32 @@
     python scripts/controls.py --refuse-idle …
     python scripts/controls.py --judge-again …
 
---tasks: where a step's new tasks come from. Their lengths (in statements, by type) are those of the tasks that RUN, a run
-that trains its proposer, accepted in the same step.
+--tasks: where a step's new tasks come from. Their lengths (in statements, by type) are those of the tasks that
+RUN, a run that trains its proposer, accepted in the same step.
 
     replayed  they are these very tasks
-    grammar   drawn from the grammar that the base was pretrained on, as many; a length that has run out gives way to the next
-    lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is dropped, so
-              there may be fewer
+    grammar   drawn from the grammar that the base was pretrained on, as many; a length that has run out gives
+              way to the next
+    lengths   of the run's own proposer, which proposes up to ROUNDS times over; what has the wrong length is
+              dropped, so there may be fewer
 
 --reward: what a new task earns whose tries were solved with rate r, instead of equation 4.
 
     variance  4·r·(1 − r), which pays most for what is solved half of the time
     novelty   1 whatever r is: only being valid and new counts
 
---refuse-idle: a proposal with an idle statement, one that can be left out and the output stays the same, counts as a repeat:
-it earns nothing and is not kept, as long as there is deduplication. Seed tasks are not looked at. "New programs" are then those
-that are neither repeats nor refused.
+--refuse-idle: a proposal with an idle statement, one that can be left out and the output stays the same, counts
+as a repeat: it earns nothing and is not kept, as long as there is deduplication. Seed tasks are not looked at.
+"New programs" are then those that are neither repeats nor refused.
 
---judge-again: a step's proposals enter the update of the next step, in which the solver, newer by an update, tries their
-tasks --samples times more; their reward follows from both rates. It does not train on these tries. Each update takes the
-logprobs of the policy that it trains as the old ones, so nothing corrects for the update in between. After a --resume
-the proposals of the step before it are lost.
+--judge-again: a step's proposals enter the update of the next step, in which the solver, newer by an update,
+tries their tasks --samples times more; their reward follows from both rates. It does not train on these tries.
+Each update takes the logprobs of the policy that it trains as the old ones, so nothing corrects for the update
+in between. After a --resume the proposals of the step before it are lost.
 
-To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the control.
+Each control is one of the functions at the end of this file, and replaces the part of Algorithm 1 that it names.
+To go on with a stopped run, give these flags again with --resume: `train.py --resume` alone goes on without the
+control.
 """
 
 import argparse
@@ -44,25 +47,69 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
-import azr  # noqa: E402
-import make  # noqa: E402
-import train  # noqa: E402
-from evidence import statements_of  # noqa: E402
-from report import read_rows  # noqa: E402
-from rewards import Verdict, composite_reward, learnability, load_heldout  # noqa: E402
-from tasks import KINDS, Task, TaskBuffer, UsageError  # noqa: E402
+import azr
+import make
+import rewards
+import train
+from evidence import statements_of
+from rewards import Rollout, Verdict, set_rewards
+from run import read_rows
+from tasks import KINDS, Task, UsageError, fingerprint
 
 ROUNDS = 8    # of proposals in a step, at most
 LONGEST = 8   # statements that the grammar is asked for; longer programs seldom stay within its bounds
 REWARDS = {"variance": lambda rate, zero=0.0: 4 * rate * (1 - rate), "novelty": lambda rate, zero=0.0: 1.0}
 
 
-def accepted_by(run):
-    """{step: [the tasks that a run accepted]}"""
-    found = defaultdict(list)
-    for row in read_rows(run / "tasks.jsonl", {"step": int, "type": str, "program": str}):
-        found[row["step"]].append(Task.from_dict({field.name: row[field.name] for field in fields(Task)}))
-    return found
+# --- tasks from elsewhere: (policy, sampler, executor, buffer, cfg, followed tasks, rng) → [Rollout] ---------
+
+def from_followed(policy, sampler, executor, buffer, cfg, followed, rng):
+    """The very tasks of the followed run."""
+    return [given(task) for task in followed]
+
+
+def from_grammar(policy, sampler, executor, buffer, cfg, followed, rng):
+    """Tasks of the grammar, as long as those of the followed run."""
+    rollouts, heldout = [], heldout_programs(cfg)
+    for kind, lengths in lengths_of(followed).items():
+        for length in lengths.elements():
+            for tries in count():  # short programs run out; then the next length is taken
+                statements = max(1, min(length, LONGEST)) + tries // 100
+                task, _, _ = make.draw_solution(rng, kind, statements, heldout)
+                if is_new(task, buffer, rollouts):
+                    break
+            rollouts.append(given(task))
+    return rollouts
+
+
+def of_own(policy, sampler, executor, buffer, cfg, followed, rng):
+    """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
+    rollouts, left = [], lengths_of(followed)
+    for _ in range(ROUNDS):
+        types = [kind for kind in left if left[kind].total()]
+        if not types:
+            break
+        for rollout in azr.propose(policy, sampler, executor, buffer, cfg, types):
+            task = rollout.task
+            if task and is_new(task, buffer, rollouts) and left[task.type][statements_of(task.program)] > 0:
+                left[task.type][statements_of(task.program)] -= 1
+                rollouts.append(rollout)
+    return rollouts
+
+
+SOURCES = {"replayed": from_followed, "grammar": from_grammar, "lengths": of_own}
+
+
+def given(task):
+    """A new task that nobody sampled. → Rollout"""
+    return Rollout("propose", task.type, [], verdict=Verdict.VALID, task=task)
+
+
+def is_new(task, buffer, rollouts):
+    """Whether `azr.accept` will take the task after those of these rollouts."""
+    programs = {fingerprint(rollout.task.program) for rollout in rollouts}
+    is_known = buffer.is_repeat(task) or fingerprint(task.program) in programs
+    return not (KINDS[task.type].own_program and is_known)
 
 
 def lengths_of(tasks):
@@ -73,124 +120,101 @@ def lengths_of(tasks):
     return found
 
 
-def given(task, buffer):
-    """A new task that nobody sampled. → Rollout"""
-    buffer.add(task)
-    return azr.Rollout("propose", task.type, [], verdict=Verdict.VALID, task=task)
-
-
-def from_followed(policy, executor, buffer, cfg, followed, rng):
-    """The very tasks of the followed run."""
-    return [given(task, buffer) for task in followed]
-
-
-def from_grammar(policy, executor, buffer, cfg, followed, rng):
-    """Tasks of the grammar, as long as those of the followed run."""
-    rollouts, heldout = [], heldout_programs(cfg)
-    for kind, lengths in lengths_of(followed).items():
-        for length in lengths.elements():
-            for tries in count():  # short programs run out; then the next length is taken
-                statements = max(1, min(length, LONGEST)) + tries // 100
-                task, _, _ = make.draw_solution(rng, kind, statements, heldout)
-                if not buffer.is_repeat(task):
-                    break
-            rollouts.append(given(task, buffer))
-    return rollouts
-
-
-def of_own(policy, executor, buffer, cfg, followed, rng):
-    """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
-    rollouts, left = [], lengths_of(followed)
-    for _ in range(ROUNDS):
-        types = [kind for kind in left if left[kind].total()]
-        if not types:
-            break
-        for rollout in azr.draft(policy, executor, buffer, types, cfg):
-            task = rollout.task
-            if task and not buffer.is_repeat(task) and left[task.type][statements_of(task.program)] > 0:
-                left[task.type][statements_of(task.program)] -= 1
-                rollouts.append(rollout)
-                buffer.add(task)
-    return rollouts
-
-
-SOURCES = {"replayed": from_followed, "grammar": from_grammar, "lengths": of_own}
-
-
 @lru_cache
 def heldout_programs(cfg):
-    """The programs of over three statements of the held-out tasks, those that the run measures and those that lie beside them."""
-    files = {Path(cfg.heldout), *Path(cfg.heldout).parent.glob("*.jsonl")} if cfg.heldout != "tiny" else ["tiny"]
-    return frozenset(task.program for file in files for tasks in load_heldout(file).values() for task in tasks
-                     if statements_of(task.program) > 3)
+    """The programs of over three statements in the held-out tasks of the run, and in the files beside them."""
+    files = ["tiny"]
+    if cfg.heldout != "tiny":
+        files = {Path(cfg.heldout), *Path(cfg.heldout).parent.glob("*.jsonl")}
+    programs = set()
+    for file in files:
+        for tasks in azr.load_heldout(file).values():
+            programs |= {task.program for task in tasks if statements_of(task.program) > 3}
+    return frozenset(programs)
 
 
-def try_out(policy, executor, rollouts, cfg):
-    """Has the solver try the tasks of these rollouts. → (the tries, each task's solve rate)"""
-    tries = azr.solve(policy, executor, [rollout.task for rollout in rollouts], cfg, copies=cfg.samples)
-    solved = [rollout.verdict is Verdict.CORRECT for rollout in tries]
-    return tries, [sum(solved[start:start + cfg.samples]) / cfg.samples for start in range(0, len(solved), cfg.samples)]
+def accepted_by(run):
+    """{step: [the tasks that a run accepted]}"""
+    found = defaultdict(list)
+    for row in read_rows(run / "tasks.jsonl", {"step": int, "type": str, "program": str}):
+        found[row["step"]].append(Task.from_dict({field.name: row[field.name] for field in fields(Task)}))
+    return found
 
 
-def proposing(source, run, steps):
-    """A stand-in for azr.propose whose new tasks come from `source`. steps: the numbers of the coming steps."""
-    followed = accepted_by(run)
-    last = max((row["step"] for row in read_rows(run / "metrics.jsonl", {"step": int})), default=0)
+# --- what each control replaces ------------------------------------------------------------------------------
 
-    def propose(policy, executor, buffer, cfg):
-        step = next(steps)
-        if step > last:
-            raise UsageError(f"--follow {run} has made {last} steps: there are no tasks for step {step}; complete it first")
-        rng = random.Random(f"{cfg.seed} {step}")
-        rollouts = source(policy, executor, buffer, cfg, followed[step], rng)
-        estimates, rates = try_out(policy, executor, rollouts, cfg)
-        for rollout, rate in zip(rollouts, rates):
-            rollout.solve_rate, rollout.reward = rate, learnability(rate)
-            if KINDS[rollout.type].own_program:
-                rollout.traits["unique_ast"] = True
-        return rollouts, [rollout.task for rollout in rollouts], estimates
+def take_tasks(source, followed_run):
+    """Let the new tasks of each step come from `source`; the model itself proposes the seeds."""
+    self_play, followed = train.train, accepted_by(followed_run)
+    last = max((row["step"] for row in read_rows(followed_run / "metrics.jsonl", {"step": int})), default=0)
 
-    return propose
+    def train_on_tasks(cfg, run):
+        def propose(policy, sampler, executor, buffer, cfg, types=None):
+            if types:  # seeds
+                return azr.propose(policy, sampler, executor, buffer, cfg, types)
+            step = run.metrics[-1]["step"] + 1
+            if step > last:
+                raise UsageError(f"--follow {followed_run} has made {last} steps: there are no tasks for step "
+                                 f"{step}; complete it first")
+            rng = random.Random(f"{cfg.seed} {step}")
+            return source(policy, sampler, executor, buffer, cfg, followed[step], rng)
+
+        train.propose = propose
+        return self_play(cfg, run)
+
+    train.train = train_on_tasks
 
 
 def refuse_idle():
     """Let a proposal whose own program has an idle statement count as a repeat."""
-    draft, is_repeat, idle = azr.draft, TaskBuffer.is_repeat, set()
+    plain = train.propose
 
-    def draft_and_shorten(policy, executor, *arguments):
-        rollouts, shorter = draft(policy, executor, *arguments), []
-        for task in (rollout.task for rollout in rollouts if rollout.task and KINDS[rollout.type].own_program):
-            lines = task.program.split("\n")
-            shorter += [(task, "\n".join(lines[:i] + lines[i + 1:])) for i in range(1, len(lines) - 1)]
-        for (task, _), result in zip(shorter, executor.run((program, task.input) for task, program in shorter)):
+    def propose(policy, sampler, executor, buffer, cfg, types=None):
+        proposals = plain(policy, sampler, executor, buffer, cfg, types)
+        if types:  # seeds
+            return proposals
+        shorter = []
+        for proposal in proposals:
+            if proposal.task and KINDS[proposal.type].own_program:
+                lines = proposal.task.program.split("\n")
+                for line in range(1, len(lines) - 1):
+                    shorter.append((proposal, "\n".join(lines[:line] + lines[line + 1:]), proposal.task))
+        runs = executor.run([(program, task.input) for _, program, task in shorter])
+        for (proposal, _, task), result in zip(shorter, runs):
             if result.ok and result.output == task.output:
-                idle.add(task)
-        return rollouts
+                proposal.repeat, proposal.task = True, None
+                proposal.traits["unique_ast"] = False
+        return proposals
 
-    azr.draft = draft_and_shorten
-    TaskBuffer.is_repeat = lambda buffer, task: task in idle or is_repeat(buffer, task)
+    train.propose = propose
 
 
 def judge_again():
     """Let each step's proposals wait for the next update, and be judged a second time before it."""
-    propose, set_advantages, waiting = train.propose, train.set_advantages, []
+    plain, trained_rollouts, waiting = train.propose, train.trained_rollouts, []
 
-    def propose_and_judge(policy, executor, buffer, cfg):
-        fresh = propose(policy, executor, buffer, cfg)
-        tried = [rollout for rollout in waiting if rollout.task]
-        zero = -0.5 if cfg.zero_learnability == "official" else 0.0
-        for rollout, rate in zip(tried, try_out(policy, executor, tried, cfg)[1]):
-            rollout.solve_rate = (rollout.solve_rate + rate) / 2
-            rollout.reward = composite_reward(azr.learnability(rollout.solve_rate, zero), True)
+    def propose(policy, sampler, executor, buffer, cfg, types=None):
+        fresh = plain(policy, sampler, executor, buffer, cfg, types)
+        tried = [proposal for proposal in waiting if proposal.task]
+        first = [proposal.solve_rate for proposal in tried]
+        tries = azr.solve(policy, sampler, executor, [proposal.task for proposal in tried], cfg, copies=cfg.samples)
+        set_rewards(tried, tries, [], cfg)
+        for proposal, rate in zip(tried, first):
+            proposal.solve_rate = (proposal.solve_rate + rate) / 2
+        set_rewards(tried, [], [], cfg)
         return fresh
 
-    def set_advantages_of_waiting(rollouts, cfg, rng):
-        fresh = [rollout for rollout in rollouts if rollout.role == "propose"]
-        rollouts[:] = waiting + [rollout for rollout in rollouts if rollout.role == "solve"]
-        waiting[:] = fresh
-        set_advantages(rollouts, cfg, rng)
+    def trained_rollouts_of_waiting(proposals, tries, solutions, cfg):
+        rollouts = trained_rollouts(waiting, tries, solutions, cfg)
+        waiting[:] = proposals
+        return rollouts
 
-    train.propose, train.set_advantages = propose_and_judge, set_advantages_of_waiting
+    train.propose, train.trained_rollouts = propose, trained_rollouts_of_waiting
+
+
+def reward_by(name):
+    """Let another function of the solve rate take the place of equation 4."""
+    rewards.learnability = REWARDS[name]
 
 
 def main():
@@ -206,25 +230,18 @@ def main():
         parser.error("--tasks and --follow go together")
     if options.tasks and (options.reward or not {"--no-train-proposer", "--resume"} & {*rest}):
         parser.error("--tasks needs --no-train-proposer, and excludes --reward: nobody earns for tasks from elsewhere")
-    if options.refuse_idle and {"--no-dedup", "--paper"} & {*rest}:
-        parser.error("--refuse-idle needs deduplication")
+    if options.refuse_idle and (options.tasks or {"--no-dedup", "--paper"} & {*rest}):
+        parser.error("--refuse-idle needs deduplication, and excludes --tasks: those from elsewhere are not refused")
     if options.judge_again and (options.tasks or "--no-train-proposer" in rest):
         parser.error("--judge-again needs a proposer that is trained; drop --tasks and --no-train-proposer")
+    if options.tasks:
+        take_tasks(SOURCES[options.tasks], options.follow)
     if options.refuse_idle:
         refuse_idle()
     if options.judge_again:
         judge_again()
     if options.reward:
-        azr.learnability = REWARDS[options.reward]
-    if options.tasks:
-        restore = train.Run.restore
-
-        def restore_and_count(run, *arguments):
-            done = restore(run, *arguments)
-            train.propose = proposing(SOURCES[options.tasks], options.follow, count((done or 0) + 1))
-            return done
-
-        train.Run.restore = restore_and_count
+        reward_by(options.reward)
     return train.main(rest)
 
 

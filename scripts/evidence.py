@@ -32,18 +32,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402
-import numpy  # noqa: E402
+import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from azr import TINY  # noqa: E402
-from eval import pass_at_k  # noqa: E402
-from report import layout  # noqa: E402
-from rewards import load_heldout, mean_error  # noqa: E402
-from tasks import TASK_TYPES, fingerprint  # noqa: E402
-from train import Config, flag  # noqa: E402
+from azr import load_heldout
+from eval import pass_at_k
+from model import TINY
+from rewards import mean_error
+from run import flag, layout
+from tasks import TASK_TYPES, fingerprint
+from train import Config
 
 MAKING = defaultdict(Lock)  # of two jobs on one base, one makes it
 KEPT = ROOT / "docs" / "evidence"

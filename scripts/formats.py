@@ -19,37 +19,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from azr import draft, load_policy, solve  # noqa: E402
-from executor import Executor  # noqa: E402
-from rewards import Verdict  # noqa: E402
-from tasks import EXAMPLES, KINDS, TASK_TYPES, TaskBuffer, UsageError  # noqa: E402
-from train import CARD, preset  # noqa: E402
+from azr import propose, solve
+from executor import Executor
+from model import load_policy
+from rewards import Verdict
+from sampling import Sampler
+from tasks import EXAMPLES, KINDS, TASK_TYPES, TaskBuffer, UsageError
+from train import CARD, preset
 
 VARIANTS = ("long", "plain", "examples", "grown")
 TRIES = 8
 COLUMNS = "variant role type prompt well_formed valid truncated tokens".split()
 
 
-def measure(policy, executor, variant, cfg, types):
+def measure(policy, sampler, executor, variant, cfg):
     """Yields a row for each role and type."""
-    policy.frame = "long" if variant in ("long", "plain") else "examples"
+    cfg = replace(cfg, frame="long" if variant in ("long", "plain") else "examples")
     policy.chat = variant == "long" and bool(policy.tokenizer.chat_template)
     buffer = TaskBuffer(cfg.buffer, random.Random(cfg.seed))
     if variant == "grown":
-        store(buffer, draft(policy, executor, buffer, types, replace(cfg, references=0)))
+        store(buffer, propose(policy, sampler, executor, buffer, replace(cfg, references=0)))
     else:
         cfg = replace(cfg, references=0)
-    for kind in types:
-        rollouts = draft(policy, executor, buffer, [kind], cfg)
+    for kind in cfg.types:
+        rollouts = propose(policy, sampler, executor, buffer, cfg, [kind])
         store(buffer, rollouts)
         yield row(variant, rollouts, Verdict.VALID)
         tasks = [rollout.task for rollout in rollouts if rollout.task]
         tasks = tasks or [replace(example, type=kind) for example in EXAMPLES]
         count = max(1, cfg.batch // TRIES)
         tasks = (tasks * count)[:count]
-        yield row(variant, solve(policy, executor, tasks, cfg, copies=TRIES), Verdict.CORRECT)
+        yield row(variant, solve(policy, sampler, executor, tasks, cfg, copies=TRIES), Verdict.CORRECT)
 
 
 def store(buffer, rollouts):
@@ -87,19 +89,19 @@ def main(arguments=None):
     if not set(variants) <= set(VARIANTS) or not set(types) <= set(KINDS):
         parser.error(f"--variants are some of {','.join(VARIANTS)}, --types some of {','.join(KINDS)}")
     try:
-        policy = load_policy(options.model, lora_rank=0, quantize="none", rows=options.rows)
+        policy = load_policy(options.model, lora_rank=0, quantize="none")
     except UsageError as error:
         print(f"formats.py: {error}", file=sys.stderr)
         return 2
     cfg = preset(CARD, model=options.model, batch=options.responses, max_response=options.max_response,
-                 references=options.references, inputs=options.inputs, seed=options.seed)
+                 references=options.references, inputs=options.inputs, seed=options.seed, types=types)
     torch.set_num_threads(1)
     print(*COLUMNS, "seconds", sep="\t", flush=True)
     with Executor(workers=1, timeout=5.0) as executor:
         for variant in variants:
             torch.manual_seed(options.seed)
             started = time.perf_counter()
-            for found in measure(policy, executor, variant, cfg, types):
+            for found in measure(policy, Sampler(policy, options.rows), executor, variant, cfg):
                 print(*found.values(), round(time.perf_counter() - started), sep="\t", flush=True)
                 started = time.perf_counter()
     return 0

@@ -10,7 +10,7 @@ about speed. A token's time is that of --rows rows, the time of a few tokens sub
 that reading the prompts does not count. The update reads as many responses as there are rows, eight a prompt.
 
 Ways to decode:
-    azr      this code's `generate`, with CUDA graphs of its own
+    azr      this code's Sampler, with CUDA graphs of its own
     eager    the same without them
     fused    azr, with each LoRA layer as two matrix products in the dtype of the base weights
     plain    transformers' `generate` on padded batches; the others are checked against its greedy tokens
@@ -38,8 +38,10 @@ from shapes import SHAPES, make_policy
 from transformers import GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-import azr
-from report import layout
+from azr import trr_update
+from rewards import Rollout
+from run import layout
+from sampling import Sampler
 from train import CARD, preset
 
 COLUMNS = "model weights cap way equal ms_a_token tokens_per_second peak_gb note".split()
@@ -48,13 +50,12 @@ SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY = {"do_sample": False}
 
 
-# --- ways to decode: (policy, prompts, max_tokens, copies, greedy) → [response], as azr.generate ---------
+# --- ways to decode: (policy, rows, prompts, max_tokens, copies, greedy) → [ids], prompt by prompt ------
 
-def plain(policy, prompts, max_tokens, copies=1, greedy=False, caches=None):
-    """Batches of policy.rows rows, longest prompts first, that wait for their longest response."""
-    rows, responses = policy.rows, {}
-    waiting = [(i * copies + copy, prompt) for i, prompt in enumerate(prompts) for copy in range(copies)]
-    waiting.sort(key=lambda pair: -len(pair[1]))
+def plain(policy, rows, prompts, max_tokens, copies=1, greedy=False, caches=None):
+    """Batches of so many rows, longest prompts first, that wait for their longest response."""
+    responses = {}
+    waiting = sorted(enumerate(repeated(prompts, copies)), key=lambda pair: -len(pair[1]))
     for start in range(0, len(waiting), rows):
         part = waiting[start:start + rows]
         part += part[-1:] * (rows - len(part)) if caches is not None else []  # a graph is of one shape
@@ -69,11 +70,19 @@ def plain(policy, prompts, max_tokens, copies=1, greedy=False, caches=None):
     return [responses[place] for place in range(len(waiting))]
 
 
+def repeated(prompts, copies):
+    """Each prompt `copies` times, next to each other."""
+    requests = []
+    for prompt in prompts:
+        requests += [prompt] * copies
+    return requests
+
+
 def _ended(policy, ids):
     return ids[:next((i + 1 for i, token in enumerate(ids) if token in policy.end_ids), len(ids))]
 
 
-def static(policy, prompts, max_tokens, copies=1, greedy=False):
+def static(policy, rows, prompts, max_tokens, copies=1, greedy=False):
     """`plain` with one static cache for each bucket; on a GPU transformers compiles its forward pass."""
     made = {}
 
@@ -84,20 +93,19 @@ def static(policy, prompts, max_tokens, copies=1, greedy=False):
         made[columns].reset()
         return made[columns]
 
-    return plain(policy, prompts, max_tokens, copies, greedy, cache)
+    return plain(policy, rows, prompts, max_tokens, copies, greedy, cache)
 
 
-def paged(policy, prompts, max_tokens, copies=1, greedy=False):
+def paged(policy, rows, prompts, max_tokens, copies=1, greedy=False):
     """Continuous batching: rows come and go at every token, keys and values live in pages."""
     config = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=sorted(policy.end_ids),
                               pad_token_id=policy.pad_id, **(GREEDY if greedy else SAMPLED))
     on_gpu = policy.device.type == "cuda"  # elsewhere it would fill all memory with pages
-    batching = ContinuousBatchingConfig(use_cuda_graph=on_gpu, max_requests_per_batch=policy.rows,
+    batching = ContinuousBatchingConfig(use_cuda_graph=on_gpu, max_requests_per_batch=rows,
                                         num_blocks=None if on_gpu else 64, max_batch_tokens=None if on_gpu else 512)
     policy.causal.set_attn_implementation("sdpa")  # it knows no other but flash
     try:
-        results = policy.causal.generate_batch(
-            [prompt for prompt in prompts for _ in range(copies)], config, batching)
+        results = policy.causal.generate_batch(repeated(prompts, copies), config, batching)
     finally:
         policy.causal.set_attn_implementation("grouped_sdpa")
     responses = [result.generated_tokens for result in results.values() if result.error is None]
@@ -106,12 +114,18 @@ def paged(policy, prompts, max_tokens, copies=1, greedy=False):
     return responses
 
 
-def fused(policy, prompts, max_tokens, copies=1, greedy=False):
-    """azr.generate, with a LoRA layer as base(x) + (x Aᵀ) (α/r · B)ᵀ: two products, no casts."""
+def ours(policy, rows, prompts, max_tokens, copies=1, greedy=False):
+    """This code's Sampler."""
+    responses = Sampler(policy, rows).generate(prompts, max_tokens, copies, temperature=0 if greedy else 1)
+    return [ids for ids, logps in responses]
+
+
+def fused(policy, *arguments):
+    """`ours`, with a LoRA layer as base(x) + (x Aᵀ) (α/r · B)ᵀ: two products, no casts."""
     with contextlib.ExitStack() as stack:
         for layer in [m for m in policy.causal.modules() if isinstance(m, LoraLayer)]:
             stack.enter_context(mock.patch.object(layer, "forward", _two_products(layer, policy.causal.dtype)))
-        return azr.generate(policy, prompts, max_tokens, copies, greedy)
+        return ours(policy, *arguments)
 
 
 def _two_products(layer, dtype):
@@ -124,23 +138,23 @@ def _two_products(layer, dtype):
     return forward
 
 
-def eager(policy, prompts, max_tokens, copies=1, greedy=False):
-    """azr.generate without CUDA graphs."""
+def eager(policy, *arguments):
+    """`ours` without CUDA graphs."""
     with mock.patch("sampling.uses_graphs", lambda policy: False):
-        return azr.generate(policy, prompts, max_tokens, copies, greedy)
+        return ours(policy, *arguments)
 
 
-WAYS = {"azr": azr.generate, "eager": eager, "fused": fused, "plain": plain, "paged": paged, "static": static}
+WAYS = {"azr": ours, "eager": eager, "fused": fused, "plain": plain, "paged": paged, "static": static}
 
 
 # --- what is measured --------------------------------------------------------------------------------
 
-def share_equal(policy, way):
+def share_equal(policy, rows, way):
     """Share of the greedy tokens of `plain` that the way gives, up to each response's first difference."""
     low, generator = len(policy.end_ids), torch.Generator().manual_seed(0)
     prompts = [torch.randint(low, policy.pad_id, (length,), generator=generator).tolist()
                for length in (40, 7, 300, 23, 64)]  # uneven, so that padding matters
-    pairs = list(zip(way(policy, prompts, 32, 1, True), plain(policy, prompts, 32, 1, True)))
+    pairs = list(zip(way(policy, rows, prompts, 32, 1, True), plain(policy, rows, prompts, 32, 1, True)))
     alike = [next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair))) for pair in pairs]
     return sum(alike) / sum(max(map(len, pair)) for pair in pairs)
 
@@ -157,20 +171,21 @@ def decoding(policy, way, options):
     """Milliseconds a token of options.rows rows, and tokens a second of all of them."""
     prompts = some_prompts(policy, options)
     few = options.tokens // 4
-    _, short, long = (seconds_of(policy, lambda: way(policy, prompts, tokens, options.copies))
+    _, short, long = (seconds_of(policy, lambda: way(policy, options.rows, prompts, tokens, options.copies))
                       for tokens in (few, few, few + options.tokens))  # the first warms up
     token = (long - short) / options.tokens
     return {"ms_a_token": round(1000 * token, 1), "tokens_per_second": round(options.rows / token)}
 
 
 def updating(policy, options):
-    """Tokens a second of azr.trr_update, prompts and responses counted once for each response."""
+    """Tokens a second of trr_update, prompts and responses counted once for each response."""
     prompts = some_prompts(policy, options)
-    rollouts = [azr.Rollout("solve", "deduction", prompt, prompt[:options.response], "", advantage=(-1.0) ** i)
-                for prompt in prompts for i in range(options.copies)]
+    rollouts = [Rollout("solve", "deduction", prompt, prompt[:options.response], advantage=(-1.0) ** i)
+                for i, prompt in enumerate(repeated(prompts, options.copies))]
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     cfg = preset(CARD)
-    seconds = [seconds_of(policy, lambda: azr.trr_update(policy, optimizer, rollouts, cfg)) for _ in range(2)][1]
+    micro_tokens = trr_update(policy, optimizer, rollouts, cfg)["micro_tokens"]  # it warms up, and finds what fits
+    seconds = seconds_of(policy, lambda: trr_update(policy, optimizer, rollouts, cfg, micro_tokens))
     return {"tokens_per_second": round(sum(r.tokens for r in rollouts) / seconds), "note": f"{seconds:.1f} s"}
 
 
@@ -194,7 +209,7 @@ def measure(shape, weights, cap, options):
     if shape == "tiny":
         options.prompt, options.response, options.rows, options.tokens = 32, 16, 8, 16
     policy = make_policy(shape, weights, options.device, torch.bfloat16 if on_gpu else torch.float32, 10 ** 9)
-    policy.rows, policy.shares_prompts = options.rows, True
+    policy.shares_prompts = True
     for name in [*options.ways, "update"]:
         row = {"model": shape, "weights": weights, "cap": f"{cap:g}" if on_gpu else "–", "way": name}
         if on_gpu:
@@ -204,7 +219,7 @@ def measure(shape, weights, cap, options):
             if name == "update":
                 row |= updating(policy, options)
             else:
-                row["equal"] = round(share_equal(policy, WAYS[name]), 3)
+                row["equal"] = round(share_equal(policy, options.rows, WAYS[name]), 3)
                 row |= decoding(policy, WAYS[name], options)
         except (RuntimeError, ValueError) as error:  # out of memory, and what a library cannot do
             row["note"] = (str(error).splitlines() or ["failed"])[0]

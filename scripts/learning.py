@@ -17,13 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from report import read_rows  # noqa: E402
-from tasks import TASK_TYPES  # noqa: E402
+from run import read_rows
+from tasks import TASK_TYPES
 
 RUNS = [("self-play", seed, []) for seed in (0, 1, 2)] + [("shuffled rewards", seed, ["--shuffle-rewards"]) for seed in (0, 1)]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from report import layout  # noqa: E402
+from run import layout
 
 STEPS = 300
 RUNS = {

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import sys
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +27,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import azr
-from report import layout
+from azr import trr_update
+from model import Policy
+from rewards import Rollout
+from run import layout
+from sampling import Sampler
 from train import CARD, preset
 
 CONTEXT = 1.0  # GB that a card loses to the CUDA context, libraries and fragmentation: an assumption
@@ -49,6 +51,8 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _sums_gradients(function, args):
+            return args[0]
         if any(x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
             result = _without_data(function, args, kwargs)
         else:
@@ -69,6 +73,15 @@ class Peak(TorchDispatchMode):
     def _free(self, key, size):
         self.known.remove(key)
         self.live -= size
+
+
+def _sums_gradients(function, args):
+    """Whether autograd adds a second gradient to a tensor's first. It does so in place, but not under a dispatch
+    mode, where it would make a third tensor."""
+    is_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    if not is_backward or function is not aten.add.Tensor or not isinstance(args[1], torch.Tensor):
+        return False
+    return args[0].is_meta and args[0].shape == args[1].shape
 
 
 def _without_data(function, args, kwargs):
@@ -114,7 +127,13 @@ def attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **
         query, key, value, bias.expand(*query.shape[:3], columns), query.requires_grad, scale=scale)[0]
 
 
-class OnMeta(azr.Policy):
+def as_list(tensor):
+    """Tensor.tolist, also of a tensor without data: zeros stand for the logprobs of sampled tokens."""
+    data = torch.zeros(tensor.shape) if tensor.is_meta else tensor
+    return torch._C.TensorBase.tolist(data)
+
+
+class OnMeta(Policy):
     """A Policy whose weights are meta and whose token ids are real."""
 
     device = torch.device("cpu")
@@ -123,7 +142,8 @@ class OnMeta(azr.Policy):
 @contextlib.contextmanager
 def simulated(shape, weights, dtype=torch.bfloat16):
     """Yields a policy on meta tensors, an optimizer with its moments, and the Peak that counts."""
-    with mock.patch.object(functional, "scaled_dot_product_attention", attention), Peak() as peak:
+    with (mock.patch.object(functional, "scaled_dot_product_attention", attention),
+          mock.patch.object(torch.Tensor, "tolist", as_list), Peak() as peak):
         policy = OnMeta(**vars(make_policy(shape, weights, "meta", dtype)))
         parameters = list(policy.trainable().values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
@@ -138,10 +158,10 @@ def update_peak(policy, optimizer, peak, micro_tokens, length):
     """Bytes at most of an update of two micro-batches, in rows of `length` tokens, two fifths of it response."""
     response = length * 2 // 5
     word = [policy.pad_id - 1]  # no end token
-    rollout = azr.Rollout("solve", "deduction", word * (length - response), word * response, "", advantage=1.0)
+    rollout = Rollout("solve", "deduction", word * (length - response), word * response, advantage=1.0)
     rollouts = [rollout] * (2 * max(1, micro_tokens // length))
     peak.begin("update")
-    azr.trr_update(policy, optimizer, rollouts, replace(preset(CARD), micro_tokens=micro_tokens))
+    trr_update(policy, optimizer, rollouts, preset(CARD), micro_tokens)
     return peak.peaks["update"]
 
 
@@ -154,8 +174,7 @@ def sampling_peaks(policy, peak, rows, prompt, tokens=2):
 
     peak.begin("prompt pass")
     hook = policy.causal.register_forward_pre_hook(phase, with_kwargs=True)
-    policy.rows = rows
-    azr.generate(policy, [[7] * prompt for _ in range(rows)], tokens)
+    Sampler(policy, rows).generate([[7] * prompt for _ in range(rows)], tokens)
     hook.remove()
     return peak.peaks["prompt pass"], peak.peaks["decoding"]
 

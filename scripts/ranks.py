@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from report import layout, read_rows  # noqa: E402
+from run import layout, read_rows
 
-# A 3B model on a 24 GB card, as azr.forecast has it: decoding waits for memory and many small kernels, a token takes
+# A 3B model on a 24 GB card, as scripts/reproduce.py estimates it: decoding waits for memory and many small kernels, a token takes
 # as long for one row as for all. Update and judging are for the default batch on one card.
 TOKEN, ROWS, UPDATE, JUDGE = 0.031, 64, 90.0, 3.0      # seconds, rows, seconds, seconds
 GRADIENT, NETWORK = 0.24, 1.25                         # GB of an adapter of rank 32 in fp32; GB/s, as 10 GbE has

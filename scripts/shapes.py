@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-import azr
+from model import Policy
 from train import CARD, preset
 
-# hidden, layers, heads, key-value heads, intermediate, vocabulary, tied: config.json of Qwen/Qwen2.5-*
-SHAPES = {"0.5B": (896, 24, 14, 2, 4864, 151_936, True), "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
+# hidden, layers, heads, key-value heads, intermediate, vocabulary, tied: config.json of Qwen/Qwen2.5-*, and of
+# SmolLM2-135M (whose layers have no biases; here they do). `narrow` is nearly all output head.
+SHAPES = {"narrow": (128, 2, 4, 2, 512, 151_936, True), "SmolLM2-135M": (576, 30, 9, 3, 1536, 49_152, True),
+          "0.5B": (896, 24, 14, 2, 4864, 151_936, True), "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
           "3B": (2048, 36, 16, 2, 11008, 151_936, True), "7B": (3584, 28, 28, 4, 18944, 152_064, False),
           "14B": (5120, 48, 40, 8, 13824, 152_064, False), "tiny": (64, 2, 4, 2, 128, 1000, True)}
 
@@ -57,7 +59,8 @@ def make_policy(shape, weights, device, dtype=torch.bfloat16, mean_response=300)
     model.generation_config = GenerationConfig(eos_token_id=list(range(ends)), pad_token_id=vocabulary - 1)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.set_attn_implementation("grouped_sdpa")
-    return azr.Policy(peft_model, model.eval(), NoText(), frozenset(range(ends)), vocabulary - 1, chat=False)
+    return Policy(peft_model, model.eval(), NoText(), frozenset(range(ends)), vocabulary - 1, chat=False,
+                  shares_prompts=False)
 
 
 def _random(like, device):

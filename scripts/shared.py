@@ -3,7 +3,7 @@
     python scripts/shared.py          # CPU, half a minute
 
 Prints seconds of forward and backward and the largest differences of logprobs and gradients. The second way is
-the one that trr_update takes for models that are not shipped (azr.py, `_hidden_states`).
+the one that trr_update takes for models that are not shipped (model.py, `_hidden_states`).
 """
 
 import argparse
@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from azr import Policy, Rollout, response_logprobs  # noqa: E402
+from model import Policy, response_logprobs
+from rewards import Rollout
 
 
 def make_policy():
@@ -31,7 +32,7 @@ def make_policy():
     for name, weight in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    return Policy(lora, model, None, frozenset([0]), 0, chat=False)
+    return Policy(lora, model, None, frozenset([0]), 0, chat=False, shares_prompts=True)
 
 
 def main():
@@ -47,7 +48,7 @@ def main():
                 for _ in range(options.copies)]
     weights_N = torch.randn(options.copies * options.response)
     found = {}
-    for way, rows in (("for each", rollouts), ("for all", [rollouts])):
+    for way, rows in (("for each", [[rollout] for rollout in rollouts]), ("for all", [rollouts])):
         seconds = []
         for _ in range(3):
             policy.causal.zero_grad()

@@ -1,12 +1,16 @@
 """Memory and time of the policy update: this code, the naive way, and TRL, on the same tokens.
 
-    python scripts/update.py            # CPU, about three minutes
-    pip install trl==1.16.0                # optional: then TRL's GRPOTrainer loss is measured too
+    python scripts/update.py                                        # CPU, about five minutes
+    python scripts/update.py --shape SmolLM2-135M --tokens 1024     # the shape of a real model, random weights
+    pip install trl==1.16.0                                         # optional: then TRL's loss is measured too
 
-A small Qwen2 (width 128, two layers, LoRA) with the real vocabulary of 151,936, where the output head is
-what costs. Each way runs in a process of its own, so that its peak memory is its own; the table gives
-medians and ratios to naive. "Naive" computes all logits of the batch in fp32, log-softmax, entropy, and
-lets autograd keep them.
+The default shape is `narrow`, a Qwen2 of width 128 with two layers and the real vocabulary of 151,936, where
+the output head is what costs. All shapes have LoRA and checkpoint their layers. "Naive" computes all logits of
+the batch in fp32, log-softmax, entropy, and lets autograd keep them.
+
+Each update runs in a process of its own, so its peak memory is its own. The ways take turns, so a machine that
+is busy for a while slows all of them. CPU seconds hold better than wall seconds beside other processes. The
+ratios are of medians, to those of the first way.
 """
 
 import argparse
@@ -18,37 +22,38 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # in this order: both have an executor.py
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+import torch
+from shapes import SHAPES, make_policy
 
-from azr import Policy, Rollout, trr_update  # noqa: E402
+from azr import trr_update
+from rewards import Rollout
+from run import layout
+from train import TINY, preset
 
-VOCABULARY, WIDTH, PROMPT = 151_936, 128, 64
-WAYS = {"this code": "ours", "naive": "naive", "TRL GRPOTrainer loss": "trl"}
-
-
-def make_policy():
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
-    peft_model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return Policy(peft_model, model, None, frozenset([0]), 0, chat=False)
+PROMPT = 64
 
 
-def make_rollouts(tokens, rows=16):
+def make_rollouts(shape, tokens, rows):
+    vocabulary = SHAPES[shape][5]
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
-    return [Rollout("solve", "deduction", draw(PROMPT), draw(tokens // rows), "", advantage=(-1.0) ** row)
-            for row in range(rows)]
+    ends = vocabulary - 1  # padding
+    rollouts = []
+    for row in range(rows):
+        prompt = torch.randint(1, ends, (PROMPT,), generator=generator).tolist()
+        response = torch.randint(1, ends, (tokens // rows,), generator=generator).tolist()
+        rollouts.append(Rollout("solve", "deduction", prompt, response, advantage=(-1.0) ** row))
+    return rollouts
 
 
-def naive_update(policy, optimizer, rollouts, cfg):
+def this_code(policy, optimizer, rollouts, cfg):
+    trr_update(policy, optimizer, rollouts, cfg)
+
+
+def naive(policy, optimizer, rollouts, cfg):
     """What one writes first: all logits, all positions, one graph."""
     ids_BT = torch.tensor([r.prompt_ids + r.response_ids for r in rollouts])
     logits_BTV = policy.causal(input_ids=ids_BT).logits.float()[:, PROMPT - 1:-1]
@@ -63,8 +68,9 @@ def naive_update(policy, optimizer, rollouts, cfg):
     optimizer.zero_grad()
 
 
-def trl_update(policy, optimizer, rollouts, cfg, trainers={}):
+def trl(policy, optimizer, rollouts, cfg, trainers={}):
     """TRL's own loss on the same tokens; its trainer is built once, with data that is never used."""
+    sys.path.insert(0, str(ROOT / "tests"))
     from conftest import make_random_model
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -89,58 +95,80 @@ def trl_update(policy, optimizer, rollouts, cfg, trainers={}):
     optimizer.zero_grad()
 
 
-def measure(way, tokens, repeats):
-    """Seconds of an update (median) and peak memory beyond what was there before (GB)."""
+WAYS = {"naive": naive, "this code": this_code, "TRL GRPOTrainer loss": trl}
+
+
+def measure(way, options):
+    """One update: wall and CPU seconds, and the peak memory over what was there before, in GB."""
     torch.set_num_threads(1)
-    policy, rollouts = make_policy(), make_rollouts(tokens)
-    cfg = SimpleNamespace(micro_tokens=10 ** 9, logit_chunk=256, clip=0.2, entropy_coef=0.001, max_grad_norm=1.0)
+    torch.manual_seed(0)
+    policy = make_policy(options.shape, "bf16", "cpu", torch.float32)
+    cfg = preset(TINY, micro_tokens=10 ** 6)  # the whole batch at once
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-4)
-    update = {"ours": trr_update, "naive": naive_update, "trl": trl_update}[way]
-    if way == "trl":
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     policy.causal.train()
-    update(policy, optimizer, make_rollouts(16), cfg)  # buffers of optimizer and trainer exist from here on
+    WAYS[way](policy, optimizer, make_rollouts(options.shape, 4, 2), cfg)  # buffers of optimizer and trainer exist from here on
+    rollouts = make_rollouts(options.shape, options.tokens, options.rows)
+    policy.causal.train()
     before = memory_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        update(policy, optimizer, rollouts, cfg)
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "gb": (memory_kb("VmHWM") - before) / 2 ** 20}
+    wall, cpu = time.perf_counter(), time.process_time()
+    WAYS[way](policy, optimizer, rollouts, cfg)
+    return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
+            "gb": (memory_kb("VmHWM") - before) / 2 ** 20}
 
 
 def memory_kb(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
 
 
-def main():
+def measured(way, options, script):
+    """`measure` in a process of its own."""
+    flags = ["--shape", options.shape, "--tokens", str(options.tokens), "--rows", str(options.rows), "--way", way]
+    child = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    if child.returncode:
+        sys.exit(f"{way} failed:\n{child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main(script=__file__):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="response tokens of the batch")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=SHAPES, default="narrow")
+    parser.add_argument("--tokens", type=int, default=2048, help="response tokens of the batch")
+    parser.add_argument("--rows", type=int, default=16, help="responses of the batch")
+    parser.add_argument("--repeats", type=int, default=3, help="updates of each way")
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # one update, for the process that prints the table
     options = parser.parse_args()
     if options.way:
-        print("RESULT", json.dumps(measure(options.way, options.tokens[0], options.repeats)))
+        print(json.dumps(measure(options.way, options)))
         return
-    ways = dict(WAYS)
+    ways = dict.fromkeys(WAYS)
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed; its row is left out (pip install trl==1.16.0)\n")
-        ways.pop("TRL GRPOTrainer loss")
-    print(f"width {WIDTH}, vocabulary {VOCABULARY:,}, one CPU thread, median of {options.repeats}\n")
-    print("| response tokens | way | seconds | peak memory, GB | time / naive | memory / naive |\n|---|---|---|---|---|---|")
-    for tokens in options.tokens:
-        results = {}
-        for name, way in ways.items():
-            child = subprocess.run([sys.executable, __file__, "--way", way, "--tokens", str(tokens), "--repeats", str(options.repeats)],
-                                   capture_output=True, text=True)
-            if child.returncode:
-                sys.exit(f"{name} failed:\n{child.stderr[-2000:]}")
-            results[name] = json.loads(next(line for line in child.stdout.splitlines() if line.startswith("RESULT"))[7:])
-        for name, result in results.items():
-            naive = results["naive"]
-            print(f"| {tokens} | {name} | {result['seconds']:.2f} | {result['gb']:.2f} | {result['seconds'] / naive['seconds']:.2f} "
-                  f"| {result['gb'] / naive['gb']:.2f} |", flush=True)
+        ways.pop("TRL GRPOTrainer loss", None)
+    results = {way: [] for way in ways}
+    for _ in range(options.repeats):
+        for way in ways:
+            results[way].append(measured(way, options, script))
+            print(way, results[way][-1], file=sys.stderr, flush=True)
+    print(f"{options.shape}, {options.rows} prompts of {PROMPT} tokens, {options.tokens} response tokens, one CPU thread, "
+          f"{options.repeats} updates of each way\n")
+    print(table(results))
+
+
+def table(results):
+    """Rows of figures by way, and ratios to the first way."""
+    lines = [["way", "seconds: median", "minimum", "CPU seconds: median", "minimum", "peak GB: median",
+              "CPU time, ratio", "memory, ratio"]]
+    first = None
+    for way, rows in results.items():
+        wall, cpu, memory = ([row[name] for row in rows] for name in ("seconds", "cpu", "gb"))
+        middle = statistics.median(cpu), statistics.median(memory)
+        first = first or middle
+        lines.append([way, f"{statistics.median(wall):.2f}", f"{min(wall):.2f}", f"{middle[0]:.2f}", f"{min(cpu):.2f}",
+                      f"{middle[1]:.3f}", f"{middle[0] / first[0]:.2f}", f"{middle[1] / first[1]:.2f}"])
+    return layout(lines, True)
 
 
 if __name__ == "__main__":

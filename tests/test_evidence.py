@@ -13,12 +13,13 @@ from conftest import ROOT, Forked
 
 import azr
 import train
+from azr import load_heldout
 from executor import Executor
-from rewards import Verdict, load_heldout
+from rewards import Verdict
 
 sys.path.append(str(ROOT / "scripts"))
-import controls  # noqa: E402
-import evidence  # noqa: E402
+import controls
+import evidence
 
 TYPES = ("deduction", "abduction", "induction")
 
@@ -185,27 +186,30 @@ def test_proposals_with_an_idle_statement_count_as_repeats(tmp_path):
 
 
 def test_proposals_wait_for_the_next_update_and_are_judged_a_second_time(tmp_path, monkeypatch):
-    propose, solve, set_advantages, steps = train.propose, azr.solve, train.set_advantages, []
+    solve, set_rewards, set_advantages = azr.solve, train.set_rewards, train.set_advantages
+    steps, second = [], []
 
-    def watch_propose(*arguments):
-        steps.append({"second": []})
-        proposals, tasks, estimates = propose(*arguments)
-        steps[-1] = {"proposed": proposals, "first": {r.task: r.solve_rate for r in proposals if r.task}, "second": []}
-        return proposals, tasks, estimates
-
-    def watch_solve(policy, executor, tasks, cfg, **options):
-        tries = solve(policy, executor, tasks, cfg, **options)
+    def watch_solve(policy, sampler, executor, tasks, cfg, **options):
+        tries = solve(policy, sampler, executor, tasks, cfg, **options)
         if "copies" in options:  # not held-out tasks
-            steps[-1]["second"] += tries
+            second.extend(tries)
         return tries
+
+    def watch_rewards(proposals, *others):
+        set_rewards(proposals, *others)
+        steps.append({"proposed": proposals, "second": [*second],
+                      "first": {r.task: r.solve_rate for r in proposals if r.task}})
+        second.clear()
 
     def watch_advantages(rollouts, *arguments):
         set_advantages(rollouts, *arguments)
         steps[-1]["trained"] = [(r, r.solve_rate, r.reward, r.advantage) for r in rollouts]
 
-    monkeypatch.setattr(train, "propose", watch_propose)
-    monkeypatch.setattr(train, "set_advantages", watch_advantages)
+    for name in ("propose", "trained_rollouts"):  # which the control replaces, until the test ends
+        monkeypatch.setattr(train, name, getattr(train, name))
     controls.judge_again()
+    monkeypatch.setattr(train, "set_rewards", watch_rewards)
+    monkeypatch.setattr(train, "set_advantages", watch_advantages)
     monkeypatch.setattr(azr, "solve", watch_solve)
     flags = [*SMALL.split(), "--batch", "8", "--samples", "4", "--steps", "3", "--out", str(tmp_path)]
     assert train.main(["--model", "tiny", *flags]) == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ import memory
 import reproduce
 from shapes import SHAPES, make_policy
 
-from azr import forecast
+from azr import fit_micro_tokens
 from train import CARD, preset
 
 
@@ -75,12 +74,11 @@ def test_the_simulated_sampling_takes_what_a_real_one_takes(small, rows, prompt)
 def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds():
     cfg, gigabytes = preset(CARD), 4
     with memory.simulated("1.5B", "4bit") as (policy, optimizer, peak):
-        forecast(policy, cfg, 24 * memory.GB)
-        assert policy.micro_tokens == cfg.micro_tokens
-        line = forecast(policy, cfg, gigabytes * memory.GB)
-        assert policy.micro_tokens < cfg.micro_tokens
-        taken = memory.update_peak(policy, optimizer, peak, int(policy.micro_tokens), 1024) / memory.GB + memory.CONTEXT
-    assert taken <= gigabytes and float(re.search(r"(\d+) GB", line)[1]) == pytest.approx(taken, abs=1)
+        assert fit_micro_tokens(policy, cfg, 24 * memory.GB) == cfg.micro_tokens
+        fitting = fit_micro_tokens(policy, cfg, gigabytes * memory.GB)
+        assert fitting < cfg.micro_tokens
+        taken = memory.update_peak(policy, optimizer, peak, fitting, 1024) / memory.GB + memory.CONTEXT
+    assert taken <= gigabytes and taken == pytest.approx(gigabytes, abs=1)  # it leaves little unused
 
 
 # --- gpu.py ------------------------------------------------------------------------------------------
@@ -89,10 +87,9 @@ def test_train_keeps_micro_batches_to_what_the_simulation_says_a_card_holds():
 def test_each_way_to_decode_gives_the_greedy_tokens_of_plain_generate(way):
     torch.manual_seed(0)
     policy = make_policy("tiny", "bf16", "cpu", torch.float32, mean_response=16)
-    policy.rows = 3
-    assert gpu.share_equal(policy, gpu.WAYS[way]) == 1
+    assert gpu.share_equal(policy, 3, gpu.WAYS[way]) == 1
     prompts = [[500] * 9, [600] * 30]
-    responses = gpu.WAYS[way](policy, prompts, 20, copies=2)
+    responses = gpu.WAYS[way](policy, 3, prompts, 20, 2)
     assert len(responses) == 4 and all(0 < len(ids) <= 20 for ids in responses)
 
 
