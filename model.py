@@ -37,7 +37,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "g
 # All that transformers, peft and safetensors raise for a wrong name or a damaged file
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vocabulary
+LOGITS = 20_000_000  # at once in the update: 80 MB; 131 tokens of Qwen2.5's vocabulary
 
 
 @dataclass

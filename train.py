@@ -432,7 +432,8 @@ def main(arguments=None):
             say(f"\nStopped immediately. {run.resume_hint() if run else 'Nothing was written.'}")
             return 130
         except (OSError, MemoryError, SafetensorError, torch.OutOfMemoryError) as error:
-            print(f"{name}: {str(error) or 'out of memory'}. {run.resume_hint() if run else ''}", file=sys.stderr)
+            hint = run.resume_hint() if run else ""
+            print(f"{name}: {str(error) or 'out of memory'}. {hint}", file=sys.stderr)
             return 1
         finally:
             if run:

@@ -61,16 +61,16 @@ LONGEST = 8   # statements that the grammar is asked for; longer programs seldom
 REWARDS = {"variance": lambda rate, zero=0.0: 4 * rate * (1 - rate), "novelty": lambda rate, zero=0.0: 1.0}
 
 
-# --- tasks from elsewhere: (policy, sampler, executor, buffer, cfg, followed tasks, rng) → [Rollout] ---------
+# --- tasks from elsewhere: (actor, buffer, followed tasks, rng) → [Rollout] --------------------------------
 
-def from_followed(policy, sampler, executor, buffer, cfg, followed, rng):
+def from_followed(actor, buffer, followed, rng):
     """The very tasks of the followed run."""
     return [given(task) for task in followed]
 
 
-def from_grammar(policy, sampler, executor, buffer, cfg, followed, rng):
+def from_grammar(actor, buffer, followed, rng):
     """Tasks of the grammar, as long as those of the followed run."""
-    rollouts, heldout = [], heldout_programs(cfg)
+    rollouts, heldout = [], heldout_programs(actor.cfg)
     for kind, lengths in lengths_of(followed).items():
         for length in lengths.elements():
             for tries in count():  # short programs run out; then the next length is taken
@@ -82,14 +82,14 @@ def from_grammar(policy, sampler, executor, buffer, cfg, followed, rng):
     return rollouts
 
 
-def of_own(policy, sampler, executor, buffer, cfg, followed, rng):
+def of_own(actor, buffer, followed, rng):
     """The proposer's own new tasks, as many of each wanted length as it writes in ROUNDS rounds."""
     rollouts, left = [], lengths_of(followed)
     for _ in range(ROUNDS):
         types = [kind for kind in left if left[kind].total()]
         if not types:
             break
-        for rollout in azr.propose(policy, sampler, executor, buffer, cfg, types):
+        for rollout in actor.propose(buffer, types):
             task = rollout.task
             if task and is_new(task, buffer, rollouts) and left[task.type][statements_of(task.program)] > 0:
                 left[task.type][statements_of(task.program)] -= 1
@@ -141,7 +141,7 @@ def accepted_by(run):
     return found
 
 
-# --- what each control replaces ------------------------------------------------------------------------------
+# --- what each control replaces: the Actor, or one of its methods -----------------------------------------
 
 def take_tasks(source, followed_run):
     """Let the new tasks of each step come from `source`; the model itself proposes the seeds."""
@@ -149,17 +149,22 @@ def take_tasks(source, followed_run):
     last = max((row["step"] for row in read_rows(followed_run / "metrics.jsonl", {"step": int})), default=0)
 
     def train_on_tasks(cfg, run):
-        def propose(policy, sampler, executor, buffer, cfg, types=None):
-            if types:  # seeds
-                return azr.propose(policy, sampler, executor, buffer, cfg, types)
-            step = run.metrics[-1]["step"] + 1
-            if step > last:
-                raise UsageError(f"--follow {followed_run} has made {last} steps: there are no tasks for step "
-                                 f"{step}; complete it first")
-            rng = random.Random(f"{cfg.seed} {step}")
-            return source(policy, sampler, executor, buffer, cfg, followed[step], rng)
+        class ActorOnTasks(azr.Actor):
+            def self_play(self, buffer):
+                step = run.metrics[-1]["step"] + 1
+                if step > last:
+                    raise UsageError(f"--follow {followed_run} has made {last} steps: there are no tasks for step "
+                                     f"{step}; complete it first")
+                rng = random.Random(f"{cfg.seed} {step}")
+                proposals = source(self, buffer, followed[step], rng)
+                new = azr.accept(proposals, buffer, cfg)
+                tries = self.settle(self.solver_requests(new, cfg.samples))
+                batch = []
+                for kind in cfg.types:
+                    batch += buffer.fill(kind, new, cfg.batch)
+                return proposals, tries, self.solve(batch)
 
-        train.propose = propose
+        train.Actor = ActorOnTasks
         return self_play(cfg, run)
 
     train.train = train_on_tasks
@@ -167,49 +172,60 @@ def take_tasks(source, followed_run):
 
 def refuse_idle():
     """Let a proposal whose own program has an idle statement count as a repeat."""
-    plain = train.propose
 
-    def propose(policy, sampler, executor, buffer, cfg, types=None):
-        proposals = plain(policy, sampler, executor, buffer, cfg, types)
-        if types:  # seeds
-            return proposals
-        shorter = []
-        for proposal in proposals:
-            if proposal.task and KINDS[proposal.type].own_program:
-                lines = proposal.task.program.split("\n")
-                for line in range(1, len(lines) - 1):
-                    shorter.append((proposal, "\n".join(lines[:line] + lines[line + 1:]), proposal.task))
-        runs = executor.run([(program, task.input) for _, program, task in shorter])
-        for (proposal, _, task), result in zip(shorter, runs):
-            if result.ok and result.output == task.output:
-                proposal.repeat, proposal.task = True, None
-                proposal.traits["unique_ast"] = False
-        return proposals
+    class RefusingActor(azr.Actor):
+        is_past_seeding = False
 
-    train.propose = propose
+        def self_play(self, buffer):
+            self.is_past_seeding = True
+            return super().self_play(buffer)
+
+        def play(self, waiting, temperature=1.0):
+            for settled in super().play(waiting, temperature):
+                if self.is_past_seeding:
+                    refuse([rollout for rollout in settled if rollout.role == "propose"], self.executor)
+                yield settled
+
+    train.Actor = RefusingActor
+
+
+def refuse(proposals, executor):
+    """Mark those as repeats whose output stays the same without one of their statements."""
+    shorter = []
+    for proposal in proposals:
+        if proposal.task and KINDS[proposal.type].own_program:
+            lines = proposal.task.program.split("\n")
+            for line in range(1, len(lines) - 1):
+                shorter.append((proposal, "\n".join(lines[:line] + lines[line + 1:]), proposal.task))
+    runs = executor.run([(program, task.input) for _, program, task in shorter])
+    for (proposal, _, task), result in zip(shorter, runs):
+        if result.ok and result.output == task.output:
+            proposal.repeat, proposal.task = True, None
+            proposal.traits["unique_ast"] = False
 
 
 def judge_again():
     """Let each step's proposals wait for the next update, and be judged a second time before it."""
-    plain, trained_rollouts, waiting = train.propose, train.trained_rollouts, []
+    trained_rollouts, waiting = train.trained_rollouts, []
 
-    def propose(policy, sampler, executor, buffer, cfg, types=None):
-        fresh = plain(policy, sampler, executor, buffer, cfg, types)
-        tried = [proposal for proposal in waiting if proposal.task]
-        first = [proposal.solve_rate for proposal in tried]
-        tries = azr.solve(policy, sampler, executor, [proposal.task for proposal in tried], cfg, copies=cfg.samples)
-        set_rewards(tried, tries, [], cfg)
-        for proposal, rate in zip(tried, first):
-            proposal.solve_rate = (proposal.solve_rate + rate) / 2
-        set_rewards(tried, [], [], cfg)
-        return fresh
+    class JudgingActor(azr.Actor):
+        def self_play(self, buffer):
+            rollouts = super().self_play(buffer)
+            tried = [proposal for proposal in waiting if proposal.task]
+            first = [proposal.solve_rate for proposal in tried]
+            tries = self.settle(self.solver_requests([proposal.task for proposal in tried], self.cfg.samples))
+            set_rewards(tried, tries, [], self.cfg)
+            for proposal, rate in zip(tried, first):
+                proposal.solve_rate = (proposal.solve_rate + rate) / 2
+            set_rewards(tried, [], [], self.cfg)
+            return rollouts
 
     def trained_rollouts_of_waiting(proposals, tries, solutions, cfg):
         rollouts = trained_rollouts(waiting, tries, solutions, cfg)
         waiting[:] = proposals
         return rollouts
 
-    train.propose, train.trained_rollouts = propose, trained_rollouts_of_waiting
+    train.Actor, train.trained_rollouts = JudgingActor, trained_rollouts_of_waiting
 
 
 def reward_by(name):

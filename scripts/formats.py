@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from azr import propose, solve
+from azr import Actor
 from executor import Executor
 from model import load_policy
 from rewards import Verdict
@@ -39,19 +39,19 @@ def measure(policy, sampler, executor, variant, cfg):
     cfg = replace(cfg, frame="long" if variant in ("long", "plain") else "examples")
     policy.chat = variant == "long" and bool(policy.tokenizer.chat_template)
     buffer = TaskBuffer(cfg.buffer, random.Random(cfg.seed))
+    actor = Actor(policy, sampler, executor, replace(cfg, references=0))
     if variant == "grown":
-        store(buffer, propose(policy, sampler, executor, buffer, replace(cfg, references=0)))
-    else:
-        cfg = replace(cfg, references=0)
+        store(buffer, actor.propose(buffer, cfg.types))
+        actor.cfg = cfg
     for kind in cfg.types:
-        rollouts = propose(policy, sampler, executor, buffer, cfg, [kind])
+        rollouts = actor.propose(buffer, [kind])
         store(buffer, rollouts)
         yield row(variant, rollouts, Verdict.VALID)
         tasks = [rollout.task for rollout in rollouts if rollout.task]
         tasks = tasks or [replace(example, type=kind) for example in EXAMPLES]
         count = max(1, cfg.batch // TRIES)
         tasks = (tasks * count)[:count]
-        yield row(variant, solve(policy, sampler, executor, tasks, cfg, copies=TRIES), Verdict.CORRECT)
+        yield row(variant, actor.settle(actor.solver_requests(tasks, TRIES)), Verdict.CORRECT)
 
 
 def store(buffer, rollouts):

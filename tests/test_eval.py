@@ -552,12 +552,12 @@ def test_a_model_and_its_base_are_asked_by_one_template_and_quantized_alike(poli
 def test_heldout_figures_are_those_of_training(random_model, heldout, executor, tmp_path):
     from types import SimpleNamespace
 
-    from azr import heldout_accuracy, load_heldout
+    from azr import Actor, heldout_accuracy, load_heldout
     from model import load_policy
     policy = load_policy(random_model, "none", 0, device="cpu")
     tasks = load_heldout(heldout)["easy"]
     cfg = SimpleNamespace(max_response=12, frame="long")
-    scores = heldout_accuracy(policy, Sampler(policy), executor, tasks, cfg)
+    scores = heldout_accuracy(Actor(policy, Sampler(policy), executor, cfg), tasks)
     assert e.main(["--model", random_model, "--heldout", str(heldout), "--device", "cpu",
                    "--max-response", "12", "--out", str(tmp_path / "a")]) == 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())["results"]["model"]

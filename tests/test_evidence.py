@@ -186,14 +186,13 @@ def test_proposals_with_an_idle_statement_count_as_repeats(tmp_path):
 
 
 def test_proposals_wait_for_the_next_update_and_are_judged_a_second_time(tmp_path, monkeypatch):
-    solve, set_rewards, set_advantages = azr.solve, train.set_rewards, train.set_advantages
+    settle, set_rewards, set_advantages = azr.Actor.settle, train.set_rewards, train.set_advantages
     steps, second = [], []
 
-    def watch_solve(policy, sampler, executor, tasks, cfg, **options):
-        tries = solve(policy, sampler, executor, tasks, cfg, **options)
-        if "copies" in options:  # not held-out tasks
-            second.extend(tries)
-        return tries
+    def watch_settle(actor, requests, temperature=1.0):
+        if temperature and any(request.role == "solve" for request in requests):  # neither seeds nor held-out tasks
+            second.extend(requests)
+        return settle(actor, requests, temperature)
 
     def watch_rewards(proposals, *others):
         set_rewards(proposals, *others)
@@ -205,12 +204,12 @@ def test_proposals_wait_for_the_next_update_and_are_judged_a_second_time(tmp_pat
         set_advantages(rollouts, *arguments)
         steps[-1]["trained"] = [(r, r.solve_rate, r.reward, r.advantage) for r in rollouts]
 
-    for name in ("propose", "trained_rollouts"):  # which the control replaces, until the test ends
+    for name in ("Actor", "trained_rollouts"):  # which the control replaces, until the test ends
         monkeypatch.setattr(train, name, getattr(train, name))
     controls.judge_again()
     monkeypatch.setattr(train, "set_rewards", watch_rewards)
     monkeypatch.setattr(train, "set_advantages", watch_advantages)
-    monkeypatch.setattr(azr, "solve", watch_solve)
+    monkeypatch.setattr(azr.Actor, "settle", watch_settle)
     flags = [*SMALL.split(), "--batch", "8", "--samples", "4", "--steps", "3", "--out", str(tmp_path)]
     assert train.main(["--model", "tiny", *flags]) == 0
 
