@@ -29,7 +29,8 @@ import torch
 from torch.nn import functional
 from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor,
                           LogitsProcessorList)
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (DynamicLayer, LinearAttentionAndFullAttentionLayer,
+                                      LinearAttentionLayer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -107,13 +108,45 @@ class RoomyLayer(DynamicLayer):
         self.values = change(self.values, *(layer.values for layer in others))
         self.room = None
 
-    def batch_select_indices(self, indices):
-        self.put(lambda x: x[indices])
+    def reorder_cache(self, rows):
+        self.put(lambda x: x[rows])
+
+
+class RoomyMixedLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
+    """A RoomyLayer that holds the states of a recurrent block as well, as Falcon-H1's layers do."""
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        LinearAttentionLayer.reorder_cache(self, rows)
+
+
+def _empty_cache(config):
+    """A cache for any model. Its attention layers have room, but for sliding windows and the like."""
+    cache = DynamicCache(config=config)
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = RoomyLayer()
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            cache.layers[place] = RoomyMixedLayer(layer.number_of_states)
+    return cache
 
 
 def _can_grow(cache):
-    """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
+    """Whether rows may join: padding is masked in attention, and recurrent and convolutional layers keep states
+    that have no columns. Not with sliding windows, whose layers forget the padding's place."""
+    return all(type(layer) in (RoomyLayer, RoomyMixedLayer, LinearAttentionLayer) for layer in cache.layers)
+
+
+def _append_rows(layer, other):
+    """Put another layer's rows behind those of this one: keys and values of equal columns, and states."""
+    if isinstance(layer, RoomyLayer):
+        layer.put(lambda *pair: torch.cat(pair), other)
+    if isinstance(layer, LinearAttentionLayer):
+        for ours, theirs in ((layer.conv_states, other.conv_states),
+                             (layer.recurrent_states, other.recurrent_states)):
+            for place, state in ours.items():
+                if state is not None:
+                    ours[place] = torch.cat([state, theirs[place]])
 
 
 def attends_to_all(config):
@@ -132,23 +165,27 @@ class _Batch:
     cache: DynamicCache
     completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
+    def change_columns(self, change):
+        """Replace keys and values by change(keys) and change(values) in every layer that has columns."""
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomyLayer):
+                layer.put(change)
+
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
         self.ids_BT, self.mask_BT = (functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
-        for layer in self.cache.layers:
-            layer.put(lambda x: functional.pad(x, (0, 0, columns, 0)))
+        self.change_columns(lambda x: functional.pad(x, (0, 0, columns, 0)))
 
     def keep(self, rows):
         """Drop all other rows, and the columns that only they needed."""
         index = torch.tensor(rows, device=self.ids_BT.device)
         self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)
         self.completions = [self.completions[row] for row in rows]
         idle = int(self.mask_BT.any(0).int().argmax())
         if idle and _can_grow(self.cache):
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
-            for layer in self.cache.layers:
-                layer.put(lambda x: x[:, :, idle:])
+            self.change_columns(lambda x: x[:, :, idle:])
 
 
 def _join(batch, other):
@@ -158,7 +195,7 @@ def _join(batch, other):
     gap = batch.ids_BT.shape[1] - other.ids_BT.shape[1]
     (other if gap > 0 else batch).pad_left(abs(gap))
     for ours, theirs in zip(batch.cache.layers, other.cache.layers):
-        ours.put(lambda *pair: torch.cat(pair), theirs)
+        _append_rows(ours, theirs)
     ids_BT, mask_BT = torch.cat([batch.ids_BT, other.ids_BT]), torch.cat([batch.mask_BT, other.mask_BT])
     return _Batch(ids_BT, mask_BT, batch.cache, batch.completions + other.completions)
 
@@ -410,9 +447,10 @@ def _prefill(policy, completions):
     texts = {}  # → its place
     for completion in completions:
         texts.setdefault((*completion.text_ids,), len(texts))
-    width = max(2, *map(len, texts))  # at least one column for the cache
-    cache = DynamicCache(config=policy.causal.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # transformers takes a pass of one column for a step of decoding, where recurrent layers need no mask:
+    # at least two for the cache
+    width = max(3, *map(len, texts))
+    cache = _empty_cache(policy.causal.config)
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
         middle = len(completions) // 2
         return _join(_prefill(policy, completions[:middle]), _prefill(policy, completions[middle:]))
@@ -426,7 +464,7 @@ def _prefill(policy, completions):
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
     places = [texts[(*completion.text_ids,)] for completion in completions]
     rows = torch.tensor(places, device=policy.device)
-    cache.batch_select_indices(rows)
+    cache.reorder_cache(rows)
     return _Batch(ids_BT[rows], mask_BT[rows], cache, list(completions))
 
 
