@@ -315,6 +315,7 @@ class Sampler:
     def __init__(self, policy, rows=0):
         self.policy, self.rows = policy, rows
         self.mean_tokens = math.inf  # of the responses sampled last: rows are planned by it
+        self.layer_bytes = None  # of a row in the cache, see _layer_bytes; measured when first needed
 
     def refresh(self, policy):
         """Take up the weights after an update. They are shared here, so there is nothing to do."""
@@ -408,13 +409,13 @@ class Sampler:
         """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
         if self.rows:
             return self.rows
-        config = self.policy.causal.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * width * self.policy.causal.dtype.itemsize
+        self.layer_bytes = self.layer_bytes or _layer_bytes(self.policy)
+        cache = 0
+        for fixed, per_column, most in self.layer_bytes:
+            cache += fixed + per_column * min(columns + BLOCK, most)
         # a layer whose room is used up is there twice for a moment, and logits of a step are held in
         # fp32 a few times over
-        per_row = per_token * (columns + BLOCK) * 1.1 + 16 * config.vocab_size
+        per_row = cache * 1.1 + 16 * self.policy.causal.config.get_text_config().vocab_size
         return max(1, min(ROWS, int(0.6 * free / per_row)))
 
 
@@ -482,6 +483,41 @@ def _end_of(policy, ids, checked):
     return start + 1 + bisect_left(ends, True, key=lambda end: "</answer>" in policy.decode(ids[start:end]))
 
 
+def _layer_bytes(policy):
+    """What one row takes in each layer of the cache. → [(bytes of its states, bytes a column, most columns)]
+
+    Measured with two short prompts, because heads and their widths differ by layer in some models, and because
+    recurrent and convolutional layers hold states of one size however long the row is. Only sliding windows
+    bound the columns.
+    """
+    short, long = (_cache_of(policy, columns) for columns in (8, 16))
+    layers = []
+    for layer, longer in zip(short.layers, long.layers):
+        per_column = (_held_bytes(longer) - _held_bytes(layer)) / 8
+        most = layer.get_max_length()
+        layers.append((_held_bytes(layer) - 8 * per_column, per_column, math.inf if most < 0 else most))
+    return layers
+
+
+def _cache_of(policy, columns):
+    """transformers' own cache after a prompt of so many tokens."""
+    cache = DynamicCache(config=policy.causal.config)
+    ids_BT = torch.full((1, columns), policy.pad_id, device=policy.device)
+    with policy.autocast():
+        policy.causal(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def _held_bytes(layer):
+    """Bytes of all tensors that a layer of a cache holds, one by one or in dictionaries."""
+    held = 0
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                held += tensor.nbytes
+    return held
+
+
 def free_memory(device):
     """Bytes that new tensors can take there."""
     if device.type != "cuda":
@@ -497,5 +533,9 @@ def _tokens_in_a_pass(policy):
 
 
 def inner_width(config):
-    """The width inside an MLP; four times the outer one where a config has another name for it."""
-    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    """The width inside the widest MLP; four times the outer one where a config has another name for it."""
+    widest = 0
+    for layer in config.per_layer_config:  # asked for the whole model, some configs raise
+        width = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+        widest = max(widest, max(width) if isinstance(width, (list, tuple)) else width)
+    return widest
