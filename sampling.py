@@ -223,8 +223,8 @@ class _Replay:
     def __enter__(self):
         self.had_own = "forward" in vars(self.causal)
         self.plain = self.causal.forward
-        # transformers reads the signature of forward
-        self.causal.forward = functools.wraps(self.plain)(self.forward)
+        # transformers reads the signature of forward, and a bound method takes no attributes
+        self.causal.forward = functools.wraps(self.plain)(functools.partial(self.forward))
 
     def __exit__(self, *error):
         del self.causal.forward  # an assignment would be a cycle that keeps the model in memory

@@ -120,7 +120,7 @@ def random_model(tmp_path_factory):
 @pytest.fixture
 def policy(random_model):
     """The random model with LoRA whose B matrices are not zero, so that the adapter matters."""
-    from azr import load_policy
+    from model import load_policy
     torch.manual_seed(1)
     policy = load_policy(random_model, lora_rank=4, device="cpu")
     for name, weight in policy.trainable().items():
