@@ -165,6 +165,11 @@ class _Batch:
     cache: DynamicCache
     completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
+    def can_grow(self):
+        """Whether rows may join: not either once a model has replaced its cache by one of its own in mid-response,
+        as Phi-3 does where it switches to other rotary embeddings."""
+        return _can_grow(self.cache) and self.cache.get_seq_length() == self.ids_BT.shape[1] - 1
+
     def change_columns(self, change):
         """Replace keys and values by change(keys) and change(values) in every layer that has columns."""
         for layer in self.cache.layers:
@@ -183,7 +188,7 @@ class _Batch:
         self.cache.reorder_cache(index)
         self.completions = [self.completions[row] for row in rows]
         idle = int(self.mask_BT.any(0).int().argmax())
-        if idle and _can_grow(self.cache):
+        if idle and self.can_grow():
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
             self.change_columns(lambda x: x[:, :, idle:])
 
@@ -365,7 +370,7 @@ class Sampler:
                 continue
             expected = min(max(c.max_tokens for c in [*busy, *waiting]), self.mean_tokens)
             rows = self._rows_that_fit(free, widest + least + expected)
-            has_room = not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4
+            has_room = not busy or batch.can_grow() and len(busy) <= rows * 3 // 4
             joining = waiting[:rows - len(busy)] if has_room else []
             try:
                 with policy.autocast():

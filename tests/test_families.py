@@ -54,20 +54,26 @@ ENDS = frozenset(range(0, 258, 9))  # so that lengths differ
 TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, random_model, tmp_path_factory):
-    """A folder with a random model of the family, and its policy with LoRA whose B matrices matter."""
-    folder = tmp_path_factory.mktemp(request.param)
+def make_policy(folder, random_model, model_type, changes):
+    """A policy with LoRA, whose B matrices matter, on a random model that is saved in the folder."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{random_model}/{name}", folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **(COMMON | FAMILIES[request.param]))
+    config = AutoConfig.for_model(model_type, **(COMMON | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     policy = load_policy(str(folder), lora_rank=4, device="cpu")
     for name, weight in policy.trainable().items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     policy.end_ids = ENDS
+    return policy
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, random_model, tmp_path_factory):
+    """A folder with a random model of the family, and its policy."""
+    folder = tmp_path_factory.mktemp(request.param)
+    policy = make_policy(folder, random_model, request.param, FAMILIES[request.param])
     return SimpleNamespace(folder=str(folder), policy=policy)
 
 
@@ -157,3 +163,18 @@ def test_the_saved_adapter_acts_on_a_fresh_base(family, tmp_path):
     reloaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.allclose(reloaded(input_ids=torch.tensor([ids])).logits[0], own, atol=2e-5)
     assert not torch.allclose(without, own, atol=1e-2)
+
+
+def test_a_model_that_throws_its_cache_away_takes_no_rows_in(tmp_path, random_model):
+    """Phi-3 with two sets of rotary embeddings replaces its cache where it passes from one to the other."""
+    switch = 16
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    policy = make_policy(tmp_path, random_model, "phi3", {"rope_parameters": rope, "original_max_position_embeddings": switch})
+    policy.end_ids = frozenset(range(0, 258, 16))
+    caches = []
+    policy.causal.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"] is None), with_kwargs=True)
+    responses = Sampler(policy, 4).generate([[i, i + 1, i + 2] for i in range(24)], 4 * switch)
+    assert any(caches)
+    assert all(ids and len(ids) == len(logps) for ids, logps in responses)
+    assert {ids[-1] in policy.end_ids or len(ids) == 4 * switch for ids, _ in responses} == {True}
