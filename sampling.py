@@ -34,6 +34,8 @@ from transformers.cache_utils import (DynamicLayer, LinearAttentionAndFullAttent
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tasks import UsageError
+
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
     """transformers' SDPA attention, without its copies of the cache. → ([row, token, head, feature], None)
@@ -468,6 +470,10 @@ def _prefill(policy, completions):
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
+    beside = [name for name, value in vars(cache).items() if isinstance(value, torch.Tensor)]
+    if beside:
+        raise UsageError(f"{type(policy.causal).__name__} keeps {beside[0]} beside the layers of its cache, where "
+                         "rows cannot be selected; it cannot be sampled")
     places = [texts[(*completion.text_ids,)] for completion in completions]
     rows = torch.tensor(places, device=policy.device)
     cache.reorder_cache(rows)

@@ -15,6 +15,7 @@ from azr import trr_update
 from model import load_policy, response_logprobs
 from rewards import Rollout
 from sampling import Sampler
+from tasks import UsageError
 
 COMMON = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "sliding_window": None, "max_position_embeddings": 512,
@@ -178,3 +179,12 @@ def test_a_model_that_throws_its_cache_away_takes_no_rows_in(tmp_path, random_mo
     assert any(caches)
     assert all(ids and len(ids) == len(logps) for ids, logps in responses)
     assert {ids[-1] in policy.end_ids or len(ids) == 4 * switch for ids, _ in responses} == {True}
+
+
+def test_a_cache_whose_rows_cannot_be_selected_is_refused(tmp_path, random_model):
+    """Qwen4-Exp hangs the positions of its rows on the cache itself."""
+    changes = {**DELTA, **EXPERTS, "layer_types": ["linear_attention", "indexed_attention"], "shared_expert_intermediate_size": 48,
+               "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+               "hc_lowrank": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}}
+    with pytest.raises(UsageError, match="keeps position_ids beside the layers of its cache"):
+        Sampler(make_policy(tmp_path, random_model, "qwen4_exp_text", changes)).generate(PROMPTS, 8)
