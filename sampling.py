@@ -538,9 +538,16 @@ def free_memory(device):
 
 
 def _tokens_in_a_pass(policy):
-    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B."""
-    width = inner_width(policy.causal.config.get_text_config())
-    return 3 * 2 ** 30 // (9 * width * policy.causal.dtype.itemsize)
+    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B.
+
+    Recurrent layers whose kernels are not installed compute in fp32, and one token takes about twice as much.
+    """
+    config = policy.causal.config
+    width = inner_width(config.get_text_config())
+    a_token = 9 * width * policy.causal.dtype.itemsize
+    if any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=config).layers):
+        a_token = 2 * 9 * width * torch.float32.itemsize
+    return 3 * 2 ** 30 // a_token
 
 
 def inner_width(config):

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
+import sampling
 from azr import trr_update
 from model import load_policy, response_logprobs
 from rewards import Rollout
@@ -116,6 +118,24 @@ def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, rows):
     for place, response in enumerate(responses):
         assert_greedy(family.policy, PROMPTS[place // 2], response)
     assert len({len(response) for response in responses}) > 2
+
+
+@torch.no_grad()
+def test_rows_are_planned_by_what_a_cache_holds(family):
+    """The bytes of a row of 40 columns, which follow from two short prompts, are those of a prompt of 40."""
+    planned = 0
+    for fixed, per_column, most in sampling._layer_bytes(family.policy):
+        planned += fixed + per_column * min(40, most)
+    cache = DynamicCache(config=family.policy.causal.config)
+    family.policy.causal(input_ids=torch.tensor([[*range(40)]]), past_key_values=cache)
+    held = 0
+    for layer in cache.layers:
+        tensors = [layer.keys, layer.values] if isinstance(layer, CacheLayerMixin) else []
+        if isinstance(layer, LinearAttentionLayer):
+            tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    assert planned == pytest.approx(held, abs=8 * len(cache.layers))  # a sliding window is a tensor as well
+    assert sampling.inner_width(family.policy.causal.config.get_text_config()) in (96, 256)
 
 
 def test_prompts_of_one_token_alone(family):
