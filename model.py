@@ -9,15 +9,17 @@ tokens of all rows laid end to end, C a chunk of these, D hidden width, V vocabu
 """
 
 import contextlib
+import datetime
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import jinja2
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -37,6 +39,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "g
 # All that transformers, peft and safetensors raise for a wrong name or a damaged file
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EMPTY_THOUGHT = re.compile(r"(<think>\s*)?</think>\s*$")
 LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vocabulary
 
 
@@ -52,6 +55,7 @@ class Policy:
     chat: bool               # whether prompts go through the chat template
     shares_prompts: bool     # whether the update may read a prompt once for all its responses
     half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
+    date: datetime.date = field(default_factory=datetime.date.today)  # for chat templates that write today's
 
     @property
     def device(self):
@@ -60,12 +64,30 @@ class Policy:
     def encode(self, question):
         """A question as token ids, framed for a base or an instruct model, with <think> opened."""
         if not self.chat:
-            return self.tokenizer(FRAME.replace("{question}", question)).input_ids
-        turn = [{"role": "user", "content": CHAT_FRAME.replace("{question}", question)}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            return self.encode_text(FRAME.replace("{question}", question))
+        text = self.chat_text(CHAT_FRAME.replace("{question}", question))
+        # a template whose switch has another name may write an empty thought, which says not to think
+        text = EMPTY_THOUGHT.sub("", text)
         if not text.rstrip().endswith(THINK):  # some templates open the thought themselves
             text += THINK
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_text(self, text):
+        """A text without a chat template as token ids, for the model to go on with."""
+        ids = self.tokenizer(text).input_ids
+        while ids and ids[-1] in self.end_ids:  # some tokenizers append their end token to every text
+            ids.pop()
+        return ids
+
+    def chat_text(self, question, thinking=True):
+        """A user's turn and the start of the model's own, by its chat template. → text
+
+        thinking: for templates that can switch it off; those of Qwen3.5 up to 2B do so by default.
+        """
+        turn = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
+            strftime_now=self.date.strftime)  # in place of transformers' function of that name
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -95,7 +117,7 @@ def resolve_model(name):
 
 
 def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None,
-                trained=True, frame="long"):
+                trained=True, frame="long", date=None):
     """Load a base model for sampling and training. → Policy
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
@@ -103,6 +125,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
     adapter: a PEFT folder to start from instead of fresh LoRA weights. trained=False saves memory where
     only answers are wanted. frame: a model with a chat template uses it for the frame "long" alone.
+    date: "YYYY-MM-DD" for chat templates that write today's date, so that a run has one; None: today.
     Raises UsageError if the model cannot be had or the choices do not fit together.
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
@@ -131,7 +154,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         dtype, half = "fp32", DTYPES[dtype]
     tokenizer, model = _load_base(name, DTYPES[dtype], quantize == "4bit", device)
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, turn_end(tokenizer)}
+    ends -= {None}
     if not ends:
         raise UsageError(f"the model {name!r} has no end token; set eos_token in its tokenizer_config.json")
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
@@ -149,10 +173,33 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
                     chat=bool(tokenizer.chat_template) and frame == "long", half=half,
-                    shares_prompts=name not in SHIPPED and attends_to_all(model.config))
+                    shares_prompts=name not in SHIPPED and attends_to_all(model.config),
+                    date=datetime.date.fromisoformat(date) if date else datetime.date.today())
     if trained and name not in SHIPPED:
         _check_logits(policy)
     return policy
+
+
+def turn_end(tokenizer):
+    """The token with which a chat template closes the model's turn. → id, or None where there is no such token
+
+    Base models need it as well. By their files Qwen's end with <|endoftext|>, but behind an answer they write
+    the <|im_end|> of their template. A closing that is ordinary text is no token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "Fine."
+    turns = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # it renders no answers
+        return None
+    _, found, closing = text.rpartition(answer)
+    longest, end = 0, None
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if found and closing.lstrip().startswith(token.content) and len(token.content) > longest:
+            longest, end = len(token.content), token_id
+    return end
 
 
 @torch.no_grad()

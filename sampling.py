@@ -134,8 +134,8 @@ def _empty_cache(config):
 
 
 def _can_grow(cache):
-    """Whether rows may join: padding is masked in attention, and recurrent and convolutional layers keep states
-    that have no columns. Not with sliding windows, whose layers forget the padding's place."""
+    """Whether rows may join: attention masks their padding, and the states of recurrent and convolutional layers
+    have no columns to pad. Not with sliding windows, whose layers forget the padding's place."""
     return all(type(layer) in (RoomyLayer, RoomyMixedLayer, LinearAttentionLayer) for layer in cache.layers)
 
 
@@ -168,8 +168,8 @@ class _Batch:
     completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
     def can_grow(self):
-        """Whether rows may join: not either once a model has replaced its cache by one of its own in mid-response,
-        as Phi-3 does where it switches to other rotary embeddings."""
+        """Whether rows may join. They may not once a model has replaced its cache by one of its own, as Phi-3
+        does in mid-response where it switches to other rotary embeddings."""
         return _can_grow(self.cache) and self.cache.get_seq_length() == self.ids_BT.shape[1] - 1
 
     def change_columns(self, change):
@@ -472,8 +472,8 @@ def _prefill(policy, completions):
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
     beside = [name for name, value in vars(cache).items() if isinstance(value, torch.Tensor)]
     if beside:
-        raise UsageError(f"{type(policy.causal).__name__} keeps {beside[0]} beside the layers of its cache, where "
-                         "rows cannot be selected; it cannot be sampled")
+        raise UsageError(f"{type(policy.causal).__name__} cannot be sampled: it keeps {beside[0]} beside the "
+                         "layers of its cache, where rows cannot be selected")
     places = [texts[(*completion.text_ids,)] for completion in completions]
     rows = torch.tensor(places, device=policy.device)
     cache.reorder_cache(rows)
@@ -495,11 +495,11 @@ def _end_of(policy, ids, checked):
 
 
 def _layer_bytes(policy):
-    """What one row takes in each layer of the cache. → [(bytes of its states, bytes a column, most columns)]
+    """What one row takes in each layer of the cache. → [(bytes of states, bytes a column, most columns)]
 
-    Measured with two short prompts, because heads and their widths differ by layer in some models, and because
-    recurrent and convolutional layers hold states of one size however long the row is. Only sliding windows
-    bound the columns.
+    Measured with two short prompts, because heads and their widths differ by layer in some models, and
+    because recurrent and convolutional layers hold states of one size however long the row is. Only sliding
+    windows bound the columns.
     """
     short, long = (_cache_of(policy, columns) for columns in (8, 16))
     layers = []

@@ -206,5 +206,5 @@ def test_a_cache_whose_rows_cannot_be_selected_is_refused(tmp_path, random_model
     changes = {**DELTA, **EXPERTS, "layer_types": ["linear_attention", "indexed_attention"], "shared_expert_intermediate_size": 48,
                "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
                "hc_lowrank": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}}
-    with pytest.raises(UsageError, match="keeps position_ids beside the layers of its cache"):
+    with pytest.raises(UsageError, match="it keeps position_ids beside the layers of its cache"):
         Sampler(make_policy(tmp_path, random_model, "qwen4_exp_text", changes)).generate(PROMPTS, 8)
