@@ -27,7 +27,7 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8,
           "num_key_value_heads": 4}
-WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOW = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
 RECURRENT = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 8}, "phi3": {}, "olmo2": {}, "glm4": {},
@@ -52,8 +52,8 @@ FAMILIES = {
                    "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 4,
                    "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False},
 }
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [*range(20, 46)], [5], [7, 8], [*range(60, 72)]]
-ENDS = frozenset(range(0, 258, 9))  # so that lengths differ
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [*range(20, 46)], [5], [7, 8], [*range(60, 72)], [*range(99, 140)], [9] * 5]
+ENDS = frozenset(range(0, 258, 12))  # so that lengths differ
 TOKENS = 24
 
 
@@ -111,13 +111,19 @@ def naive_logprobs(policy, rollout):
     return logps_TV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
 
 
-@pytest.mark.parametrize("rows", (0, 4))
-def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, rows):
-    """Few rows: prompts wait and join, and copies of a prompt part."""
-    responses = [ids for ids, _ in Sampler(family.policy, rows).generate(PROMPTS, TOKENS, copies=2, temperature=0)]
-    for place, response in enumerate(responses):
-        assert_greedy(family.policy, PROMPTS[place // 2], response)
-    assert len({len(response) for response in responses}) > 2
+def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, monkeypatch):
+    """All rows at once, where copies of a prompt part, and in few rows, where prompts wait and then join."""
+    monkeypatch.setattr(sampling, "SEGMENT", 4)
+    joined, join = [], sampling._join
+    monkeypatch.setattr(sampling, "_join", lambda batch, other: joined.append(batch) or join(batch, other))
+    for rows, copies in ((0, 2), (4, 1)):
+        responses = [ids for ids, _ in Sampler(family.policy, rows).generate(PROMPTS, TOKENS, copies, temperature=0)]
+        for place, response in enumerate(responses):
+            assert_greedy(family.policy, PROMPTS[place // copies], response)
+        assert len({len(response) for response in responses}) > 2
+    can_grow = sampling._can_grow(sampling._empty_cache(family.policy.causal.config))
+    assert can_grow == (family.policy.causal.config.get_text_config().sliding_window is None)
+    assert can_grow == any(batch is not None for batch in joined)
 
 
 @torch.no_grad()
