@@ -53,7 +53,7 @@ FAMILIES = {
                    "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False},
 }
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [*range(20, 46)], [5], [7, 8], [*range(60, 72)], [*range(99, 140)], [9] * 5]
-ENDS = frozenset(range(0, 258, 12))  # so that lengths differ
+ENDS = frozenset(range(0, 258, 20))  # so that lengths differ
 TOKENS = 24
 
 
