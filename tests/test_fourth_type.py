@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import azr
 import tasks
 import train
-from azr import propose, solve
+from azr import Actor
+from conftest import Scripted
+from rewards import set_rewards
 
 BROKEN = "def f(x):\n    return x + 1"
 REPAIR = tasks.Kind(
@@ -22,7 +23,7 @@ REPAIR = tasks.Kind(
     complete=lambda task, runs: tasks.complete_triplet(task, runs) if runs[0].output != task.message else None,
     judge=lambda task, answer: [(answer, task.input, task.message)])
 CFG = SimpleNamespace(types=("repair",), batch=4, samples=4, references=1, inputs=4, max_prompt=9999,
-                      max_response=50, dedup=True, zero_learnability="paper")
+                      max_response=50, dedup=True, zero_learnability="paper", frame="long")
 
 
 def text(*blocks):
@@ -34,22 +35,21 @@ def repair(monkeypatch):
     monkeypatch.setitem(tasks.KINDS, "repair", REPAIR)
 
 
-def test_proposals_and_answers_are_judged_and_rewarded(policy, executor, monkeypatch):
+def test_proposals_and_answers_are_judged_and_rewarded(policy, executor):
     def task(program, wanted):
         return text(("python", program), ("input", "2"), ("message", wanted))
     says = [task(BROKEN, "4"), task(BROKEN + "  ", "5"), task("def f(x):\n    return 9", "9"), "no idea"]
     good, bad = text(("python", "def f(x):\n    return x + 2")), text(("python", BROKEN))
-    replies = {4: says, 1: [good, bad, bad, bad]}
-
-    def speak(policy, prompts, max_tokens, copies, greedy, temperature):
-        return [policy.tokenizer(reply).input_ids for reply in replies[len(prompts)]]
-    monkeypatch.setattr(azr, "generate", speak)
+    written, answered = iter(says), iter([good, bad, bad, bad, good, bad, bad, bad])  # 4 tries, 4 solutions
     buffer = tasks.TaskBuffer(10, random.Random(0))
-    rollouts, new, estimates = propose(policy, executor, buffer, CFG)
-    assert [r.verdict.value for r in rollouts] == ["valid", "repeat", "invalid", "truncated"]
-    assert [r.reward for r in rollouts] == [0.75, 0.0, -0.5, -1.0]  # solved by one of four
-    assert new == buffer.tasks["repair"] == [tasks.Task("repair", BROKEN, "2", "3", message="4")]
-    assert [r.reward for r in solve(policy, executor, new, CFG, copies=4)] == [1.0, -0.5, -0.5, -0.5]
+    sampler = Scripted(policy, lambda prompt: next(written if "Invent" in prompt else answered))
+    proposals, tries, solutions = Actor(policy, sampler, executor, CFG).self_play(buffer)
+    set_rewards(proposals, tries, solutions, CFG)
+    assert [r.verdict.value for r in proposals] == ["valid", "valid", "invalid", "truncated"]
+    assert [r.repeat for r in proposals] == [False, True, False, False]
+    assert [r.reward for r in proposals] == [0.75, 0.0, -0.5, -1.0]  # solved by one of four
+    assert buffer.tasks["repair"] == [tasks.Task("repair", BROKEN, "2", "3", message="4")]
+    assert [r.reward for r in tries] == [r.reward for r in solutions] == [1.0, -0.5, -0.5, -0.5]
 
 
 def test_three_steps_of_training(tmp_path):

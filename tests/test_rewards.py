@@ -3,11 +3,13 @@ import math
 import random
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import rewards
-from rewards import Verdict, composite_reward, is_correct, learnability, load_heldout, task_relative_advantages
+from azr import load_heldout
+from rewards import Rollout, Verdict, composite_reward, is_correct, learnability, reward, set_advantages, set_rewards, task_relative_advantages
 from tasks import Task, UsageError
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -187,7 +189,7 @@ def without(row, name):
     (without(TRIPLET_ROW, "output"), "there is no 'output'"), (without(TRIPLET_ROW, "input"), "there is no 'input'"),
     (without(PAIRS_ROW, "inputs"), "there is no 'inputs'"), (without(PAIRS_ROW, "outputs"), "there is no 'outputs'"),
     (without(TRIPLET_ROW, "split"), "there is no 'split'"), (PAIRS_ROW | {"inputs": [], "outputs": []}, "too few pairs"),
-    (PAIRS_ROW | {"inputs": ["1", "2", "3"]}, "too few pairs"), (TRIPLET_ROW | {"output": ""}, r"f\(2\) gives 4"), (PAIRS_ROW | {"inputs": "12"}, "is not text"),
+    (PAIRS_ROW | {"inputs": ["1", "2", "3"]}, "too few pairs"), (TRIPLET_ROW | {"output": ""}, r"f\(2\) gives 4"), (PAIRS_ROW | {"inputs": "12"}, "is not a list"),
     (TRIPLET_ROW | {"type": "magic"}, "unknown type 'magic'"), ({"split": "easy"}, "there is no 'type'"),
     (without(TRIPLET_ROW, "program"), "there is no 'program'"), (TRIPLET_ROW | {"program": 3}, "is not text"),
     (TRIPLET_ROW | {"output": None}, "is not text"), (PAIRS_ROW | {"inputs": ["1"], "outputs": ["2"]}, "too few pairs"),
@@ -228,3 +230,65 @@ def test_a_row_of_cruxeval_is_a_deduction_and_an_abduction_task(tmp_path, monkey
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: rows)
     assert load_heldout(source, executor=executor) == {
         "cruxeval": [Task(kind, DOUBLE, "2", "4") for kind in ("deduction", "abduction")]}
+
+
+# --- rewards and advantages of a step
+
+def rollouts_with(rewards):
+    return [Rollout(role, kind, [1], [2], reward=reward)
+            for (kind, role), values in rewards.items() for reward in values]
+
+
+REWARDS = {("deduction", "solve"): [1.0, -0.5, -0.5], ("deduction", "propose"): [0.75, 0.0, -1.0], ("induction", "solve"): [1.0, 1.0]}
+
+
+def test_advantages_are_per_type_and_role_and_lambda_weighs_the_solver():
+    plain, weighted = rollouts_with(REWARDS), rollouts_with(REWARDS)
+    for rollouts, weight in ((plain, 1.0), (weighted, 3.0)):
+        set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=weight, baseline="group"), random.Random(0))
+    assert [r.advantage for r in plain[:3]] == task_relative_advantages([1.0, -0.5, -0.5], "aaa")
+    assert [r.advantage for r in plain[-2:]] == [0.0, 0.0]
+    for a, b in zip(plain, weighted):
+        assert b.advantage == pytest.approx(a.advantage * (3.0 if a.role == "solve" else 1.0))
+
+
+def test_with_a_baseline_for_each_task_solutions_are_compared_with_those_of_their_task():
+    rollouts = rollouts_with({("deduction", "solve"): [1.0, 1.0, -0.5, 1.0, -1.0, 1.0, -0.5], ("deduction", "propose"): [0.75, 0.0]})
+    for rollout, task in zip(rollouts, "abababcd?"):
+        rollout.task = task
+    rollouts[6].task, rollouts[5].task = "c", "d"  # tried once each: compared with each other
+    set_advantages(rollouts, SimpleNamespace(shuffle_rewards=False, solve_weight=1.0, baseline="task"), random.Random(0))
+    for members in ([0, 2, 4], [1, 3], [5, 6], [7, 8]):
+        expected = task_relative_advantages([rollouts[i].reward for i in members], "a" * len(members))
+        assert [rollouts[i].advantage for i in members] == expected
+    assert rollouts[1].advantage == 0.0 != rollouts[0].advantage  # solved as always, and solved for once
+
+
+def test_shuffled_rewards_stay_in_their_group_and_rewards_are_kept_for_the_log():
+    seen = set()
+    for seed in range(20):
+        rollouts = rollouts_with(REWARDS)
+        set_advantages(rollouts, SimpleNamespace(shuffle_rewards=True, solve_weight=1.0, baseline="group"), random.Random(seed))
+        assert [r.reward for r in rollouts] == [r.reward for r in rollouts_with(REWARDS)]
+        assert sorted(r.advantage for r in rollouts[:3]) == pytest.approx(sorted(task_relative_advantages([1.0, -0.5, -0.5], "aaa")))
+        seen.add(tuple(r.advantage > 0 for r in rollouts[:3]))
+    assert len(seen) == 3  # the one good reward lands everywhere
+
+
+@pytest.mark.parametrize("verdict, solve_rate, zero, expected", [
+    (Verdict.CORRECT, None, 0.0, 1.0), (Verdict.WRONG, None, 0.0, -0.5), (Verdict.UNSAFE, None, 0.0, -0.5), (Verdict.INVALID, None, 0.0, -0.5),
+    (Verdict.MALFORMED, None, 0.0, -1.0), (Verdict.TRUNCATED, None, 0.0, -1.0), (Verdict.VALID, 0.25, 0.0, 0.75), (Verdict.VALID, 1.0, 0.0, 0.0),
+    (Verdict.VALID, 0.0, -0.5, -0.5), (Verdict.VALID, None, -0.5, 0.0)])
+def test_a_reward_follows_from_verdict_and_solve_rate(verdict, solve_rate, zero, expected):
+    assert reward(Rollout("solve", "deduction", [1], verdict=verdict, solve_rate=solve_rate), zero) == expected
+
+
+def test_solve_rates_are_those_of_a_tasks_own_tries():
+    one, two = Task("deduction", DOUBLE, "1", "2"), Task("deduction", DOUBLE, "2", "4")
+    proposals = [Rollout("propose", "deduction", [1], verdict=Verdict.VALID, task=task) for task in (one, two)]
+    proposals.append(Rollout("propose", "deduction", [1], verdict=Verdict.VALID, repeat=True))  # nobody tries it
+    tries = [Rollout("solve", "deduction", [1], task=task, verdict=verdict) for task, verdict in [
+        (two, Verdict.CORRECT), (one, Verdict.WRONG), (two, Verdict.CORRECT), (one, Verdict.CORRECT), (two, Verdict.WRONG), (two, Verdict.CORRECT)]]
+    set_rewards(proposals, tries, [], SimpleNamespace(zero_learnability="paper"))
+    assert [p.solve_rate for p in proposals] == [0.5, 0.75, None] and [p.reward for p in proposals] == [0.5, 0.25, 0.0]
+    assert [t.reward for t in tries] == [1.0, -0.5, 1.0, 1.0, -0.5, 1.0]
