@@ -30,7 +30,7 @@ import transformers
 from peft import (LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights,
                   set_peft_model_state_dict)
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
@@ -42,7 +42,9 @@ from sampling import Sampler, attends_to_all
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a table of the keys of a file
+# no table of the keys of a file; at another level this logger reports on tensor parallelism instead
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "LOAD REPORT" not in record.getMessage())
 
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
@@ -344,13 +346,10 @@ def _with_lora(model, used, rank):
     renamed = copy.deepcopy(config)
     convert_peft_config_for_transformers(renamed, model, None)
     if renamed.target_parameters:
-        config.target_modules = leaves & {*renamed.target_modules}
-        config.target_parameters = []
-        for name in names:
-            weight = ".".join([*name.split(".")[-2:], "weight"])
-            if name.rpartition(".")[2] not in config.target_modules and not _is_4bit(
-                    model.get_submodule(name)) and weight not in config.target_parameters:
-                config.target_parameters.append(weight)
+        config.target_modules = leaves & renamed.target_modules
+        taken = [name for name in names if name.rpartition(".")[2] not in config.target_modules
+                 and not _is_4bit(model.get_submodule(name))]
+        config.target_parameters = sorted({re.search(r"\w+\.\w+$", name)[0] + ".weight" for name in taken})
     peft_model = get_peft_model(model, config)
     _take_up(peft_model, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     return peft_model
@@ -391,25 +390,21 @@ def _is_4bit(module):
 def describe(policy):
     """What is trained, and how the rest is held. → one line
 
-    >>> describe(load_policy("tiny", device="cpu", lora_rank=4))
-    'LoRA of rank 4 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: ...'
+    >>> describe(policy)      # doctest: +SKIP
+    'LoRA of rank 8 on down_proj, q_proj, v_proj: 51,456 weights'
     """
     trained = policy.trainable()
     count = sum(weight.numel() for weight in trained.values())
-    total = sum(weight.numel() for weight in policy.causal.parameters())
     if policy.model is policy.causal:
-        return f"full fine-tuning of {count:,} of {total:,} weights"
-    rank = policy.model.peft_config["default"].r
+        return f"full fine-tuning of {count:,} weights"
     # the last part of a layer's name that is no number
     layers = {re.search(r"(\w+)(\.\d+)*\.lora_", name)[1] for name in trained}
+    rank = policy.model.peft_config["default"].r
     line = f"LoRA of rank {rank} on {', '.join(sorted(layers))}: {count:,} weights"
-    held = {True: 0, False: 0}  # bytes, by whether they are in 4 bits
-    for module in policy.causal.modules():
-        for weight in module.parameters(recurse=False):
-            if not weight.requires_grad:
-                held[_is_4bit(module) and weight.dtype == torch.uint8] += weight.numel() * weight.itemsize
-    if held[True]:
-        line += f"; {held[True] / 1e9:.1f} GB of the base are in 4 bits, and {held[False] / 1e9:.1f} GB are not"
+    held = policy.causal.get_memory_footprint() / 1e9
+    in_4bit = sum(module.weight.nbytes for module in policy.causal.modules() if _is_4bit(module)) / 1e9
+    if in_4bit:
+        line += f"; of {held:.1f} GB that it holds {in_4bit:.1f} GB are in 4 bits"
     return line
 
 
@@ -493,31 +488,20 @@ def save_policy(policy, folder):
     """
     # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
     policy.model.save_pretrained(folder, save_embedding_layers=False)
-    with _loading(f"the adapter that was written to {folder}"):
+    trained = policy.trainable()
+    with _loading(f"what was written to {folder}"):
         if policy.model is policy.causal:
             policy.tokenizer.save_pretrained(folder)
-            _count_weights(policy.causal, folder)
+            # names may be others in the files, where loading finds them: the size tells whether all are there
+            written = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+            if written < sum(weight.nbytes for weight in policy.causal.parameters()):
+                raise ValueError(f"{written} bytes are less than the model has.")
         else:
-            before = {name: weight.clone() for name, weight in policy.trainable().items()}
+            before = {name: weight.clone() for name, weight in trained.items()}
             _take_up(policy.model, load_peft_weights(folder, device=str(policy.device)))
-            for name, weight in policy.trainable().items():
-                if not torch.equal(weight, before[name]):
-                    raise ValueError(f"{name} comes back as other numbers")
-
-
-def _count_weights(model, folder):
-    """Raises ValueError unless the files hold as many weights as the model: a tied one counts once.
-
-    They may be split or joined under other names there, and loading undoes that.
-    """
-    written = 0
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                written += torch.Size(file.get_slice(name).get_shape()).numel()
-    held = sum(weight.numel() for weight in model.parameters())
-    if written < held:
-        raise ValueError(f"it holds {written} weights, and the model {held}")
+            changed = [name for name in trained if not torch.equal(trained[name], before[name])]
+            if changed:
+                raise ValueError(f"{len(changed)} weights come back as other numbers, such as {changed[0]}")
 
 
 # --- logprobs ---------------------------------------------------------------------------------------
