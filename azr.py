@@ -1,8 +1,7 @@
 """One policy, two roles: it proposes tasks, solves them, and is updated with TRR++.
 
-    propose       Algorithm 1: new tasks, sampled and validated
+    Actor         the policy at work; its `self_play` is Algorithm 1 up to the rewards
     accept        repeats out, the rest into the buffer
-    solve         answers, sampled and judged
     trr_update    one clipped policy-gradient step over all rollouts of a step
     policy_loss   equation 9, the place to change the loss
     heldout_accuracy   what the policy has learned: greedy answers to tasks that it never trained on
@@ -22,14 +21,16 @@ import contextlib
 import ctypes
 import json
 import math
+import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from model import TINY, response_logprobs
-from parallel import share, spread, sum_gradients
+from parallel import ranks, share, spread, sum_gradients
 from rewards import Rollout, Verdict, blame, equal, judge, mean_error
 from sampling import free_memory, inner_width
 from tasks import (KINDS, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance, parse_answer,
@@ -39,62 +40,223 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, and few rows of unequal length are padded
 
 
-# --- propose ----------------------------------------------------------------------------------------
+# --- self-play --------------------------------------------------------------------------------------
 
-def propose(policy, sampler, executor, buffer, cfg, types=None):
-    """cfg.batch proposals for each type (None: cfg.types), sampled and validated. → [Rollout]
+class Actor:
+    """The policy at work: it samples responses, and the sandbox runs what they wrote, both at the same time.
 
-    A valid one has its complete Task (with the outputs that the sandbox saw) in `.task`. For the others
-    `.reason` says why not.
+    sampler: a `sampling.Sampler`, or another class with its methods. clock: seconds by phase, "generate" in
+    the sampler and "execute" waiting for the sandbox.
     """
-    requests = []
-    for kind in types or cfg.types:
-        requests += [proposal_request(policy, buffer, kind, cfg) for _ in range(cfg.batch)]
 
-    def work(requests):
-        rollouts = sample(policy, sampler, requests, cfg.max_response)
-        settle(policy, executor, rollouts, cfg)
-        return rollouts
+    def __init__(self, policy, sampler, executor, cfg):
+        self.policy, self.sampler, self.executor, self.cfg = policy, sampler, executor, cfg
+        self.sandbox = ThreadPoolExecutor(1)  # one thread: an Executor is not for several at once
+        self.clock = Counter()
 
-    return spread(requests, work)
+    def self_play(self, buffer):
+        """A step of Algorithm 1 up to the rewards, in one stream. → proposals, tries, solutions
 
+        PROPOSE: for each type B new tasks, given K tasks from the buffer; those that are valid and new join
+        the buffer, and are tried n times. SOLVE: for each type B tasks, this step's new ones first.
 
-def proposal_request(policy, buffer, kind, cfg):
-    """The proposer's prompt, within cfg.max_prompt tokens. → Rollout without a response"""
-    references, program = [], ""
-    if KINDS[kind].own_program:
-        references = buffer.references(cfg.references)
-    else:
-        program = buffer.program()
-        if cfg.frame == "examples":  # the long question shows no references beside a given program
-            references = buffer.references(cfg.references, kind)
-    while True:
-        question = propose_prompt(kind, references, program, cfg.inputs, cfg.frame)
-        prompt_ids = policy.encode(question)
-        if len(prompt_ids) <= cfg.max_prompt:
-            break
-        if references:  # a long reference leaves, never half of it
-            references.pop()
-        elif program and program != ZERO_TRIPLET.program:
-            program = ZERO_TRIPLET.program
+        Nobody waits for the longest response: a proposal is run as soon as it has ended, and the tries and
+        the solution of its task join while other proposals are still being written. The rest of a type's
+        batch follows once all of its proposals are settled.
+        """
+        cfg = self.cfg
+        proposals = self.proposal_requests(buffer, cfg.types)
+        new, tries, solutions = [], [], []
+        unsettled = Counter(proposal.type for proposal in proposals)
+        waiting = [*proposals]
+        for settled in self.play(waiting):
+            written = [rollout for rollout in settled if rollout.role == "propose"]
+            tasks = accept(written, buffer, cfg)
+            new += tasks
+            tries_at_these = self.solver_requests(tasks, cfg.samples)
+            tries += tries_at_these
+            batch = [*tasks]
+            for proposal in written:
+                kind = proposal.type
+                unsettled[kind] -= 1
+                if not unsettled[kind]:  # how many are new is known, and the buffer gives the rest
+                    taken = [task for task in new if task.type == kind]
+                    batch += buffer.fill(kind, taken, cfg.batch)[len(taken):]
+            solutions_of_these = self.solver_requests(batch)
+            solutions += solutions_of_these
+            waiting += tries_at_these + solutions_of_these
+        return proposals, tries, solutions
+
+    def propose(self, buffer, types):
+        """cfg.batch proposals for each type, settled. → [Rollout]"""
+        return self.settle(self.proposal_requests(buffer, types))
+
+    def solve(self, tasks, temperature=1.0):
+        """An answer to each task, settled. → [Rollout], in the order of `tasks`. temperature 0 is greedy."""
+        return self.settle(self.solver_requests(tasks), temperature)
+
+    def settle(self, requests, temperature=1.0):
+        """Sample and judge all requests, in place. → requests"""
+        for _ in self.play([*requests], temperature):
+            pass
+        return requests
+
+    def play(self, waiting, temperature=1.0):
+        """Sample and judge the rollouts in `waiting`, in place; yields them in parts, as they are settled.
+
+        The caller may append to `waiting` between two parts. With several ranks each takes its share of
+        all that waits, and a part is all of it.
+        """
+        if ranks() == 1:
+            yield from self._play_alone(waiting, temperature)
+            return
+        while waiting:
+            part, waiting[:] = [*waiting], []
+            results = spread(part, lambda mine: self._settle_alone(mine, temperature))
+            for rollout, result in zip(part, results):
+                vars(rollout).update(vars(result))
+            yield part
+
+    def _settle_alone(self, requests, temperature):
+        for _ in self._play_alone([*requests], temperature):
+            pass
+        return requests
+
+    def _play_alone(self, waiting, temperature):
+        """`play` of one rank. What ended in a segment is run while the next one is sampled, and is settled at
+        the end of that: so the order of all random numbers depends on tokens alone, never on the clock."""
+        running = None
+        while waiting or running:
+            stream = self.sampler.stream(waiting, self.cfg.max_response, temperature)
+            ended = []
+            while ended is not None:
+                with self.timed("generate"):
+                    ended = next(stream, None)
+                if running:
+                    with self.timed("execute"):
+                        settled = running.settled()
+                    running = None
+                    yield settled
+                if ended:
+                    running = _Trial(self, ended)
+
+    @contextlib.contextmanager
+    def timed(self, phase):
+        """Adds the seconds spent inside to clock[phase]."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[phase] += time.perf_counter() - start
+
+    def proposal_requests(self, buffer, types):
+        """cfg.batch rollouts of the proposer for each type, without responses."""
+        requests = []
+        for kind in types:
+            requests += [self.proposal_request(buffer, kind) for _ in range(self.cfg.batch)]
+        return requests
+
+    def proposal_request(self, buffer, kind):
+        """The proposer's prompt, within cfg.max_prompt tokens. → Rollout without a response"""
+        cfg, references, program = self.cfg, [], ""
+        if KINDS[kind].own_program:
+            references = buffer.references(cfg.references)
         else:
-            raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
-                             f"{len(prompt_ids)} tokens")
-    shown = [task.program for task in references]
-    if cfg.frame == "examples":  # in which the identity is not shown
-        shown = [text for text in shown if text != ZERO_TRIPLET.program]
-    return Rollout("propose", kind, prompt_ids, program=program, references=shown)
+            program = buffer.program()
+            if cfg.frame == "examples":  # the long question shows no references beside a given program
+                references = buffer.references(cfg.references, kind)
+        while True:
+            question = propose_prompt(kind, references, program, cfg.inputs, cfg.frame)
+            prompt_ids = self.policy.encode(question)
+            if len(prompt_ids) <= cfg.max_prompt:
+                break
+            if references:  # a long reference leaves, never half of it
+                references.pop()
+            elif program and program != ZERO_TRIPLET.program:
+                program = ZERO_TRIPLET.program
+            else:
+                raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
+                                 f"{len(prompt_ids)} tokens")
+        shown = [task.program for task in references]
+        if cfg.frame == "examples":  # in which the identity is not shown
+            shown = [text for text in shown if text != ZERO_TRIPLET.program]
+        return Rollout("propose", kind, prompt_ids, program=program, references=shown)
+
+    def solver_requests(self, tasks, copies=1):
+        """`copies` rollouts of the solver for each task, next to each other, without responses."""
+        requests = []
+        for task in tasks:
+            prompt_ids = self.policy.encode(solve_prompt(task, self.cfg.frame))
+            requests += [Rollout("solve", task.type, prompt_ids, task=task) for _ in range(copies)]
+        return requests
 
 
-def accept(proposals, buffer, cfg):
+class _Trial:
+    """Sampled rollouts while the sandbox runs what they wrote. Texts are parsed and tokenized here, and only
+    the runs are left to the other thread, because a tokenizer is not for several threads."""
+
+    def __init__(self, actor, rollouts):
+        self.policy, self.cfg, self.rollouts = actor.policy, actor.cfg, rollouts
+        for rollout in rollouts:
+            rollout.response = self.policy.text(rollout.response_ids)
+        self.proposals = [rollout for rollout in rollouts if rollout.role == "propose"]
+        self.solutions = [rollout for rollout in rollouts if rollout.role == "solve"]
+        self.drafts = [parse_proposal(r.type, r.response, r.program, self.cfg.inputs) for r in self.proposals]
+        jobs = []
+        for draft in self.drafts:
+            if draft:
+                jobs += KINDS[draft.type].runs(draft)
+        self.runs = actor.sandbox.submit(actor.executor.validate, jobs)
+        tasks = [rollout.task for rollout in self.solutions]
+        answers = [parse_answer(rollout.type, rollout.response) for rollout in self.solutions]
+        self.verdicts = actor.sandbox.submit(judge, tasks, answers, actor.executor)
+
+    def settled(self):
+        """The rollouts with their verdicts and reasons, and with the task of a valid proposal."""
+        runs = iter(self.runs.result())
+        for proposal, draft in zip(self.proposals, self.drafts):
+            if draft:
+                own_runs = [next(runs) for _ in KINDS[draft.type].runs(draft)]
+                proposal.task, verdict, reason = self.completed(draft, own_runs)
+            else:
+                verdict, reason = Verdict.MALFORMED, ""
+            self.set_verdict(proposal, verdict, reason)
+        for solution, (verdict, reason) in zip(self.solutions, self.verdicts.result()):
+            self.set_verdict(solution, verdict, reason)
+        return self.rollouts
+
+    def completed(self, draft, runs):
+        """Make a well-formed proposal a task by its runs. → (Task or None, Verdict, reason)"""
+        task = KINDS[draft.type].complete(draft, runs)
+        if task is None:
+            verdict, reason = blame(runs, Verdict.INVALID)
+            # nothing failed, but the inputs are all the same, for example
+            return None, verdict, reason or f"its runs make no {draft.type} task"
+        problem = within_limits(task)
+        if not problem and len(self.policy.encode(solve_prompt(task, self.cfg.frame))) > self.cfg.max_prompt:
+            problem = f"the solver's prompt would be over {self.cfg.max_prompt} tokens"
+        if problem:
+            return None, Verdict.INVALID, f"too long: {problem}"
+        return task, Verdict.VALID, ""
+
+    def set_verdict(self, rollout, verdict, reason):
+        has_ended = rollout.response_ids[-1] in self.policy.end_ids or "</answer>" in rollout.response
+        if verdict is Verdict.MALFORMED and not has_ended:
+            verdict = Verdict.TRUNCATED
+        rollout.verdict, rollout.reason = verdict, reason
+
+
+def accept(proposals, buffer, cfg, types=None, limit=math.inf):
     """Put the valid proposals into the buffer, and mark repeats as such. → [Task], the new ones
+
+    types: the types that a task joins (None: its own; seeds are shared). limit: most new tasks.
 
     Not in the paper (--no-dedup): a program that was seen before earns nothing and is not stored. Without
     this the proposer finds that repeating one learnable program pays best.
     """
     new = []
     for proposal in proposals:
-        if proposal.task is None:
+        if proposal.task is None or len(new) == limit:
             continue
         is_repeat = buffer.is_repeat(proposal.task)
         if KINDS[proposal.type].own_program:
@@ -103,7 +265,8 @@ def accept(proposals, buffer, cfg):
             proposal.repeat, proposal.task = True, None
             continue
         proposal.traits |= traits_of(proposal, buffer)
-        buffer.add(proposal.task)
+        for kind in types or [proposal.type]:
+            buffer.add(replace(proposal.task, type=kind))
         new.append(proposal.task)
     return new
 
@@ -117,94 +280,6 @@ def traits_of(proposal, buffer):
             distances = [edit_distance(task.program, program) for program in proposal.references]
             traits["edit_distance"] = sum(distances) / len(distances)
     return traits
-
-
-# --- solve ------------------------------------------------------------------------------------------
-
-def solve(policy, sampler, executor, tasks, cfg, copies=1, temperature=1.0):
-    """Let the solver answer each task `copies` times, and judge the answers. → [Rollout]
-
-    In the order of `tasks`, the copies of a task next to each other. temperature 0 is greedy.
-    """
-    requests = [Rollout("solve", task.type, policy.encode(solve_prompt(task, cfg.frame)), task=task)
-                for task in tasks]
-
-    def work(requests):
-        rollouts = sample(policy, sampler, requests, cfg.max_response, copies, temperature)
-        settle(policy, executor, rollouts, cfg)
-        return rollouts
-
-    return spread(requests, work)
-
-
-# --- both roles -------------------------------------------------------------------------------------
-
-def sample(policy, sampler, requests, max_tokens, copies=1, temperature=1.0):
-    """`copies` responses to each request, next to each other, not yet judged. → [Rollout]"""
-    prompts = [request.prompt_ids for request in requests]
-    responses = iter(sampler.generate(prompts, max_tokens, copies, temperature))
-    rollouts = []
-    for request in requests:
-        for _ in range(copies):
-            ids, logps = next(responses)
-            rollouts.append(replace(request, response_ids=ids, logps=logps, response=policy.text(ids)))
-    return rollouts
-
-
-def settle(policy, executor, rollouts, cfg):
-    """Set the verdict of every sampled response, its reason, and the task of a valid proposal.
-
-    All runs of a role go to the sandbox together.
-    """
-    proposals = [rollout for rollout in rollouts if rollout.role == "propose"]
-    solutions = [rollout for rollout in rollouts if rollout.role == "solve"]
-    for proposal, (task, verdict, reason) in zip(proposals, _validated(policy, executor, proposals, cfg)):
-        proposal.task = task
-        _set_verdict(policy, proposal, verdict, reason)
-    answers = [parse_answer(solution.type, solution.response) for solution in solutions]
-    verdicts = judge([solution.task for solution in solutions], answers, executor)
-    for solution, (verdict, reason) in zip(solutions, verdicts):
-        _set_verdict(policy, solution, verdict, reason)
-
-
-def _set_verdict(policy, rollout, verdict, reason):
-    has_ended = rollout.response_ids[-1] in policy.end_ids or "</answer>" in rollout.response
-    if verdict is Verdict.MALFORMED and not has_ended:
-        verdict = Verdict.TRUNCATED
-    rollout.verdict, rollout.reason = verdict, reason
-
-
-def _validated(policy, executor, proposals, cfg):
-    """Run what the proposers wrote. → [(complete Task or None, Verdict, reason)]"""
-    drafts = [parse_proposal(r.type, r.response, r.program, cfg.inputs) for r in proposals]
-    jobs = []
-    for draft in drafts:
-        if draft:
-            jobs += KINDS[draft.type].runs(draft)
-    runs = iter(executor.validate(jobs))
-    outcomes = []
-    for draft in drafts:
-        if draft:
-            own_runs = [next(runs) for _ in KINDS[draft.type].runs(draft)]
-            outcomes.append(_completed(policy, draft, own_runs, cfg))
-        else:
-            outcomes.append((None, Verdict.MALFORMED, ""))
-    return outcomes
-
-
-def _completed(policy, draft, runs, cfg):
-    """Make a well-formed proposal a task by its runs. → (Task or None, Verdict, reason)"""
-    task = KINDS[draft.type].complete(draft, runs)
-    if task is None:
-        verdict, reason = blame(runs, Verdict.INVALID)
-        # nothing failed, but the inputs are all the same, for example
-        return None, verdict, reason or f"its runs make no {draft.type} task"
-    problem = within_limits(task)
-    if not problem and len(policy.encode(solve_prompt(task, cfg.frame))) > cfg.max_prompt:
-        problem = f"the solver's prompt would be over {cfg.max_prompt} tokens"
-    if problem:
-        return None, Verdict.INVALID, f"too long: {problem}"
-    return task, Verdict.VALID, ""
 
 
 # --- TRR++ ------------------------------------------------------------------------------------------
@@ -221,12 +296,17 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
     micro_tokens, halved if memory ran out. sampler_gap is the mean absolute difference, in nats over all
     response tokens, between these logprobs and those of the sampler (None if rollouts come without logps).
     It should be rounding: the sampler runs other kernels, while the loss takes the ratio of their
-    probabilities as 1. It also shows a sampler that missed an update. All but micro_tokens are None without
-    rollouts.
+    probabilities as 1. It also shows a sampler that missed an update. signal is the share of rollouts whose
+    advantage is not 0 (None without rollouts).
+
+    Without any signal there is no update, and the other figures are None. AdamW divides by the size of the
+    gradient, so the entropy bonus alone would move the weights as far as rewards do.
     """
     micro_tokens = micro_tokens or cfg.micro_tokens
-    metrics = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap"))
-    if not rollouts:  # --no-train-proposer, and no task to solve yet
+    metrics = dict.fromkeys(("loss", "entropy", "grad_norm", "sampler_gap", "signal"))
+    if rollouts:
+        metrics["signal"] = sum(rollout.advantage != 0 for rollout in rollouts) / len(rollouts)
+    if not metrics["signal"]:
         return metrics | {"micro_tokens": micro_tokens}
     longest = max(rollout.tokens for rollout in rollouts)
     policy.causal.train()
@@ -384,11 +464,10 @@ def fit_micro_tokens(policy, cfg, memory=None):
 
 # --- held-out tasks ---------------------------------------------------------------------------------
 
-def heldout_accuracy(policy, sampler, executor, tasks, cfg):
+def heldout_accuracy(actor, tasks):
     """Accuracy on held-out tasks, one greedy answer each. → {type: (accuracy, standard error)}"""
-    rollouts = solve(policy, sampler, executor, tasks, cfg, temperature=0)
     hits = defaultdict(list)
-    for rollout in rollouts:
+    for rollout in actor.solve(tasks, temperature=0):
         hits[rollout.type].append(rollout.verdict is Verdict.CORRECT)
     return {kind: mean_error(hits[kind]) for kind in KINDS if hits[kind]}
 

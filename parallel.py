@@ -2,16 +2,19 @@
 
 Each process, a *rank*, holds the whole policy, the same buffers, and the same random numbers for all that is
 chosen. They differ in what each samples and judges (`spread`), in its part of the gradient (`sum_gradients`),
-and in that rank 0 alone writes. Alone, every function here is idle. All travels by gloo, as in the tests.
+and in that rank 0 alone writes. With a single process, every function here does nothing. All communication
+uses gloo, also in the tests.
 """
 
 import contextlib
 import hashlib
 import os
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 PATIENCE = timedelta(minutes=30)  # how long ranks wait for the slowest; one that hangs ends all after this
 
@@ -40,13 +43,19 @@ def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text):
+    """Rank 0 says it on standard error, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
 def workers():
     """Sandbox workers of this rank, which shares the cores with others; None, for all cores, if alone."""
     return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks() > 1 else None
 
 
 def seed_sampling(rng):
-    """From here on each rank draws its own random numbers. One process alone draws on as it did."""
+    """From here on each rank draws its own random numbers. A single process's random state is left alone."""
     if ranks() > 1:
         torch.manual_seed(rng.getrandbits(60) + rank())
 
@@ -57,21 +66,31 @@ def share(rollouts, group=id):
     for rollout in rollouts:
         groups.setdefault(group(rollout), []).append(rollout)
     turns = [*range(ranks()), *reversed(range(ranks()))]
+    mine = []
     order = sorted(groups.values(), key=lambda members: -sum(rollout.tokens for rollout in members))
-    return [rollout for turn, members in enumerate(order) for rollout in members
-            if turns[turn % len(turns)] == rank()]
+    for turn, members in enumerate(order):
+        if turns[turn % len(turns)] == rank():
+            mine += members
+    return mine
 
 
 def spread(requests, work):
     """work(requests), which gives as many results for each, next to each other. → the same on every rank"""
     if ranks() == 1:
         return work(requests)
-    results = work(mine := share(requests))
+    mine = share(requests)
+    results = work(mine)
     each = len(results) // max(1, len(mine))
     place = {id(request): place for place, request in enumerate(requests)}
-    own = {place[id(request)]: results[turn * each:(turn + 1) * each] for turn, request in enumerate(mine)}
-    found = {place: part for parts in gather(own) for place, part in parts.items()}
-    return [result for place in range(len(requests)) for result in found[place]]
+    own = {}
+    for turn, request in enumerate(mine):
+        own[place[id(request)]] = results[turn * each:(turn + 1) * each]
+    found, ordered = {}, []
+    for parts in gather(own):
+        found |= parts
+    for place in range(len(requests)):
+        ordered += found[place]
+    return ordered
 
 
 def sum_gradients(parameters, figures):
@@ -106,7 +125,8 @@ def check_same(tensors):
     for tensor in tensors if ranks() > 1 else ():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digests = gather(digest.digest())
-    if strangers := [rank for rank in range(ranks()) if digests[rank] != digests[0]]:
+    strangers = [rank for rank in range(ranks()) if digests[rank] != digests[0]]
+    if strangers:
         raise RankError(f"the weights of ranks {strangers} are not those of rank 0")
 
 

@@ -256,31 +256,50 @@ class _LogprobRecorder(LogitsProcessor):
 
 @dataclass(eq=False)
 class Completion:
-    """A request for one response, and the response as far as it is sampled."""
+    """A request for one response, and the response as far as it is sampled. A rollout is one as well."""
 
     prompt_ids: list
-    max_tokens: int
-    ids: list = field(default_factory=list)
-    logps: list = field(default_factory=list)  # of each of these, in nats, at temperature 1
-
-    @property
-    def text_ids(self):
-        return [*self.prompt_ids, *self.ids]
+    response_ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)  # of each response token, in nats, at temperature 1
 
 
-class Sampler:
+class AnySampler:
+    """What a sampler has to do. Whoever samples elsewhere, for example with a server, writes two methods.
+
+    mean_tokens: of the responses sampled last; part of a checkpoint.
+    """
+
+    mean_tokens = math.inf
+
+    def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
+        """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt; see `Sampler.generate`"""
+        raise NotImplementedError
+
+    def refresh(self, policy):
+        """Take up the policy's weights after an update."""
+
+    def stream(self, waiting, max_tokens, temperature=1.0):
+        """Sample all of `waiting`, a list that the caller may append to; yields completions that have ended.
+
+        A sampler that takes no requests while it runs samples all that wait, again and again.
+        """
+        while waiting:
+            ended, waiting[:] = [*waiting], []
+            prompts = [completion.prompt_ids for completion in ended]
+            responses = self.generate(prompts, max_tokens, temperature=temperature)
+            for completion, (ids, logps) in zip(ended, responses, strict=True):
+                completion.response_ids, completion.logps = ids, logps
+            yield ended
+
+
+class Sampler(AnySampler):
     """Samples responses from a policy, from the whole distribution (no top-k, no top-p).
 
-    rows: most responses sampled at once; 0: as many as memory allows. Whoever samples elsewhere, for example
-    with a server, writes a class with the methods `generate` and `refresh`.
+    rows: most responses sampled at once; 0: as many as memory allows.
     """
 
     def __init__(self, policy, rows=0):
         self.policy, self.rows = policy, rows
-        self.mean_tokens = math.inf  # of the responses sampled last: rows are planned by it
-
-    def refresh(self, policy):
-        """Take up the weights after an update. They are shared here, so there is nothing to do."""
 
     def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
         """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt
@@ -295,16 +314,13 @@ class Sampler:
         """
         completions = []
         for prompt in prompts:
-            completions += [Completion(prompt, max_tokens) for _ in range(copies)]
-        # longest prompts first, so that later ones fit in beside them
-        for _ in self.stream(sorted(completions, key=lambda c: -len(c.prompt_ids)), temperature):
+            completions += [Completion(prompt) for _ in range(copies)]
+        for _ in self.stream([*completions], max_tokens, temperature):
             pass
-        if completions:
-            self.mean_tokens = sum(len(c.ids) for c in completions) / len(completions)
-        return [(c.ids, c.logps) for c in completions]
+        return [(c.response_ids, c.logps) for c in completions]
 
     @torch.no_grad()
-    def stream(self, waiting, temperature=1.0):
+    def stream(self, waiting, max_tokens, temperature=1.0):
         """Sample all of `waiting`; yields, segment by segment, the completions that have ended in it.
 
         waiting: [Completion], emptied from the front; the caller may append to it between two segments.
@@ -315,25 +331,28 @@ class Sampler:
         so far. Rows that then grow too long for it wait, and are read again with what they have said; the
         same after running out of GPU memory, with half the rows.
         """
-        policy = self.policy
+        policy, sampled = self.policy, []
         policy.causal.eval()
+        waiting.sort(key=lambda c: -len(c.prompt_ids))  # so that later ones fit in beside the longest
         free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
         least = SEGMENT * 4 if graphs else SEGMENT
         while waiting or batch:
             busy = batch.completions if batch else []
-            widest = max(len(c.text_ids) for c in [*busy, *waiting])
+            widest = max(len(c.prompt_ids) + len(c.response_ids) for c in [*busy, *waiting])
             if len(busy) > self._rows_that_fit(free, widest + least):
                 waiting[:0], batch = busy, None  # read again, fewer at once
                 continue
-            expected = min(max(c.max_tokens for c in [*busy, *waiting]), self.mean_tokens)
-            rows = self._rows_that_fit(free, widest + least + expected)
+            rows = self._rows_that_fit(free, widest + least + min(max_tokens, self.mean_tokens))
             has_room = not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4
             joining = waiting[:rows - len(busy)] if has_room else []
             try:
                 with policy.autocast():
                     if joining:
                         batch = _join(batch, _prefill(policy, joining))
-                    added_BN, logps_BN = self._decode_segment(batch, least, temperature, graphs)
+                    tokens = min(len(c.response_ids) for c in batch.completions) // 4
+                    room = max_tokens - max(len(c.response_ids) for c in batch.completions)
+                    tokens = min(max(tokens, least), room)
+                    added_BN, logps_BN = self._decode_segment(batch, tokens, temperature, graphs)
             except torch.OutOfMemoryError:
                 self.rows = min(rows, len(busy) + len(waiting)) // 2
                 if not self.rows:
@@ -342,20 +361,20 @@ class Sampler:
                 waiting[:0], batch = busy, None
                 continue
             del waiting[:len(joining)]
-            batch, ended = _harvest(policy, batch, added_BN, logps_BN)
+            batch, ended = _harvest(policy, batch, added_BN, logps_BN, max_tokens)
+            sampled += [len(completion.response_ids) for completion in ended]
             yield ended
+        if sampled:
+            self.mean_tokens = sum(sampled) / len(sampled)
 
-    def _decode_segment(self, batch, least, temperature, graphs):
-        """Let every row of the batch go on by a number of tokens. → these ids_BN, their logps_BN"""
+    def _decode_segment(self, batch, tokens, temperature, graphs):
+        """Let every row of the batch go on by so many tokens. → these ids_BN, their logps_BN"""
         policy = self.policy
         if temperature:
             options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0,
                        "repetition_penalty": 1.0}
         else:
             options = {"do_sample": False}
-        room = min(c.max_tokens - len(c.ids) for c in batch.completions)
-        youngest = min(len(c.ids) for c in batch.completions)
-        tokens = min(room, max(least, youngest // 4))
         width, recorder = batch.ids_BT.shape[1], _LogprobRecorder()
         with _Replay(policy.causal, batch, tokens) if graphs else contextlib.nullcontext():
             batch.ids_BT = policy.causal.generate(
@@ -381,17 +400,17 @@ class Sampler:
         return max(1, min(ROWS, int(0.6 * free / per_row)))
 
 
-def _harvest(policy, batch, added_BN, logps_BN):
+def _harvest(policy, batch, added_BN, logps_BN, max_tokens):
     """Append a segment's tokens to the completions of a batch. → (batch of the unfinished or None, ended)"""
     ended, alive = [], []
     for row, completion in enumerate(batch.completions):
-        before = len(completion.ids)
-        completion.ids += added_BN[row].tolist()
+        before = len(completion.response_ids)
+        completion.response_ids += added_BN[row].tolist()
         completion.logps += logps_BN[row].tolist()
-        end = _end_of(policy, completion.ids, before)
+        end = _end_of(policy, completion.response_ids, before)
         if end is not None:
-            del completion.ids[end:], completion.logps[end:]
-        if end is None and len(completion.ids) < completion.max_tokens:
+            del completion.response_ids[end:], completion.logps[end:]
+        if end is None and len(completion.response_ids) < max_tokens:
             alive.append(row)
         else:
             ended.append(completion)
@@ -409,7 +428,7 @@ def _prefill(policy, completions):
     """
     texts = {}  # → its place
     for completion in completions:
-        texts.setdefault((*completion.text_ids,), len(texts))
+        texts.setdefault(_text_of(completion), len(texts))
     width = max(2, *map(len, texts))  # at least one column for the cache
     cache = DynamicCache(config=policy.causal.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -424,10 +443,13 @@ def _prefill(policy, completions):
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
-    places = [texts[(*completion.text_ids,)] for completion in completions]
-    rows = torch.tensor(places, device=policy.device)
+    rows = torch.tensor([texts[_text_of(completion)] for completion in completions], device=policy.device)
     cache.batch_select_indices(rows)
     return _Batch(ids_BT[rows], mask_BT[rows], cache, list(completions))
+
+
+def _text_of(completion):
+    return *completion.prompt_ids, *completion.response_ids
 
 
 def _end_of(policy, ids, checked):

@@ -18,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # else each run of a model that is not shipp
 
 import torch  # noqa: E402
 
+from sampling import AnySampler  # noqa: E402
+
 # a shell starts its background jobs with Ctrl-C ignored, and what the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
@@ -112,6 +114,21 @@ def make_random_model(folder, seed=0, vocab_size=None, **changes):
     return str(folder)
 
 
+class Scripted(AnySampler):
+    """A stand-in for a sampler: reply(prompt) is the text that the model answers. All else is real."""
+
+    def __init__(self, policy, reply):
+        self.policy, self.reply = policy, reply
+
+    def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
+        responses = []
+        for prompt in prompts:
+            for _ in range(copies):
+                ids = self.policy.tokenizer(self.reply(self.policy.decode(prompt))).input_ids
+                responses.append((ids, [-1.0] * len(ids)))
+        return responses
+
+
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     return make_random_model(tmp_path_factory.mktemp("random-model"))
@@ -120,7 +137,7 @@ def random_model(tmp_path_factory):
 @pytest.fixture
 def policy(random_model):
     """The random model with LoRA whose B matrices are not zero, so that the adapter matters."""
-    from azr import load_policy
+    from model import load_policy
     torch.manual_seed(1)
     policy = load_policy(random_model, lora_rank=4, device="cpu")
     for name, weight in policy.trainable().items():

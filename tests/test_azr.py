@@ -1,7 +1,9 @@
 """The policy and the update against oracles that are slow and obvious, on a small random model."""
 
+import itertools
 import math
 import random
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +12,13 @@ import torch
 from transformers import Qwen2Config
 
 import azr
-from azr import (Rollout, UsageError, clipped_loss, generate, load_policy, micro_batches, propose, resolve_model,
-                 response_logprobs, solve, trr_update)
-from rewards import task_relative_advantages
-from sampling import attends_to_all
-from tasks import KINDS, ZERO_TRIPLET, Task, TaskBuffer, edit_distance, propose_prompt
-from conftest import make_random_model
+import model
+from azr import Actor, accept, heldout_accuracy, micro_batches, policy_loss, trr_update
+from conftest import Scripted, make_random_model
+from model import load_policy, resolve_model, response_logprobs
+from rewards import Rollout, set_rewards, task_relative_advantages
+from sampling import Sampler, attends_to_all
+from tasks import KINDS, ZERO_TRIPLET, Task, TaskBuffer, UsageError, edit_distance, propose_prompt
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
 
@@ -23,15 +26,25 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
 def config(**changes):
     return SimpleNamespace(**{
         "micro_tokens": 400, "clip": 0.2, "entropy_coef": 0.0, "max_grad_norm": 1e9, "types": ("deduction", "abduction", "induction"),
-        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "zero_learnability": "paper"} | changes)
+        "batch": 2, "samples": 4, "references": 2, "inputs": 4, "max_prompt": 9999, "max_response": 50, "dedup": True, "zero_learnability": "paper",
+        "frame": "long"} | changes)
+
+
+def generate(policy, prompts, max_tokens, copies=1, greedy=False):
+    """The ids alone."""
+    return [ids for ids, _ in Sampler(policy).generate(prompts, max_tokens, copies, 0 if greedy else 1.0)]
+
+
+def logprobs(policy, rollouts, chunk=None):
+    return response_logprobs(policy, [[rollout] for rollout in rollouts], chunk)
 
 
 def rollouts_of(policy, advantages, seed=0, max_tokens=20):
     torch.manual_seed(seed)
     prompts = [[3, 1, 4, 1, 5][: 1 + i % 5] for i in range(len(advantages))]
-    responses = generate(policy, prompts, max_tokens)
-    return [Rollout("solve", "deduction", prompt, ids, "", advantage=advantage)
-            for prompt, ids, advantage in zip(prompts, responses, advantages)]
+    responses = Sampler(policy).generate(prompts, max_tokens)
+    return [Rollout("solve", "deduction", prompt, ids, logps, advantage=advantage)
+            for prompt, (ids, logps), advantage in zip(prompts, responses, advantages)]
 
 
 def naive_logprobs(policy, rollout, softcap=None):
@@ -56,7 +69,7 @@ def test_trained_tokens_are_the_sampled_ones_when_text_would_not_round_trip(poli
     """Half a character decodes to a replacement character; ids made from text would differ."""
     rollouts = rollouts_of(policy, [1.0] * 8)
     assert any(policy.tokenizer(policy.text(r.response_ids)).input_ids != r.response_ids for r in rollouts)
-    logps_N, _ = response_logprobs(policy, rollouts)
+    logps_N, _ = logprobs(policy, rollouts)
     assert len(logps_N) == sum(len(r.response_ids) for r in rollouts)
     assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
 
@@ -79,7 +92,7 @@ def test_chunked_logprobs_and_entropies_against_log_softmax(random_model, chunk,
     for chunked in (True, False):
         policy.causal.zero_grad()
         if chunked:
-            logps_N, entropies_N = response_logprobs(policy, rollouts, chunk)
+            logps_N, entropies_N = logprobs(policy, rollouts, chunk)
         else:
             pairs = [naive_logprobs(policy, r, softcap) for r in rollouts]
             logps_N, entropies_N = (torch.cat(parts) for parts in zip(*pairs))
@@ -97,7 +110,7 @@ def test_logits_are_never_there_for_more_than_a_chunk(policy, monkeypatch):
     head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
     rollouts = rollouts_of(policy, [1.0] * 9)
     seen.clear()
-    response_logprobs(policy, rollouts, 16)[0].sum().backward()
+    logprobs(policy, rollouts, 16)[0].sum().backward()
     assert max(seen) == 16 and len(seen) > 4
 
 
@@ -106,8 +119,8 @@ def test_clip_cuts_on_the_correct_side():
     for advantage, ratio, free in ((1.0, 1.5, False), (1.0, 0.5, True), (-1.0, 0.5, False), (-1.0, 1.5, True),
                                    (1.0, 1.1, True), (-1.0, 0.9, True)):
         new = torch.tensor([math.log(ratio)], requires_grad=True)
-        loss = clipped_loss(new, torch.zeros(1), torch.tensor([advantage]), 0.2)
-        loss.sum().backward()
+        loss = policy_loss(new, torch.zeros(1), torch.tensor([advantage]), torch.tensor([1]), 1, config())
+        loss.backward()
         assert (new.grad.item() != 0) == free, (advantage, ratio)
         assert loss.item() == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
 
@@ -133,11 +146,23 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy):
 
 
 def test_entropy_bonus_raises_entropy(policy):
-    rollouts = rollouts_of(policy, [0.0] * 4)
+    rollouts = rollouts_of(policy, [1e-30] * 4)
     first = trr_update(policy, sgd(policy, 0.05), rollouts, config(entropy_coef=1.0))
     second = trr_update(policy, sgd(policy, 0.05), rollouts, config(entropy_coef=1.0))
     assert second["entropy"] > first["entropy"]
     assert first["entropy"] == pytest.approx(-first["loss"], rel=1e-4)
+
+
+def test_a_step_without_a_signal_changes_nothing(policy):
+    """AdamW divides by the gradient's size, so an entropy bonus alone would move weights as far as rewards do."""
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    metrics = trr_update(policy, optimizer, rollouts_of(policy, [0.0] * 4), config(entropy_coef=1.0))
+    assert metrics == {"loss": None, "entropy": None, "grad_norm": None, "sampler_gap": None, "signal": 0, "micro_tokens": 400}
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+    assert trr_update(policy, optimizer, [], config())["signal"] is None
+    assert trr_update(policy, optimizer, rollouts_of(policy, [0.0, 0.0, 1.0, 0.0]), config())["signal"] == 0.25
+    assert not all(torch.equal(before[name], p) for name, p in policy.trainable().items())
 
 
 def test_micro_batching_changes_neither_loss_nor_gradient(policy):
@@ -145,7 +170,7 @@ def test_micro_batching_changes_neither_loss_nor_gradient(policy):
     results = []
     for budget in (1, 60, 10 ** 6):
         policy.causal.zero_grad()
-        loss, entropy = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
+        loss, entropy, _ = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
         results.append((len(micro_batches(rollouts, budget)), loss, entropy, gradients(policy)))
     assert results[0][0] == 7 and results[2][0] == 1 and 1 < results[1][0] < 7
     for _, loss, entropy, grads in results[:2]:
@@ -170,7 +195,7 @@ def test_a_prompt_read_once_for_all_its_responses_changes_neither_loss_nor_gradi
     policy.causal.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].numel()))
     for policy.shares_prompts in (False, True):
         policy.causal.zero_grad()
-        loss, entropy = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
+        loss, entropy, _ = azr._accumulate_gradients(policy, rollouts, budget, config(entropy_coef=0.01))
         results.append((loss, entropy, gradients(policy), sum(read)))
         read.clear()
     (loss, entropy, grads, alone), (shared_loss, shared_entropy, shared_grads, together) = results
@@ -232,11 +257,10 @@ def test_out_of_memory_halves_the_micro_batch_and_drops_nothing(policy, monkeypa
         return real(policy, batch)
 
     monkeypatch.setattr(azr, "response_logprobs", scarce)
-    monkeypatch.setattr(azr, "sampler_gap", lambda policy, rollouts, budget: None)
     cfg = config(micro_tokens=10 ** 3 if fails == "first" else 2 * max(r.tokens for r in rollouts))
     with pytest.warns(UserWarning, match="out of GPU memory"):
-        trr_update(policy, sgd(policy), rollouts, cfg)
-    assert (sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] if fails == "first" else sizes[0] == 2) and policy.micro_tokens < cfg.micro_tokens
+        metrics = trr_update(policy, sgd(policy), rollouts, cfg)
+    assert (sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] if fails == "first" else sizes[0] == 2) and metrics["micro_tokens"] < cfg.micro_tokens
     for name, p in policy.trainable().items():
         assert torch.allclose(before[name] - p.detach(), expected[name], atol=1e-6), name
 
@@ -265,7 +289,7 @@ def test_fp16_gradients_do_not_underflow_over_many_tokens(random_model):
         rng = random.Random(0)
         rollouts = [Rollout("solve", "deduction", [3, 1, 4], rng.choices(range(256), k=250), "", advantage=rng.gauss(0, 1))
                     for _ in range(160)]
-        loss, _ = azr._accumulate_gradients(policy, rollouts, 4096, config())
+        loss, _, _ = azr._accumulate_gradients(policy, rollouts, 4096, config())
         grads.append(torch.cat([grad.flatten() for name, grad in gradients(policy).items() if "lora_B" in name]))
     assert loss == pytest.approx(-sum(r.advantage for r in rollouts) / 160, abs=1e-4)
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.02
@@ -279,39 +303,35 @@ def test_a_gradient_that_is_not_finite_skips_the_step(policy, monkeypatch):
     assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
 
 
-def test_the_sampler_gap_is_that_of_the_kernels(policy, monkeypatch):
-    policy.end_ids = frozenset()
+def test_the_sampler_gap_is_the_difference_of_all_logprobs(policy):
     rollouts = rollouts_of(policy, [1.0] * 20, max_tokens=40)
-    rollouts[0].response_ids[3] = policy.pad_id  # also the model's own end token, in the midst of a response
-    assert 0 < azr.sampler_gap(policy, rollouts) < 1e-5
-    assert 0 < azr.sampler_gap(policy, rollouts[:1]) < 1e-5
-    assert azr.sampler_gap(policy, rollouts_of(policy, [1.0] * 3, max_tokens=10)) is None  # all are short
-    real = azr.decoded_logprobs
-    monkeypatch.setattr(azr, "decoded_logprobs", lambda *some: real(*some) + 0.25)
-    assert trr_update(policy, sgd(policy), rollouts, config())["sampler_gap"] == pytest.approx(0.25, abs=1e-4)
-    compared = []
-    monkeypatch.setattr(azr, "decoded_logprobs", lambda policy, some, tokens: compared.append(len(some)) or real(policy, some, tokens))
-    for number in (1, 7, 8, 9, 16, 20):
-        azr.sampler_gap(policy, rollouts[:number], tokens=4)
-    assert compared == [1, 7, 8, 5, 8, 7]  # every first, second or third one
+    assert 0 < trr_update(policy, sgd(policy, 0.0), rollouts, config())["sampler_gap"] < 1e-5
+    rollouts[3].logps[0] += 0.5
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    assert trr_update(policy, sgd(policy, 0.0), rollouts, config())["sampler_gap"] == pytest.approx(0.5 / tokens, rel=1e-2)
+    rollouts[0].logps = []
+    assert trr_update(policy, sgd(policy, 0.0), rollouts, config())["sampler_gap"] is None
+
+
+def test_the_sampler_gap_shows_a_sampler_whose_weights_are_a_step_old(policy):
+    rollouts = rollouts_of(policy, [1.0, -1.0] * 5)
+    first = trr_update(policy, torch.optim.AdamW(policy.trainable().values(), lr=1e-3), rollouts, config())
+    stale = trr_update(policy, sgd(policy, 0.0), rollouts, config())
+    assert stale["sampler_gap"] > 100 * first["sampler_gap"]
 
 
 def test_on_a_cpu_micro_batches_follow_from_free_memory(random_model, monkeypatch):
     monkeypatch.setattr(azr, "free_memory", lambda device: 2 ** 23)
     policy = load_policy(random_model, lora_rank=4, device="cpu")
-    line = azr.forecast(policy, config(micro_tokens=10 ** 6))
-    assert 1 < policy.micro_tokens < 2000 and f"at most {policy.micro_tokens:,} tokens" in line
+    assert 1 < azr.fit_micro_tokens(policy, config(micro_tokens=10 ** 6)) < 2000
     monkeypatch.setattr(azr.ctypes, "CDLL", lambda name: pytest.fail("memory is given back, which takes time"))
-    azr.forecast(policy, config(micro_tokens=10))
-    assert policy.micro_tokens == 10
+    assert azr.fit_micro_tokens(policy, config(micro_tokens=10)) == 10
     monkeypatch.setattr(azr, "free_memory", lambda device: 2 ** 40)
-    azr.forecast(policy, config(micro_tokens=10 ** 6))
-    assert policy.micro_tokens == azr.CPU_TOKENS
+    assert azr.fit_micro_tokens(policy, config(micro_tokens=10 ** 6)) == azr.CPU_TOKENS
     sizes, real = [], azr.response_logprobs
     monkeypatch.setattr(azr, "response_logprobs", lambda policy, batch: sizes.append(
         len(batch) * max(r.tokens for row in batch for r in row)) or real(policy, batch))
-    policy.micro_tokens = 100
-    trr_update(policy, sgd(policy), rollouts_of(policy, [1.0] * 12), config(micro_tokens=10 ** 6))
+    trr_update(policy, sgd(policy), rollouts_of(policy, [1.0] * 12), config(micro_tokens=10 ** 6), micro_tokens=100)
     assert len(sizes) > 1 and max(sizes) <= 100
     assert policy.causal.is_gradient_checkpointing
     assert not load_policy("tiny", device="cpu").causal.is_gradient_checkpointing
@@ -339,21 +359,22 @@ def answer(text):
     return f" ...</think>\n<answer>\n{text}\n</answer>"
 
 
-def script(policy, monkeypatch, reply):
-    """Let `reply(prompt, copy)` say what the model answers; everything else stays real."""
-    def scripted(policy, prompts, max_tokens, copies, greedy, temperature):
-        return [policy.tokenizer(reply(policy.decode(prompt), copy)).input_ids
-                for prompt in prompts for copy in range(copies)]
-    monkeypatch.setattr(azr, "generate", scripted)
-
-
-def propose_once(policy, executor, monkeypatch, proposals, solver, cfg=None, buffer=None):
-    """proposals: what the proposer says, one after the other; solver(copy) → its answer's text."""
-    queue = iter(proposals)
-    script(policy, monkeypatch, lambda prompt, copy: solver(copy) if "Invent" not in prompt else next(queue))
+def play_once(policy, executor, proposals, solver, cfg=None, buffer=None):
+    """A step with rewards. proposals: what the proposer says, one after the other; solver(copy) → the copy-th answer
+    to a task: first its n tries, then its solution. → buffer, proposals, tries, solutions"""
+    written, copies = iter(proposals), defaultdict(itertools.count)
+    sampler = Scripted(policy, lambda prompt: next(written) if "Invent" in prompt else solver(next(copies[prompt])))
     buffer = buffer or TaskBuffer(100, random.Random(0))
     cfg = cfg or config(types=("deduction",), batch=len(proposals))
-    return buffer, *propose(policy, executor, buffer, cfg)
+    rollouts = Actor(policy, sampler, executor, cfg).self_play(buffer)
+    set_rewards(*rollouts, cfg)
+    return buffer, *rollouts
+
+
+def propose_once(*arguments, **options):
+    """→ buffer, proposals, new tasks, tries"""
+    buffer, proposals, tries, _ = play_once(*arguments, **options)
+    return buffer, proposals, [proposal.task for proposal in proposals if proposal.task], tries
 
 
 def block(program, text):
@@ -364,9 +385,9 @@ ADD = "def f(x):\n    return x + 1"
 
 
 @pytest.mark.parametrize("correct_copies, reward", [((), 0.0), ((0,), 0.75), ((0, 2, 3), 0.25), ((0, 1, 2, 3), 0.0)])
-def test_proposer_reward_is_learnability(policy, executor, monkeypatch, correct_copies, reward):
+def test_proposer_reward_is_learnability(policy, executor, correct_copies, reward):
     buffer, rollouts, tasks, estimates = propose_once(
-        policy, executor, monkeypatch, [block(ADD, "2")],
+        policy, executor, [block(ADD, "2")],
         lambda copy: answer("```output\n3\n```" if copy in correct_copies else "```output\n4\n```"))
     (rollout,) = rollouts
     assert (rollout.verdict, rollout.reward, rollout.solve_rate) == ("valid", reward, len(correct_copies) / 4)
@@ -375,8 +396,8 @@ def test_proposer_reward_is_learnability(policy, executor, monkeypatch, correct_
     assert [r.reward for r in estimates] == [1.0 if copy in correct_copies else -0.5 for copy in range(4)]
 
 
-def test_official_zero_learnability(policy, executor, monkeypatch):
-    _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: answer("3"),
+def test_official_zero_learnability(policy, executor):
+    _, (rollout,), _, _ = propose_once(policy, executor, [block(ADD, "2")], lambda copy: answer("3"),
                                        config(types=("deduction",), batch=1, zero_learnability="official"))
     assert rollout.solve_rate == 1.0 and rollout.reward == -0.5
 
@@ -394,29 +415,30 @@ def test_official_zero_learnability(policy, executor, monkeypatch):
     (block("def f(x):\n    return " + "-" * 1100 + "x", "1"), -0.5, "nested"),
     (block("def f(x):\n    return " + " + ".join("x" * 400), "1"), -0.5, "nested"),
 ])
-def test_invalid_proposals_are_penalised_and_not_kept(policy, executor, monkeypatch, response, reward, verdict):
-    buffer, (rollout,), tasks, estimates = propose_once(policy, executor, monkeypatch, [response], lambda copy: "")
+def test_invalid_proposals_are_penalised_and_not_kept(policy, executor, response, reward, verdict):
+    buffer, (rollout,), tasks, estimates = propose_once(policy, executor, [response], lambda copy: "no")
     assert rollout.reward == reward and (verdict in (rollout.verdict.value, "") or verdict in rollout.reason) and rollout.task is None
     assert tasks == estimates == [] and len(buffer.tasks["deduction"]) == 1
 
 
-def test_repeated_programs_earn_nothing_unless_asked(policy, executor, monkeypatch):
+def test_repeated_programs_earn_nothing_unless_asked(policy, executor):
     twice = [block(ADD, "2"), block("def f(x):\n    # again\n    return (x + 1)", "5")]
     solver = lambda copy: answer("3" if copy else "4")  # noqa: E731
-    buffer, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver)
-    assert [r.verdict for r in rollouts] == ["valid", "repeat"] and rollouts[1].reward == 0.0 and len(tasks) == 1
-    _, rollouts, tasks, _ = propose_once(policy, executor, monkeypatch, twice, solver,
+    buffer, rollouts, tasks, _ = propose_once(policy, executor, twice, solver)
+    assert [(r.verdict, r.repeat) for r in rollouts] == [("valid", False), ("valid", True)]
+    assert rollouts[1].reward == 0.0 and rollouts[1].task is None and len(tasks) == 1
+    _, rollouts, tasks, _ = propose_once(policy, executor, twice, solver,
                                          config(types=("deduction",), batch=2, dedup=False))
     assert [r.verdict for r in rollouts] == ["valid", "valid"] and len(tasks) == 2
     assert [r.traits["unique_ast"] for r in rollouts] == [True, False]  # the log sees a repeat also where it is paid
 
 
-def test_induction_proposals_keep_the_inputs_that_run(policy, executor, monkeypatch):
+def test_induction_proposals_keep_the_inputs_that_run(policy, executor):
     cfg = config(types=("induction",), batch=2, inputs=4)
     def inputs(*texts):
         return answer("".join(f"```input\n{t}\n```\n" for t in texts) + "```message\nsame\n```")
     good, bad = inputs("1", "1/0", "2", "3"), inputs("1", "x", "1/0")
-    buffer, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, [good, bad],
+    buffer, rollouts, (task,), _ = propose_once(policy, executor, [good, bad],
                                                 lambda copy: answer("```python\ndef f(y):\n    return y\n```"), cfg)
     assert task == Task("induction", ZERO_TRIPLET.program, inputs=("1", "2", "3"), outputs=("1", "2", "3"), message="same")
     assert [r.reward for r in rollouts] == [0.0, -0.5] and rollouts[0].solve_rate == 1.0
@@ -430,22 +452,22 @@ def test_calls_whose_outputs_differ_are_not_one(executor):
     assert found.inputs == ("5, 3", "3, 5") and found.outputs == ("2", "-2")
 
 
-def test_inputs_that_are_equal_in_other_words_are_one(policy, executor, monkeypatch):
+def test_inputs_that_are_equal_in_other_words_are_one(policy, executor):
     cfg = config(types=("induction",), batch=2, inputs=7)
     def inputs(*texts):
         return answer("".join(f"```input\n{t}\n```\n" for t in texts) + "```message\nsame\n```")
     proposals = [inputs("16", "0x10", "16.0", "'a'", "1_6", "+16,", '"a"'), inputs("1", "0x1")]
-    _, rollouts, (task,), _ = propose_once(policy, executor, monkeypatch, proposals, lambda copy: answer("no"), cfg)
+    _, rollouts, (task,), _ = propose_once(policy, executor, proposals, lambda copy: answer("no"), cfg)
     assert task.inputs == ("16", "16.0", "'a'") and task.outputs == ("16", "16.0", "'a'")
     assert rollouts[1].verdict == "invalid" and rollouts[1].reason == "its runs make no induction task" and rollouts[1].reward == -0.5
 
 
-def test_references_are_dropped_until_the_prompt_fits(policy, executor, monkeypatch):
+def test_references_are_dropped_until_the_prompt_fits(policy, executor):
     buffer = TaskBuffer(100, random.Random(0))
     for n in range(10):
         buffer.add(Task("deduction", f"def f(x):\n    return x + {n}" + " " * 500 + "# ", "1", "1"))
     fits = len(policy.encode(propose_prompt("deduction"))) + 900
-    _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD, "2")], lambda copy: "",
+    _, (rollout,), _, _ = propose_once(policy, executor, [block(ADD, "2")], lambda copy: "no",
                                        config(types=("deduction",), batch=1, references=6, max_prompt=fits), buffer)
     assert len(rollout.references) == 1 and len(rollout.prompt_ids) <= fits
 
@@ -455,31 +477,31 @@ def test_a_given_program_that_does_not_fit_makes_way_for_the_identity(policy):
     buffer.add(Task("deduction", "def f(x):\n    return x" + " " * 2000 + "# ", "1", "1"))
     short = len(policy.encode(propose_prompt("induction", (), ZERO_TRIPLET.program, 4)))
     for _ in range(20):
-        assert azr._request(policy, buffer, "induction", config(max_prompt=short)).program == ZERO_TRIPLET.program
+        assert Actor(policy, None, None, config(max_prompt=short)).proposal_request(buffer, "induction").program == ZERO_TRIPLET.program
     with pytest.raises(UsageError, match=f"--max-prompt is {short - 1}, but asking for a new induction task takes {short}"):
         for _ in range(20):
-            azr._request(policy, buffer, "induction", config(max_prompt=short - 1))
+            Actor(policy, None, None, config(max_prompt=short - 1)).proposal_request(buffer, "induction")
 
 
-def test_a_task_that_no_solver_could_be_shown_is_invalid(policy, executor, monkeypatch):
+def test_a_task_that_no_solver_could_be_shown_is_invalid(policy, executor):
     fits = len(policy.encode(propose_prompt("deduction")))
-    _, (rollout,), _, _ = propose_once(policy, executor, monkeypatch, [block(ADD + "  #" + "x" * 2900, "2")], lambda copy: "",
+    _, (rollout,), _, _ = propose_once(policy, executor, [block(ADD + "  #" + "x" * 2900, "2")], lambda copy: "no",
                                        config(types=("deduction",), batch=1, references=0, max_prompt=fits))
     assert rollout.verdict == "invalid" and rollout.reason == f"too long: the solver's prompt would be over {fits} tokens"
 
 
-def test_each_task_has_the_solve_rate_of_its_own_tries(policy, executor, monkeypatch):
+def test_each_task_has_the_solve_rate_of_its_own_tries(policy, executor):
     two = [block(ADD, "2"), block("def f(x):\n    return x + 2", "5")]
-    _, rollouts, _, _ = propose_once(policy, executor, monkeypatch, two, lambda copy: answer("3" if copy else "7"))
+    _, rollouts, _, _ = propose_once(policy, executor, two, lambda copy: answer("3" if copy else "7"))
     assert [(r.solve_rate, r.reward) for r in rollouts] == [(0.75, 0.25), (0.25, 0.75)]
 
 
-def test_what_is_measured_of_new_tasks(policy, executor, monkeypatch):
+def test_what_is_measured_of_new_tasks(policy, executor):
     buffer, other = TaskBuffer(100, random.Random(0)), "def f(a):\n    return a if a else 0"
     far = "def f(x):\n    s = []\n    for a in x:\n        if a > 2:\n            s.append(a)\n    return s"
     buffer.add(Task("abduction", far, "[1]", "[]"))  # the references are this and the identity
     says = [block(ADD, "2"), block(other, "3"), block("no", "1")]
-    _, rollouts, _, _ = propose_once(policy, executor, monkeypatch, says, lambda copy: answer("1"), None, buffer)
+    _, rollouts, _, _ = propose_once(policy, executor, says, lambda copy: answer("1"), None, buffer)
     distances = [pytest.approx(sum(edit_distance(text, given) for given in (far, ZERO_TRIPLET.program)) / 2) for text in (ADD, other)]
     assert [r.traits for r in rollouts] == [
         {"unique_ast": True, "answers": 1.0, "complexity": 1, "trivial": False, "edit_distance": distances[0]},
@@ -488,23 +510,21 @@ def test_what_is_measured_of_new_tasks(policy, executor, monkeypatch):
 
 def test_held_out_accuracy_is_greedy_and_of_each_type(policy, executor, monkeypatch):
     says, asked = iter([answer("3"), answer("4"), answer("4"), "cut off", answer("2")]), []
-
-    def scripted(policy, prompts, max_tokens, copies, greedy, temperature):
-        asked.append((greedy, copies))
-        return [policy.tokenizer(next(says)).input_ids for _ in prompts]
-
-    monkeypatch.setattr(azr, "generate", scripted)
+    sampler = Scripted(policy, lambda prompt: next(says))
+    plain = sampler.generate
+    sampler.generate = lambda prompts, max_tokens, copies=1, temperature=1.0: asked.append(temperature) or plain(prompts, max_tokens)
     tasks = [Task("deduction", ADD, "2", "3")] * 4 + [Task("abduction", ADD, "2", "3")]
-    assert azr.heldout_accuracy(policy, executor, tasks, config()) == {
+    assert heldout_accuracy(Actor(policy, sampler, executor, config()), tasks) == {
         "deduction": (0.25, pytest.approx(math.sqrt(0.25 * 0.75 / 4))), "abduction": (1.0, 0.0)}
-    assert asked == [(True, 1)]
+    assert asked == [0]
 
 
 @pytest.mark.parametrize("frame", ("long", "examples"))
 def test_references_of_a_rollout_are_those_in_its_prompt(policy, frame):
-    buffer, policy.frame = TaskBuffer(100, random.Random(0)), frame
+    buffer = TaskBuffer(100, random.Random(0))
     buffer.add(Task("deduction", ADD, "1", "2"))  # beside the identity
-    rollout = azr._request(policy, buffer, "deduction", config(references=2, max_prompt=4000, frame=frame))
+    cfg = config(references=2, max_prompt=4000, frame=frame)
+    rollout = Actor(policy, None, None, cfg).proposal_request(buffer, "deduction")
     prompt = policy.decode(rollout.prompt_ids)
     assert ADD in rollout.references and all(program in prompt for program in rollout.references)
 
@@ -514,13 +534,13 @@ def test_distance_to_references_is_that_of_invented_programs_alone(kind, measure
     """An induction task has the program that it was given, and with worked examples it has references too."""
     task = Task(kind, ADD, "1", "2", ("1", "2"), ("2", "3"))
     rollout = Rollout("propose", kind, [1], [2], "", task=task, references=["def f(x):\n    return x"])
-    assert ("edit_distance" in azr._traits(rollout, TaskBuffer(9, random.Random(0)))) == measured
+    assert ("edit_distance" in azr.traits_of(rollout, TaskBuffer(9, random.Random(0)))) == measured
 
 
-def test_solve_rewards_and_verdicts(policy, executor, monkeypatch):
+def test_solve_rewards_and_verdicts(policy, executor):
     replies = iter([answer("```output\n3\n```"), answer("```output\n4\n```"), answer(""), "cut off"])
-    script(policy, monkeypatch, lambda prompt, copy: next(replies))
-    rollouts = solve(policy, executor, [Task("deduction", ADD, "2", "3")] * 4, config())
+    rollouts = Actor(policy, Scripted(policy, lambda prompt: next(replies)), executor, config()).solve([Task("deduction", ADD, "2", "3")] * 4)
+    set_rewards([], [], rollouts, config())
     assert [(r.verdict, r.reward) for r in rollouts] == [("correct", 1.0), ("wrong", -0.5), ("malformed", -1.0), ("truncated", -1.0)]
 
 
@@ -547,7 +567,7 @@ def test_a_model_that_does_not_fit_into_the_gpu_is_not_taken_for_a_wrong_name(ra
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    monkeypatch.setattr(azr.AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(UsageError, match="does not fit into the GPU; try 4 bits and LoRA"):
         load_policy(random_model, device="cpu")
 
@@ -602,14 +622,15 @@ def test_other_families_sample_and_train_what_they_say(tmp_path, family):
         return ids[len(prompt):]
 
     expected = [plain(prompt) for prompt in PROMPTS]
-    for policy.rows in (0, 4):
-        assert generate(policy, PROMPTS, 40, copies=2, greedy=True) == [r for r in expected for _ in range(2)]
+    for rows in (0, 4):
+        found = Sampler(policy, rows).generate(PROMPTS, 40, copies=2, temperature=0)
+        assert [ids for ids, _ in found] == [r for r in expected for _ in range(2)]
     rollouts = rollouts_of(policy, [1.0, -1.0, 0.5])
-    logps_N, _ = response_logprobs(policy, rollouts)
+    logps_N, _ = logprobs(policy, rollouts)
     assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
     policy.causal.train()
-    assert torch.allclose(response_logprobs(policy, rollouts)[0], logps_N, atol=1e-5)  # no dropout
-    assert azr.forecast(policy, config())
+    assert torch.allclose(logprobs(policy, rollouts)[0], logps_N, atol=1e-5)  # no dropout
+    assert azr.fit_micro_tokens(policy, config()) > 0
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(random_model, monkeypatch):
@@ -638,7 +659,7 @@ def test_gemma_2_keeps_the_soft_cap_of_its_attention(tmp_path):
         bos_token_id=None, initializer_range=0.4)).save_pretrained(folder)
     policy = load_policy(folder, lora_rank=4, device="cpu")
     rollouts = rollouts_of(policy, [1.0, -1.0, 0.5])
-    logps_N = response_logprobs(policy, rollouts)[0]
+    logps_N = logprobs(policy, rollouts)[0]
     gaps = {}
     for attention in ("eager", "sdpa"):
         oracle = SimpleNamespace(causal=AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention))
@@ -696,7 +717,7 @@ def test_4bit_base_with_lora_trains_and_generates_at_the_real_vocabulary(tmp_pat
     # the trained policy samples from what it trains: E[−log p(sample)] is the entropy
     samples = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 4, copies=150)]
     with torch.no_grad():
-        logps_N, entropies_N = response_logprobs(policy, samples)
+        logps_N, entropies_N = logprobs(policy, samples)
     surprise = -logps_N - entropies_N
     assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
 
@@ -720,7 +741,7 @@ def test_a_tokenizer_without_pad_token_and_a_model_with_several_end_tokens(tmp_p
     assert policy.end_ids == {256, 65}
     rollouts = rollouts_of(policy, [1.0] * 6, max_tokens=200)
     assert any(r.response_ids[-1] == 65 for r in rollouts) and all(65 not in r.response_ids[:-1] for r in rollouts)
-    logps_N, _ = response_logprobs(policy, rollouts)
+    logps_N, _ = logprobs(policy, rollouts)
     assert torch.allclose(logps_N, torch.cat([naive_logprobs(policy, r)[0] for r in rollouts]), atol=1e-5)
 
 
