@@ -34,9 +34,10 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
-                          GenerationConfig, GenerationMixin, GgufConfig)
+                          GenerationConfig, GenerationMixin)
 from transformers.pytorch_utils import Conv1D
 
+from gguf_file import read_gguf
 from rewards import Rollout
 from sampling import Sampler, attends_to_all
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
@@ -239,40 +240,6 @@ def _from_pretrained(source, dtype, in_4bit, device):
     for weight, in_file, in_config in sorted(found["mismatched_keys"]):
         raise ValueError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
     return model.eval()
-
-
-def read_gguf(path, dtype, device="cpu"):
-    """A GGUF file, its weights unpacked to `dtype`. → (tokenizer, transformers model)
-
-    Needs the package gguf. A head that was tied to the embedding, and that the file holds a second time in
-    another precision, is tied again, to the more precise of the two.
-    """
-    where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, device_map={"": device},
-                                                 quantization_config=GgufConfig(dequantize=True))
-    # left over: with these the model would be saved, and read, as a quantized one
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    from gguf import GGUFReader
-    reader = GGUFReader(path)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if head is not embedding:
-        sample_D, other_D = embedding[:1000].flatten().float(), head[:1000].flatten().float()
-        # rounding leaves over 0.9, and two matrices that were trained apart are near 0
-        if torch.cosine_similarity(sample_D, other_D, dim=0) > 0.9:
-            sizes = {tensor.name: tensor.n_bytes for tensor in reader.tensors}
-            if sizes["output.weight"] > sizes["token_embd.weight"]:
-                embedding.data.copy_(head.data)
-            model.config.tie_word_embeddings = True
-            model.tie_weights()
-    # transformers overlooks this for some tokenizers, and without it Gemma writes nonsense. By llama.cpp's
-    # rule a file that does not say so has it if it is SentencePiece, there called llama.
-    asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
-    if (asks.contents() if asks else kind and kind.contents() == "llama") and tokenizer.bos_token:
-        if tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-            tokenizer.add_bos_token = True
-    return tokenizer, model.eval()
 
 
 @contextlib.contextmanager
