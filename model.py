@@ -206,7 +206,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
 
 
 def turn_end(tokenizer):
-    """The token with which a chat template closes the model's turn. → id, or None where there is no such token
+    """The token with which a chat template closes the model's turn. → id, or None if there is none
 
     Base models need it as well. By their files Qwen's end with <|endoftext|>, but behind an answer they write
     the <|im_end|> of their template. A closing that is ordinary text is no token.

@@ -134,8 +134,8 @@ def _empty_cache(config):
 
 
 def _can_grow(cache):
-    """Whether rows may join: attention masks their padding, and the states of recurrent and convolutional layers
-    have no columns to pad. Not with sliding windows, whose layers forget the padding's place."""
+    """Whether rows may join: attention masks their padding, and the states of recurrent and convolutional
+    layers have no columns to pad. Not with sliding windows, whose layers forget the padding's place."""
     return all(type(layer) in (RoomyLayer, RoomyMixedLayer, LinearAttentionLayer) for layer in cache.layers)
 
 

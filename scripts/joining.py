@@ -44,23 +44,29 @@ def make_policy(model_type, width, layers):
 
 
 def make_requests(options):
-    """[Completion], whose max_tokens is the length of its response: a geometric distribution, cut at the cap."""
+    """[(Completion, the length of its response)]: a geometric distribution, cut at the cap."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(options.prompts).geometric_(0.693 / (options.cap / 10), generator=generator)
     widths = torch.randint(options.prompt_tokens // 3, options.prompt_tokens, (options.prompts,), generator=generator)
     requests = []
     for length, width in zip(lengths.tolist(), widths.tolist()):
         ids = torch.randint(VOCABULARY, (width,), generator=generator).tolist()
-        requests.append(sampling.Completion(ids, int(min(length, options.cap))))
-    return sorted(requests, key=lambda request: -len(request.prompt_ids))
+        requests.append((sampling.Completion(ids), int(min(length, options.cap))))
+    return requests
 
 
 def seconds(policy, options):
     requests = make_requests(options)
-    waiting, started = [*requests], time.perf_counter()
-    for _ in sampling.Sampler(policy, options.rows).stream(waiting):
+    lengths = {id(request.response_ids): length for request, length in requests}  # lists that sampling extends
+
+    def end_of(policy, ids, checked):
+        return lengths[id(ids)] if len(ids) >= lengths[id(ids)] else None
+
+    sampling._end_of = end_of
+    started = time.perf_counter()
+    for _ in sampling.Sampler(policy, options.rows).stream([request for request, _ in requests], options.cap):
         pass
-    assert all(len(request.ids) == request.max_tokens for request in requests)
+    assert all(len(request.response_ids) == length for request, length in requests)
     return time.perf_counter() - started
 
 

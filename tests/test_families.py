@@ -32,6 +32,7 @@ RECURRENT = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 8}, "phi3": {}, "olmo2": {}, "glm4": {},
     "smollm3": {"no_rope_layers": [1, 0]}, "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 8.0, "attention_dropout": 0.5}, "cohere2": {"logit_scale": 0.25, **WINDOW},
     "olmo3": WINDOW, "gemma2": {"query_pre_attn_scalar": 16, **WINDOW}, "gemma3_text": WINDOW,
     "gemma3n_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 3, "vocab_size_per_layer_input": 258,
@@ -53,7 +54,6 @@ FAMILIES = {
                    "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False},
 }
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [*range(20, 46)], [5], [7, 8], [*range(60, 72)], [*range(99, 140)], [9] * 5]
-ENDS = frozenset(range(0, 258, 20))  # so that lengths differ
 TOKENS = 24
 
 
@@ -68,7 +68,6 @@ def make_policy(folder, random_model, model_type, changes):
     for name, weight in policy.trainable().items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    policy.end_ids = ENDS
     return policy
 
 
@@ -77,6 +76,9 @@ def family(request, random_model, tmp_path_factory):
     """A folder with a random model of the family, and its policy."""
     folder = tmp_path_factory.mktemp(request.param)
     policy = make_policy(folder, random_model, request.param, FAMILIES[request.param])
+    policy.end_ids = frozenset()
+    responses = [ids for ids, _ in Sampler(policy).generate(PROMPTS, TOKENS, temperature=0)]
+    policy.end_ids = frozenset({responses[1][5], responses[5][9]})  # so that some are short
     return SimpleNamespace(folder=str(folder), policy=policy)
 
 
@@ -90,8 +92,8 @@ def assert_greedy(policy, prompt, response):
     """Each token is the likeliest after all before it, and the response ends where it must."""
     likeliest = plain_logits(policy, [*prompt, *response]).argmax(-1)[len(prompt) - 1:-1].tolist()
     assert response == likeliest
-    assert not ENDS.intersection(response[:-1])
-    assert len(response) == TOKENS or response[-1] in ENDS
+    assert not policy.end_ids.intersection(response[:-1])
+    assert len(response) == TOKENS or response[-1] in policy.end_ids
 
 
 def sampled_rollouts(policy):
@@ -120,7 +122,6 @@ def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, monkeypatch):
         responses = [ids for ids, _ in Sampler(family.policy, rows).generate(PROMPTS, TOKENS, copies, temperature=0)]
         for place, response in enumerate(responses):
             assert_greedy(family.policy, PROMPTS[place // copies], response)
-        assert len({len(response) for response in responses}) > 2
     can_grow = sampling._can_grow(sampling._empty_cache(family.policy.causal.config))
     assert can_grow == (family.policy.causal.config.get_text_config().sliding_window is None)
     assert can_grow == any(batch is not None for batch in joined)
@@ -129,9 +130,10 @@ def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, monkeypatch):
 @torch.no_grad()
 def test_rows_are_planned_by_what_a_cache_holds(family):
     """The bytes of a row of 40 columns, which follow from two short prompts, are those of a prompt of 40."""
-    planned = 0
+    planned, column = 0, 0
     for fixed, per_column, most in sampling._layer_bytes(family.policy):
         planned += fixed + per_column * min(40, most)
+        column += per_column
     cache = DynamicCache(config=family.policy.causal.config)
     family.policy.causal(input_ids=torch.tensor([[*range(40)]]), past_key_values=cache)
     held = 0
@@ -140,7 +142,9 @@ def test_rows_are_planned_by_what_a_cache_holds(family):
         if isinstance(layer, LinearAttentionLayer):
             tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
         held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    assert planned == pytest.approx(held, abs=8 * len(cache.layers))  # a sliding window is a tensor as well
+    # a window of 20 is a cache of 19 columns, and a tensor that holds its width
+    slack = column + 8 * len(cache.layers) if any(cache.is_sliding) else 0
+    assert held <= planned <= held + slack
     assert sampling.inner_width(family.policy.causal.config.get_text_config()) in (96, 256)
 
 
