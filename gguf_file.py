@@ -9,13 +9,13 @@ def read_gguf(path, dtype, device="cpu"):
 
     transformers reads it, but for three things that are put right here.
     """
+    # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
+    # and everywhere a mark of it that makes the saved model one that is quantized.
+    unpacked = GgufConfig(dequantize=True)
     where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, device_map={"": device},
-                                                 quantization_config=GgufConfig(dequantize=True))
-    # 1. With these the model would be saved, and read, as a quantized one.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+                                                 quantization_config=unpacked)
     from gguf import GGUFReader  # installed, or the tokenizer had not been read
     reader = GGUFReader(path)
     # 2. A head that is tied to the embedding is often there a second time, in another precision. Both are

@@ -362,7 +362,7 @@ def _with_lora(model, used, rank):
     if renamed.target_parameters:
         config.target_modules = leaves & renamed.target_modules
         taken = [name for name in names if name.rpartition(".")[2] not in config.target_modules
-                 and not _is_4bit(model.get_submodule(name))]
+                 and not _is_4bit(model.get_submodule(name).weight)]
         config.target_parameters = sorted({re.search(r"\w+\.\w+$", name)[0] + ".weight" for name in taken})
     peft_model = get_peft_model(model, config)
     _take_up(peft_model, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
@@ -397,8 +397,8 @@ def _freeze_towers(model, used):
             part.requires_grad_(False)
 
 
-def _is_4bit(module):
-    return type(module).__name__ == "Linear4bit"
+def _is_4bit(weight):
+    return type(weight).__name__ == "Params4bit"
 
 
 def describe(policy):
@@ -416,7 +416,7 @@ def describe(policy):
     rank = policy.model.peft_config["default"].r
     line = f"LoRA of rank {rank} on {', '.join(sorted(layers))}: {count:,} weights"
     held = policy.causal.get_memory_footprint() / 1e9
-    in_4bit = sum(module.weight.nbytes for module in policy.causal.modules() if _is_4bit(module)) / 1e9
+    in_4bit = sum(weight.nbytes for weight in policy.causal.parameters() if _is_4bit(weight)) / 1e9
     if in_4bit:
         line += f"; of {held:.1f} GB that it holds {in_4bit:.1f} GB are in 4 bits"
     return line
