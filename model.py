@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gguf_file import read_gguf
 from rewards import Rollout
-from sampling import Sampler, attends_to_all
+from sampling import Sampler, attends_to_all, has_dense_attention
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
@@ -259,7 +259,7 @@ def _load_base(name, dtype, in_4bit, device):
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):  # Gemma 2; SDPA would leave it out
         model.set_attn_implementation("eager")
-    elif config._attn_implementation == "sdpa":
+    elif config._attn_implementation == "sdpa" and has_dense_attention(config):
         model.set_attn_implementation("grouped_sdpa")
     return tokenizer, model
 

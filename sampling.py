@@ -29,8 +29,9 @@ import torch
 from torch.nn import functional
 from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor,
                           LogitsProcessorList)
-from transformers.cache_utils import (DynamicLayer, LinearAttentionAndFullAttentionLayer,
-                                      LinearAttentionLayer)
+from transformers.cache_utils import (DynamicLayer, DynamicSlidingWindowLayer,
+                                      LinearAttentionAndFullAttentionLayer,
+                                      LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionLayer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -149,6 +150,17 @@ def _append_rows(layer, other):
             for place, state in ours.items():
                 if state is not None:
                     ours[place] = torch.cat([state, theirs[place]])
+
+
+def has_dense_attention(config):
+    """Whether all attention of a model is full or in windows, so that `grouped_sdpa` may stand in for SDPA.
+
+    Models with sparse attention, such as DeepSeek V3.2's, select their tokens only if the implementation
+    has the name "sdpa" or "eager", and are silently dense under any other.
+    """
+    dense = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
+             LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+    return all(type(layer) in dense for layer in DynamicCache(config=config).layers)
 
 
 def attends_to_all(config):

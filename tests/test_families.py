@@ -122,8 +122,9 @@ def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, monkeypatch):
         responses = [ids for ids, _ in Sampler(family.policy, rows).generate(PROMPTS, TOKENS, copies, temperature=0)]
         for place, response in enumerate(responses):
             assert_greedy(family.policy, PROMPTS[place // copies], response)
-    can_grow = sampling._can_grow(sampling._empty_cache(family.policy.causal.config))
-    assert can_grow == (family.policy.causal.config.get_text_config().sliding_window is None)
+    cache = sampling._empty_cache(family.policy.causal.config)
+    can_grow = sampling._can_grow(cache)
+    assert can_grow == (not any(cache.is_sliding))
     assert can_grow == any(batch is not None for batch in joined)
 
 
@@ -218,3 +219,19 @@ def test_a_cache_whose_rows_cannot_be_selected_is_refused(tmp_path, random_model
                "hc_lowrank": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}}
     with pytest.raises(UsageError, match="it keeps position_ids beside the layers of its cache"):
         Sampler(make_policy(tmp_path, random_model, "qwen4_exp_text", changes)).generate(PROMPTS, 8)
+
+
+def test_sparse_attention_is_not_taken_for_dense(tmp_path, random_model):
+    """DeepSeek V3.2 selects 4 tokens by an index here, and does so only under transformers' own name for SDPA. Where
+    padding and a cache then change what it selects, it is refused."""
+    changes = {**LATENT, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+               "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v32", **(COMMON | changes))).eval()
+    logits = []
+    for name in ("sdpa", "grouped_sdpa"):
+        model.set_attn_implementation(name)
+        logits.append(model(torch.tensor([[*range(30)]])).logits)
+    assert float((logits[0] - logits[1]).abs().max()) > 0.1  # or it is grouped at last
+    assert not sampling.has_dense_attention(model.config)
+    with pytest.raises(UsageError, match="this model cannot be used"):
+        make_policy(tmp_path, random_model, "deepseek_v32", changes)
