@@ -535,12 +535,12 @@ def _layer_bytes(policy):
     because recurrent and convolutional layers hold states of one size however long the row is. Only sliding
     windows bound the columns.
     """
-    short, long = (_cache_of(policy, columns) for columns in (8, 16))
+    short, long = _cache_of(policy, 2), _cache_of(policy, 4)
     layers = []
     for layer, longer in zip(short.layers, long.layers):
-        per_column = (_held_bytes(longer) - _held_bytes(layer)) / 8
+        per_column = (_held_bytes(longer) - _held_bytes(layer)) / 2
         most = layer.get_max_length()
-        layers.append((_held_bytes(layer) - 8 * per_column, per_column, math.inf if most < 0 else most))
+        layers.append((_held_bytes(layer) - 2 * per_column, per_column, math.inf if most < 0 else most))
     return layers
 
 
