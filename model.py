@@ -188,7 +188,7 @@ def _load_base(name, dtype, in_4bit, device):
         if source.endswith(".gguf"):
             if in_4bit:
                 raise UsageError("a GGUF file is unpacked when it is loaded: use --quantize none, or make a "
-                                 "folder of it with scripts/real_model.py")
+                                 f"folder of it: python scripts/real_model.py --model {source} --out FOLDER")
             tokenizer, model = read_gguf(Path(source), dtype, device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)

@@ -58,6 +58,12 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys):
     assert said.startswith("real_model.py: ") and str(tmp_path / "file") in said and said.count("\n") == 1
 
 
+def test_a_model_that_is_neither_known_nor_a_gguf_file_is_named(tmp_path, capsys):
+    assert real_model.main(["--model", "llama", "--out", str(tmp_path / "model")]) == 2
+    assert "--model is llama; give smollm2, qwen-0.5b, qwen-1.5b, or a GGUF file" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     if importlib.util.find_spec("gguf") is None:
