@@ -126,6 +126,8 @@ def test_greedy_sampling_takes_the_argmax_of_a_plain_pass(family, monkeypatch):
     can_grow = sampling._can_grow(cache)
     assert can_grow == (not any(cache.is_sliding))
     assert can_grow == any(batch is not None for batch in joined)
+    if any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):  # no graphs, no mask over several responses
+        assert not sampling.attends_to_all(family.policy.causal.config) and not family.policy.shares_prompts
 
 
 @torch.no_grad()
