@@ -1,43 +1,69 @@
 """The policy: load a causal language model, frame its prompts, and take the logprobs of its responses.
 
     load_policy        base model (4-bit on a GPU) + LoRA, with a check that this code reads it right
+    save_policy        what was trained, as a folder for others to load
+    describe           one line on what is trained, and in which precision the rest is held
+    check_lengths      whether prompt and response fit into the model's context
     Policy.encode      a question as token ids
     response_logprobs  the forward pass of the update
+
+docs/models.md says which families were tried, and how.
 
 Tensors carry their axes as a suffix: B rows of a (micro-)batch, T prompt and response tokens, N response
 tokens of all rows laid end to end, C a chunk of these, D hidden width, V vocabulary.
 """
 
 import contextlib
+import copy
+import datetime
+import functools
+import inspect
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import jinja2
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from peft import (LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights,
+                  set_peft_model_state_dict)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
+                          GenerationConfig, GenerationMixin)
+from transformers.pytorch_utils import Conv1D
 
+from gguf_file import read_gguf
 from rewards import Rollout
-from sampling import attends_to_all
+from sampling import Sampler, attends_to_all, has_dense_attention
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
+# no table of the keys of a file; at another level this logger reports on tensor parallelism instead
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "LOAD REPORT" not in record.getMessage())
 
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "gemma": "google"}
-# All that transformers, peft and safetensors raise for a wrong name or a damaged file
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# All that transformers, peft and safetensors raise for a wrong name, a damaged file, a missing package, or a
+# model that they, or we, cannot run
+LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
+                  AssertionError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EMPTY_THOUGHT = re.compile(r"(<think>\s*)?</think>\s*$")
 LOGITS = 20_000_000  # at once in the update: 80 MB; 131 tokens of Qwen2.5's vocabulary
+ROUTING = {"router", "gate", "experts"}  # parts of a module's name; `gate_proj`, for example, is another
+CHECK_TEXT = "def f(x):\n    return [x, x + 1]"  # two rows of it, and so many tokens more, are the check
+CHECK_TOKENS = 8
+FAMILIES = "docs/models.md lists the families that work"
 
 
 @dataclass
@@ -52,6 +78,7 @@ class Policy:
     chat: bool               # whether prompts go through the chat template
     shares_prompts: bool     # whether the update may read a prompt once for all its responses
     half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
+    date: datetime.date = field(default_factory=datetime.date.today)  # for chat templates that write today's
 
     @property
     def device(self):
@@ -60,12 +87,30 @@ class Policy:
     def encode(self, question):
         """A question as token ids, framed for a base or an instruct model, with <think> opened."""
         if not self.chat:
-            return self.tokenizer(FRAME.replace("{question}", question)).input_ids
-        turn = [{"role": "user", "content": CHAT_FRAME.replace("{question}", question)}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            return self.encode_text(FRAME.replace("{question}", question))
+        text = self.chat_text(CHAT_FRAME.replace("{question}", question))
+        # a template whose switch has another name may write an empty thought, which says not to think
+        text = EMPTY_THOUGHT.sub("", text)
         if not text.rstrip().endswith(THINK):  # some templates open the thought themselves
             text += THINK
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_text(self, text):
+        """A text without a chat template as token ids, for the model to go on with."""
+        ids = self.tokenizer(text).input_ids
+        while ids and ids[-1] in self.end_ids:  # some tokenizers append their end token to every text
+            ids.pop()
+        return ids
+
+    def chat_text(self, question, thinking=True):
+        """A user's turn and the start of the model's own, by its chat template. → text
+
+        thinking: for templates that can switch it off; those of Qwen3.5 up to 2B do so by default.
+        """
+        turn = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
+            strftime_now=self.date.strftime)  # in place of transformers' function of that name
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -95,15 +140,17 @@ def resolve_model(name):
 
 
 def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, adapter=None,
-                trained=True, frame="long"):
+                trained=True, frame="long", date=None):
     """Load a base model for sampling and training. → Policy
 
-    name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
-    quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA. dtype: 'bf16', 'fp16',
-    'fp32' or 'auto'. lora_rank: on all linear layers, alpha twice the rank; 0 trains every weight.
-    adapter: a PEFT folder to start from instead of fresh LoRA weights. trained=False saves memory where
-    only answers are wanted. frame: a model with a chat template uses it for the frame "long" alone.
-    Raises UsageError if the model cannot be had or the choices do not fit together.
+    name: 'tiny' or 'tiny/longer' (shipped), a local folder, a GGUF file, or a Hugging Face name (see
+    `resolve_model`). quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA.
+    dtype: 'bf16', 'fp16', 'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, alpha twice the rank;
+    0 trains every weight that a text runs through. adapter: a PEFT folder to start from instead of fresh LoRA
+    weights. trained=False saves memory where only answers are wanted. frame: a model with a chat template
+    uses it for the frame "long" alone. date: "YYYY-MM-DD" for chat templates that write today's date, so that
+    a run has one; None: today.
+    Raises UsageError if the model cannot be had, fails `check_policy`, or the choices do not fit together.
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # their matrices are too small for more
@@ -119,7 +166,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if on_gpu:
         torch.cuda.set_device(device)  # where graphs are captured and memory is counted
     if quantize == "auto":
-        quantize = "4bit" if on_gpu and (lora_rank or adapter) else "none"
+        has_lora = bool(lora_rank or adapter)
+        quantize = "4bit" if on_gpu and has_lora and not name.endswith(".gguf") else "none"
     if trained and quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":
@@ -131,84 +179,357 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         dtype, half = "fp32", DTYPES[dtype]
     tokenizer, model = _load_base(name, DTYPES[dtype], quantize == "4bit", device)
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, turn_end(tokenizer)}
+    ends -= {None}
     if not ends:
         raise UsageError(f"the model {name!r} has no end token; set eos_token in its tokenizer_config.json")
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
     # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends))
-    peft_model = model
-    if adapter:
-        with _loading(f"the adapter {adapter}"):
-            peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    elif lora_rank:  # "all-linear" leaves the output head out, so tied embeddings stay tied
-        peft_model = get_peft_model(model, LoraConfig(
-            r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules="all-linear",
-            task_type="CAUSAL_LM"))
-    if name not in SHIPPED:  # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
-                    chat=bool(tokenizer.chat_template) and frame == "long", half=half,
-                    shares_prompts=name not in SHIPPED and attends_to_all(model.config))
-    if trained and name not in SHIPPED:
-        _check_logits(policy)
+    with _loading(f"run the model {name!r}", FAMILIES):
+        used = _modules_of_text(model, tokenizer)
+        peft_model = model
+        if adapter:
+            with _loading(f"load the adapter {adapter}"):
+                peft_model = _with_adapter(model, adapter)
+        elif lora_rank:
+            peft_model = _with_lora(model, used, lora_rank)
+        else:
+            _freeze_towers(model, used)
+        policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
+                        chat=bool(tokenizer.chat_template) and frame == "long", half=half,
+                        shares_prompts=name not in SHIPPED and attends_to_all(model.config),
+                        date=datetime.date.fromisoformat(date) if date else datetime.date.today())
+        if name not in SHIPPED:
+            # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            check_policy(policy, trained)
     return policy
 
 
-@torch.no_grad()
-def _check_logits(policy):
-    """Raises UsageError if the model does more to its logits than `response_logprobs` knows of."""
-    ids = [*range(8)]
-    with policy.autocast():
-        ours_N = response_logprobs(policy, [[Rollout("solve", "", ids[:1], ids[1:])]])[0]
-        logits_NV = policy.causal(torch.tensor([ids], device=policy.device)).logits[0, :-1].float()
-    own_N = torch.log_softmax(logits_NV, -1).diagonal(1)
-    rounding = 0.02 * float(logits_NV.abs().max())  # a few times that of bf16
-    if (gap := float((ours_N - own_N).abs().max())) > 0.01 + rounding:
-        raise UsageError(f"logprobs of this model are {gap:.2g} nats off: it changes logits in a way that "
-                         "response_logprobs in model.py does not know; add it there")
+def turn_end(tokenizer):
+    """The token with which a chat template closes the model's turn. → id, or None if there is none
+
+    Base models need it as well. By their files Qwen's end with <|endoftext|>, but behind an answer they write
+    the <|im_end|> of their template. A closing that is ordinary text is no token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "Fine."
+    turns = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # it renders no answers
+        return None
+    _, found, closing = text.rpartition(answer)
+    longest, end = 0, None
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if found and closing.lstrip().startswith(token.content) and len(token.content) > longest:
+            longest, end = len(token.content), token_id
+    return end
 
 
 def _load_base(name, dtype, in_4bit, device):
     """→ (tokenizer, transformers model). Raises UsageError."""
     source = resolve_model(name)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=dtype)
-    with _loading(f"the model {name!r} ({source})", "Check the name and the network, or download it "
-                  "elsewhere and give the folder: --model PATH"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, output_loading_info=True,
-            quantization_config=nf4 if in_4bit else None)
-        if found["missing_keys"]:  # transformers would make random ones
-            raise ValueError(f"its files lack {len(found['missing_keys'])} of its weights.")
-    if in_4bit and device.type == "cpu" and any(
-            type(module).__name__ == "Linear4bit" and module.bias is not None for module in model.modules()):
-        raise UsageError(f"--quantize 4bit: on a CPU layers with biases, as those of {name!r}, cannot be "
-                         "trained in 4 bits; use --quantize none")
-    for module in model.modules():  # with dropout, what trains would not be the policy that samples
-        for name, value in [*vars(module).items()]:
-            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
+    with _loading(f"load the model {name!r} ({source})", FAMILIES):
+        if source.endswith(".gguf"):
+            if in_4bit:
+                raise UsageError("a GGUF file is unpacked when it is loaded: use --quantize none, or make a "
+                                 f"folder of it: python scripts/real_model.py --model {source} --out FOLDER")
+            tokenizer, model = read_gguf(Path(source), dtype, device)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = _from_pretrained(source, dtype, in_4bit, device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # added tokens that no text holds may lie beyond: Gemma 3's <image_soft_token> does
+    tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
+    if tokens > vocabulary:
+        raise UsageError(f"the tokenizer of {name!r} has {tokens} tokens and its model {vocabulary}: they "
+                         "belong to two models; give a folder with both from one")
+    for module in model.modules():
+        if device.type == "cpu" and hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack its weights for inference, and take them for unpacked ones in training
+            module.support_avx512bf16_for_cpu = False
+        # with dropout or noise in a router, what trains would not be the policy that samples
+        for attribute, value in [*vars(module).items()]:
+            if isinstance(value, float) and ("drop" in attribute or isinstance(module, torch.nn.Dropout)):
+                setattr(module, attribute, 0.0)
+            if "jitter" in attribute:  # not set to zero: PhiMoE reads it in eval mode, too
+                module.train = lambda mode=True: None
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):  # Gemma 2; SDPA would leave it out
         model.set_attn_implementation("eager")
-    elif config._attn_implementation == "sdpa":
+    elif config._attn_implementation == "sdpa" and has_dense_attention(config):
         model.set_attn_implementation("grouped_sdpa")
-    return tokenizer, model.eval()
+    return tokenizer, model
+
+
+def _from_pretrained(source, dtype, in_4bit, device):
+    """The model of a folder or of the hub, as the class that its checkpoint names. → transformers model"""
+    config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise UsageError(f"{source} reads with an encoder; only models that go on with a text can be trained")
+    quantized = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+    if in_4bit and quantized != "bitsandbytes":
+        raise UsageError(f"{source} is quantized already ({quantized}): use --quantize none")
+    # AutoModelForCausalLM does not know some multimodal models, and takes others for their text model, whose
+    # weights have other names: an adapter of it would have no effect on what the checkpoint names
+    named = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    if not issubclass(named, GenerationMixin):
+        named = AutoModelForCausalLM
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=dtype)
+    model, found = named.from_pretrained(
+        source, dtype=dtype, device_map={"": device}, output_loading_info=True,
+        quantization_config=nf4 if in_4bit else None, ignore_mismatched_sizes=True)  # they are errors here
+    if found["missing_keys"]:  # transformers would make random ones
+        raise OSError(f"its files lack {len(found['missing_keys'])} of its weights.")
+    for weight, in_file, in_config in sorted(found["mismatched_keys"]):
+        raise OSError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
+    return model.eval()
 
 
 @contextlib.contextmanager
-def _loading(what, advice=""):
-    """Turns what the libraries raise inside into a UsageError of one line."""
+def _loading(action, advice=""):
+    """Turns what the libraries raise inside into a UsageError of one line: cannot {action}, why, {advice}."""
     try:
         yield
+    except UsageError:
+        raise
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"{what} does not fit into the GPU; try 4 bits and LoRA, "
+        raise UsageError(f"cannot {action}: it does not fit into the GPU; try 4 bits and LoRA, "
                          "or a smaller model") from error
     except LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"cannot load {what}: {reason} {advice}".rstrip()) from error
+        if isinstance(error, ImportError):
+            advice = "Install the package that it names"
+        elif isinstance(error, (OSError, SafetensorError)) and advice:
+            advice = ("Check the name and the network, or download it elsewhere and give the folder: "
+                      "--model PATH")
+        raise UsageError(f"cannot {action}: {reason.rstrip('.')}. {advice}".rstrip(". ")) from error
+
+
+# --- what is trained --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def _modules_of_text(model, tokenizer):
+    """{module: whether it gives one tensor} of all that a text runs through, in a plain forward pass."""
+    used = {}
+
+    def note(module, inputs, output):
+        used[module] = isinstance(output, torch.Tensor)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        model(input_ids=torch.tensor([tokenizer(CHECK_TEXT).input_ids], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return used
+
+
+def lora_layers(model, used):
+    """The names of the linear layers that LoRA goes on, in the model's order. → [name]
+
+    All but the output head, routers and routed experts, layers that no text runs through (vision and audio
+    towers), and those whose weight the module around them reads past the layer, where LoRA would have no
+    effect. used: see `_modules_of_text`. Experts are left out because transformers holds those of a layer as
+    one parameter: PEFT would add up the whole of it at every token that is sampled.
+    """
+    names = []
+    for name, module in model.named_modules():
+        is_layer = isinstance(module, (torch.nn.Linear, Conv1D)) and used.get(module, False)
+        is_left_out = module is model.get_output_embeddings() or ROUTING & {*name.split(".")}
+        if is_layer and not is_left_out and not _is_read_past(model, name):
+            names.append(name)
+    return names
+
+
+source_of = functools.cache(inspect.getsource)  # it reads a whole file each time
+
+
+def _is_read_past(model, name):
+    """Whether the module around a layer reads its weight, for example for a fused kernel (Mamba)."""
+    parent, _, leaf = name.rpartition(".")
+    source = source_of(type(model.get_submodule(parent)))
+    # dtype and the like are no use of it, and Bloom's slices are there for bits of rounding alone
+    return bool(re.search(rf"self\.{leaf}\.weight\b(?!\.dtype|\.device|\.shape|\[)", source))
+
+
+def _with_lora(model, used, rank):
+    """The model with fresh LoRA weights. → PeftModel"""
+    names = lora_layers(model, used)
+    leaves = {name.rpartition(".")[2] for name in names}
+    namesakes = [name for name, _ in model.named_modules()
+                 if name.rpartition(".")[2] in leaves and name not in names]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=leaves,
+                        exclude_modules=namesakes or None, task_type="CAUSAL_LM")
+    # In some mixtures of experts PEFT takes names such as up_proj for those of the experts, as they were in
+    # transformers 4. There the layers of these names are given as parameters, which 4 bits have none of.
+    renamed = copy.deepcopy(config)
+    convert_peft_config_for_transformers(renamed, model, None)
+    if renamed.target_parameters:
+        config.target_modules = leaves & renamed.target_modules
+        taken = [name for name in names if name.rpartition(".")[2] not in config.target_modules
+                 and not _is_4bit(model.get_submodule(name).weight)]
+        config.target_parameters = sorted({re.search(r"\w+\.\w+$", name)[0] + ".weight" for name in taken})
+    peft_model = get_peft_model(model, config)
+    _take_up(peft_model, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    return peft_model
+
+
+def _with_adapter(model, folder):
+    """The model with the LoRA weights of a PEFT folder. → PeftModel"""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    peft_model = get_peft_model(model, config)
+    _take_up(peft_model, load_peft_weights(folder, device=str(model.device)))
+    return peft_model
+
+
+def _take_up(peft_model, weights):
+    """Load weights under the names of a file. Raises ValueError unless they are all that is trained."""
+    result = set_peft_model_state_dict(peft_model, weights)
+    trained = {name for name, weight in peft_model.named_parameters() if weight.requires_grad}
+    lost = sorted(trained & {*result.missing_keys})
+    strange = sorted(result.unexpected_keys)
+    if lost or strange:
+        raise ValueError(f"{len(strange)} of the {len(weights)} weights in the adapter's file have no place "
+                         f"in this model, and {len(lost)} of the {len(trained)} that it trains are not there "
+                         f"(for example {[*lost, *strange][0]})")
+
+
+def _freeze_towers(model, used):
+    """Train none of the parts, such as a vision tower, that no text runs through."""
+    for part in model.base_model.children():
+        if not any(module in used for module in part.modules()):
+            part.requires_grad_(False)
+
+
+def _is_4bit(weight):
+    return type(weight).__name__ == "Params4bit"
+
+
+def describe(policy):
+    """What is trained, and how the rest is held. → one line
+
+    >>> describe(policy)      # doctest: +SKIP
+    'LoRA of rank 8 on down_proj, q_proj, v_proj: 51,456 weights'
+    """
+    trained = policy.trainable()
+    count = sum(weight.numel() for weight in trained.values())
+    if policy.model is policy.causal:
+        return f"full fine-tuning of {count:,} weights"
+    # the last part of a layer's name that is no number
+    layers = {re.search(r"(\w+)(\.\d+)*\.lora_", name)[1] for name in trained}
+    rank = policy.model.peft_config["default"].r
+    line = f"LoRA of rank {rank} on {', '.join(sorted(layers))}: {count:,} weights"
+    held = policy.causal.get_memory_footprint() / 1e9
+    in_4bit = sum(weight.nbytes for weight in policy.causal.parameters() if _is_4bit(weight)) / 1e9
+    if in_4bit:
+        line += f"; of {held:.1f} GB that it holds {in_4bit:.1f} GB are in 4 bits"
+    return line
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def check_policy(policy, trained=True):
+    """Raises UsageError unless this code reads the model right.
+
+    Two rows of unequal length are sampled greedily, and held against a plain forward pass of each row alone:
+    the tokens, the sampler's logprobs, and, if it is `trained`, those of `response_logprobs` in eval mode and
+    in train mode. On average over the tokens they may differ by rounding.
+    """
+    ids = policy.tokenizer(CHECK_TEXT).input_ids
+    prompts = [ids[:len(ids) // 2], ids]
+    # two copies of each, because the sampler reads a prompt once for both
+    sampled = iter(Sampler(policy, rows=4).generate(prompts, CHECK_TOKENS, copies=2, temperature=0))
+    rows, own, best, sampler_logps, largest = [], [], [], [], 0.0
+    for prompt in prompts:
+        copies = []
+        for response, logps in (next(sampled), next(sampled)):
+            if not copies or response != copies[0].response_ids:
+                with policy.autocast():
+                    text_1T = torch.tensor([prompt + response], device=policy.device)
+                    logits_TV = policy.causal(text_1T).logits[0]
+                logps_NV = torch.log_softmax(logits_TV[len(prompt) - 1:-1].float(), -1)
+            copies.append(Rollout("solve", "", prompt, response))
+            sampler_logps += logps
+            own.append(logps_NV.gather(1, torch.tensor(response, device=policy.device)[:, None])[:, 0])
+            best.append(logps_NV.max(1).values)
+            largest = max(largest, float(logits_TV.abs().max()))
+        # as in the update, where a row may hold several responses to a prompt
+        rows += [copies] if policy.shares_prompts else [[rollout] for rollout in copies]
+    own_N, best_N = torch.cat(own), torch.cat(best)
+    rounding = 0.002 + 3 * torch.finfo(policy.half or policy.causal.dtype).eps * largest
+
+    def compare(what, logps_N, other_N, advice):
+        gap = float((logps_N - other_N).abs().mean())
+        if not gap < rounding:  # NaN, too
+            raise UsageError(f"this model cannot be used: {what} are {gap:.2g} nats a token off those of a "
+                             f"plain forward pass; {advice}")
+
+    other_model = f"give another model ({FAMILIES})"
+    compare("the likeliest tokens that the sampler finds", own_N, best_N, other_model)
+    compare("logprobs of the sampler", torch.tensor(sampler_logps).to(own_N), own_N, other_model)
+    if not trained:
+        return
+    for mode in ("eval", "train"):
+        policy.causal.train(mode == "train")
+        with policy.autocast():
+            logps_N = response_logprobs(policy, rows)[0]
+        compare(f"logprobs in {mode} mode", logps_N, own_N, "it changes logits, or draws random numbers, in "
+                "a way that response_logprobs in model.py does not know; add it there")
+    policy.causal.eval()
+
+
+def check_lengths(policy, max_prompt, max_response):
+    """Raises UsageError if prompt and response may be longer than the model's context.
+
+    That is the number of positions of its config. Where rotary embeddings change with the longest row
+    (longrope, dynamic), it is the length at which they change: beyond it the logprobs of a row would depend
+    on the others of its batch.
+    """
+    config = policy.causal.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return
+    reason = f"the context of this model has {limit} tokens"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *ropes.values()]:  # of all layers, or by kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+            limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+            reason = f"rotary embeddings of this model change for all rows once one is over {limit} tokens"
+    if max_prompt + max_response > limit:
+        raise UsageError(f"{reason}: --max-prompt {max_prompt} and --max-response {max_response} together "
+                         "must not be more")
+
+
+# --- saving -----------------------------------------------------------------------------------------
+
+def save_policy(policy, folder):
+    """Write what is trained into an empty folder: a PEFT adapter, or the whole model with its tokenizer.
+
+    Raises UsageError unless every trained weight is in the files under a name that loads again.
+    """
+    # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
+    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    trained = policy.trainable()
+    with _loading(f"load what was written to {folder}"):
+        if policy.model is policy.causal:
+            policy.tokenizer.save_pretrained(folder)
+            # names may be others in the files, where loading finds them: the size tells whether all are there
+            written = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+            if written < sum(weight.nbytes for weight in policy.causal.parameters()):
+                raise ValueError(f"{written} bytes are less than the model has.")
+        else:
+            before = {name: weight.clone() for name, weight in trained.items()}
+            _take_up(policy.model, load_peft_weights(folder, device=str(policy.device)))
+            changed = [name for name in trained if not torch.equal(trained[name], before[name])]
+            if changed:
+                raise ValueError(f"{len(changed)} weights come back as other numbers, such as {changed[0]}")
 
 
 # --- logprobs ---------------------------------------------------------------------------------------

@@ -29,9 +29,13 @@ import torch
 from torch.nn import functional
 from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor,
                           LogitsProcessorList)
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (DynamicLayer, DynamicSlidingWindowLayer,
+                                      LinearAttentionAndFullAttentionLayer,
+                                      LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionLayer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tasks import UsageError
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
@@ -107,13 +111,56 @@ class RoomyLayer(DynamicLayer):
         self.values = change(self.values, *(layer.values for layer in others))
         self.room = None
 
-    def batch_select_indices(self, indices):
-        self.put(lambda x: x[indices])
+    def reorder_cache(self, rows):
+        self.put(lambda x: x[rows])
+
+
+class RoomyMixedLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
+    """A RoomyLayer that holds the states of a recurrent block as well, as Falcon-H1's layers do."""
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        LinearAttentionLayer.reorder_cache(self, rows)
+
+
+def _empty_cache(config):
+    """A cache for any model. Its attention layers have room, but for sliding windows and the like."""
+    cache = DynamicCache(config=config)
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = RoomyLayer()
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            cache.layers[place] = RoomyMixedLayer(layer.number_of_states)
+    return cache
 
 
 def _can_grow(cache):
-    """Whether rows may join: not with sliding windows, whose layers forget the padding's place."""
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
+    """Whether rows may join: attention masks their padding, and the states of recurrent and convolutional
+    layers have no columns to pad. Not with sliding windows, whose layers forget the padding's place."""
+    return all(type(layer) in (RoomyLayer, RoomyMixedLayer, LinearAttentionLayer) for layer in cache.layers)
+
+
+def _append_rows(layer, other):
+    """Put another layer's rows behind those of this one: keys and values of equal columns, and states."""
+    if isinstance(layer, RoomyLayer):
+        layer.put(lambda *pair: torch.cat(pair), other)
+    if isinstance(layer, LinearAttentionLayer):
+        for ours, theirs in ((layer.conv_states, other.conv_states),
+                             (layer.recurrent_states, other.recurrent_states)):
+            for place, state in ours.items():
+                if state is not None:
+                    ours[place] = torch.cat([state, theirs[place]])
+
+
+def has_dense_attention(config):
+    """Whether all attention of a model is full or in windows, so that `grouped_sdpa` may stand in for SDPA.
+
+    Models with sparse attention, such as DeepSeek V3.2's, select their tokens only if the implementation
+    has the name "sdpa" or "eager", and are silently dense under any other.
+    """
+    dense = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
+             LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+    return all(type(layer) in dense for layer in DynamicCache(config=config).layers)
 
 
 def attends_to_all(config):
@@ -132,23 +179,32 @@ class _Batch:
     cache: DynamicCache
     completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
+    def can_grow(self):
+        """Whether rows may join. They may not once a model has replaced its cache by one of its own, as Phi-3
+        does in mid-response where it switches to other rotary embeddings."""
+        return _can_grow(self.cache) and self.cache.get_seq_length() == self.ids_BT.shape[1] - 1
+
+    def change_columns(self, change):
+        """Replace keys and values by change(keys) and change(values) in every layer that has columns."""
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomyLayer):
+                layer.put(change)
+
     def pad_left(self, columns):
         """Shift all rows right by so many masked columns."""
         self.ids_BT, self.mask_BT = (functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
-        for layer in self.cache.layers:
-            layer.put(lambda x: functional.pad(x, (0, 0, columns, 0)))
+        self.change_columns(lambda x: functional.pad(x, (0, 0, columns, 0)))
 
     def keep(self, rows):
         """Drop all other rows, and the columns that only they needed."""
         index = torch.tensor(rows, device=self.ids_BT.device)
         self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)
         self.completions = [self.completions[row] for row in rows]
         idle = int(self.mask_BT.any(0).int().argmax())
-        if idle and _can_grow(self.cache):
+        if idle and self.can_grow():
             self.ids_BT, self.mask_BT = self.ids_BT[:, idle:], self.mask_BT[:, idle:]
-            for layer in self.cache.layers:
-                layer.put(lambda x: x[:, :, idle:])
+            self.change_columns(lambda x: x[:, :, idle:])
 
 
 def _join(batch, other):
@@ -158,7 +214,7 @@ def _join(batch, other):
     gap = batch.ids_BT.shape[1] - other.ids_BT.shape[1]
     (other if gap > 0 else batch).pad_left(abs(gap))
     for ours, theirs in zip(batch.cache.layers, other.cache.layers):
-        ours.put(lambda *pair: torch.cat(pair), theirs)
+        _append_rows(ours, theirs)
     ids_BT, mask_BT = torch.cat([batch.ids_BT, other.ids_BT]), torch.cat([batch.mask_BT, other.mask_BT])
     return _Batch(ids_BT, mask_BT, batch.cache, batch.completions + other.completions)
 
@@ -186,8 +242,8 @@ class _Replay:
     def __enter__(self):
         self.had_own = "forward" in vars(self.causal)
         self.plain = self.causal.forward
-        # transformers reads the signature of forward
-        self.causal.forward = functools.wraps(self.plain)(self.forward)
+        # transformers reads the signature of forward, and a bound method takes no attributes
+        self.causal.forward = functools.wraps(self.plain)(functools.partial(self.forward))
 
     def __exit__(self, *error):
         del self.causal.forward  # an assignment would be a cycle that keeps the model in memory
@@ -300,6 +356,7 @@ class Sampler(AnySampler):
 
     def __init__(self, policy, rows=0):
         self.policy, self.rows = policy, rows
+        self.layer_bytes = None  # of a row in the cache, see _layer_bytes; measured when first needed
 
     def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
         """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt
@@ -343,7 +400,7 @@ class Sampler(AnySampler):
                 waiting[:0], batch = busy, None  # read again, fewer at once
                 continue
             rows = self._rows_that_fit(free, widest + least + min(max_tokens, self.mean_tokens))
-            has_room = not busy or _can_grow(batch.cache) and len(busy) <= rows * 3 // 4
+            has_room = not busy or batch.can_grow() and len(busy) <= rows * 3 // 4
             joining = waiting[:rows - len(busy)] if has_room else []
             try:
                 with policy.autocast():
@@ -390,13 +447,13 @@ class Sampler(AnySampler):
         """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
         if self.rows:
             return self.rows
-        config = self.policy.causal.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * width * self.policy.causal.dtype.itemsize
+        self.layer_bytes = self.layer_bytes or _layer_bytes(self.policy)
+        cache = 0
+        for fixed, per_column, most in self.layer_bytes:
+            cache += fixed + per_column * min(columns + BLOCK, most)
         # a layer whose room is used up is there twice for a moment, and logits of a step are held in
         # fp32 a few times over
-        per_row = per_token * (columns + BLOCK) * 1.1 + 16 * config.vocab_size
+        per_row = cache * 1.1 + 16 * self.policy.causal.config.get_text_config().vocab_size
         return max(1, min(ROWS, int(0.6 * free / per_row)))
 
 
@@ -429,9 +486,10 @@ def _prefill(policy, completions):
     texts = {}  # → its place
     for completion in completions:
         texts.setdefault(_text_of(completion), len(texts))
-    width = max(2, *map(len, texts))  # at least one column for the cache
-    cache = DynamicCache(config=policy.causal.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # transformers takes a pass of one column for a step of decoding, where recurrent layers need no mask:
+    # at least two for the cache
+    width = max(3, *map(len, texts))
+    cache = _empty_cache(policy.causal.config)
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
         middle = len(completions) // 2
         return _join(_prefill(policy, completions[:middle]), _prefill(policy, completions[middle:]))
@@ -443,8 +501,12 @@ def _prefill(policy, completions):
     # all but the last token, which generate reads itself
     policy.causal(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1],
                   position_ids=positions_BT[:, :-1], past_key_values=cache, logits_to_keep=1)
+    beside = [name for name, value in vars(cache).items() if isinstance(value, torch.Tensor)]
+    if beside:
+        raise UsageError(f"{type(policy.causal).__name__} cannot be sampled: it keeps {beside[0]} beside the "
+                         "layers of its cache, where rows cannot be selected")
     rows = torch.tensor([texts[_text_of(completion)] for completion in completions], device=policy.device)
-    cache.batch_select_indices(rows)
+    cache.reorder_cache(rows)
     return _Batch(ids_BT[rows], mask_BT[rows], cache, list(completions))
 
 
@@ -466,6 +528,41 @@ def _end_of(policy, ids, checked):
     return start + 1 + bisect_left(ends, True, key=lambda end: "</answer>" in policy.decode(ids[start:end]))
 
 
+def _layer_bytes(policy):
+    """What one row takes in each layer of the cache. → [(bytes of states, bytes a column, most columns)]
+
+    Measured with two short prompts, because heads and their widths differ by layer in some models, and
+    because recurrent and convolutional layers hold states of one size however long the row is. Only sliding
+    windows bound the columns.
+    """
+    short, long = _cache_of(policy, 2), _cache_of(policy, 4)
+    layers = []
+    for layer, longer in zip(short.layers, long.layers):
+        per_column = (_held_bytes(longer) - _held_bytes(layer)) / 2
+        most = layer.get_max_length()
+        layers.append((_held_bytes(layer) - 2 * per_column, per_column, math.inf if most < 0 else most))
+    return layers
+
+
+def _cache_of(policy, columns):
+    """transformers' own cache after a prompt of so many tokens."""
+    cache = DynamicCache(config=policy.causal.config)
+    ids_BT = torch.full((1, columns), policy.pad_id, device=policy.device)
+    with policy.autocast():
+        policy.causal(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def _held_bytes(layer):
+    """Bytes of all tensors that a layer of a cache holds, one by one or in dictionaries."""
+    held = 0
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                held += tensor.nbytes
+    return held
+
+
 def free_memory(device):
     """Bytes that new tensors can take there."""
     if device.type != "cuda":
@@ -475,11 +572,22 @@ def free_memory(device):
 
 
 def _tokens_in_a_pass(policy):
-    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B."""
-    width = inner_width(policy.causal.config.get_text_config())
-    return 3 * 2 ** 30 // (9 * width * policy.causal.dtype.itemsize)
+    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B.
+
+    Recurrent layers whose kernels are not installed compute in fp32, and one token takes about twice as much.
+    """
+    config = policy.causal.config
+    width = inner_width(config.get_text_config())
+    a_token = 9 * width * policy.causal.dtype.itemsize
+    if any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=config).layers):
+        a_token = 2 * 9 * width * torch.float32.itemsize
+    return 3 * 2 ** 30 // a_token
 
 
 def inner_width(config):
-    """The width inside an MLP; four times the outer one where a config has another name for it."""
-    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    """The width inside the widest MLP; four times the outer one where a config has another name for it."""
+    widest = 0
+    for layer in config.per_layer_config:  # asked for the whole model, some configs raise
+        width = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+        widest = max(widest, max(width) if isinstance(width, (list, tuple)) else width)
+    return widest

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 import sampling
-from azr import Rollout, response_logprobs
-from sampling import generate
+from model import response_logprobs
+from rewards import Rollout
+from sampling import Sampler
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12] * 20, [5], [7, 8]]
+
+
+def greedy(sampler, prompts, max_tokens, copies=1):
+    """The likeliest responses, without their logprobs."""
+    return [ids for ids, _ in sampler.generate(prompts, max_tokens, copies, temperature=0)]
 
 
 def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
@@ -26,19 +32,20 @@ def test_greedy_with_shared_prefill_and_segments_equals_a_plain_loop(policy):
 
     expected = [plain(prompt) for prompt in PROMPTS]
     for rows in (0, 2, 4, 7):  # all at once; rows that leave make room for others, copies are split
-        policy.rows = rows
-        assert generate(policy, PROMPTS, 60, greedy=True) == expected
-        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == [r for r in expected for _ in range(3)]
-    assert len(set(map(len, expected))) > 1 and generate(policy, [], 60) == []
-    assert generate(policy, [[5]], 60, greedy=True) == [plain([5])]
+        sampler = Sampler(policy, rows)
+        assert greedy(sampler, PROMPTS, 60) == expected
+        assert greedy(sampler, PROMPTS, 60, copies=3) == [r for r in expected for _ in range(3)]
+    assert len(set(map(len, expected))) > 1 and sampler.generate([], 60) == []
+    assert greedy(sampler, [[5]], 60) == [plain([5])]
 
 
 def test_equal_prompts_are_read_once(policy, monkeypatch):
     seen, plain = [], policy.causal.forward
     monkeypatch.setattr(policy.causal, "forward", lambda *args, **named: seen.append(named["input_ids"].shape) or plain(*args, **named))
-    expected = generate(policy, [[1, 2, 3], [4, 5, 6]], 20, greedy=True)
+    sampler = Sampler(policy)
+    expected = greedy(sampler, [[1, 2, 3], [4, 5, 6]], 20)
     seen.clear()
-    assert generate(policy, [[1, 2, 3], [4, 5, 6], [1, 2, 3]] * 5, 20, greedy=True) == [expected[i] for i in (0, 1, 0)] * 5
+    assert greedy(sampler, [[1, 2, 3], [4, 5, 6], [1, 2, 3]] * 5, 20) == [expected[i] for i in (0, 1, 0)] * 5
     assert seen[0] == (2, 2) and seen[1][0] == 15  # all but the last token of two prompts, then a row a response
 
 
@@ -64,10 +71,10 @@ def test_decoding_uses_grouped_heads(policy, monkeypatch):
     def repeated(*_):
         raise AssertionError("the cache was copied for each head")
     monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", repeated)
-    policy.rows = 2
+    sampler = Sampler(policy, rows=2)
     with pytest.raises(AssertionError, match="copied"):  # the prompts of different lengths are read together, with a mask
-        generate(policy, PROMPTS, 8)
-    assert generate(policy, [[1, 2, 3], [4, 5, 6]], 40, copies=3)
+        sampler.generate(PROMPTS, 8)
+    assert sampler.generate([[1, 2, 3], [4, 5, 6]], 40, copies=3)
 
 
 def test_a_roomy_layer_holds_what_a_growing_one_holds():
@@ -83,7 +90,7 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
         ours, theirs = both(lambda layer: layer.update(*new))
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
         if roomy.get_seq_length() % 10 == 0:
-            both(lambda layer: layer.batch_select_indices(torch.tensor([3, 1, 1, 0])))
+            both(lambda layer: layer.reorder_cache(torch.tensor([3, 1, 1, 0])))
     held = roomy.keys
     both(lambda layer: layer.update(*new))
     assert held.data_ptr() == roomy.keys.data_ptr()  # written in place
@@ -94,7 +101,7 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
 def greedy_of(policy, monkeypatch, **settings):
     """Greedy responses of differing lengths: undisturbed, and with these functions of sampling.py replaced."""
     policy.end_ids = frozenset(range(0, 258, 16))
-    expected = generate(policy, PROMPTS, 60, copies=3, greedy=True)
+    expected = greedy(Sampler(policy), PROMPTS, 60, copies=3)
     for name, value in settings.items():
         monkeypatch.setattr(sampling, name, value)
     return expected
@@ -110,12 +117,13 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(policy, monkeypatch):
         return real(ids, **how)
 
     monkeypatch.setattr(policy.causal, "generate", scarce)
+    sampler = Sampler(policy)
     with pytest.warns(UserWarning, match="out of GPU memory in sampling: at most 1 rows"):
-        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
-    assert rows[:3] == [15, 7, 3] and max(rows[6:]) == 1 == policy.rows
+        assert greedy(sampler, PROMPTS, 60, copies=3) == expected
+    assert rows[:3] == [15, 7, 3] and max(rows[6:]) == 1 == sampler.rows
     monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: scarce([0] * 9, **how))
     with pytest.raises(torch.OutOfMemoryError):  # one row alone does not fit
-        generate(policy, PROMPTS, 60, greedy=True)
+        greedy(sampler, PROMPTS, 60)
 
 
 def test_a_replayed_graph_decodes_what_the_model_does(policy, monkeypatch):
@@ -128,24 +136,24 @@ def test_a_replayed_graph_decodes_what_the_model_does(policy, monkeypatch):
 
     expected = greedy_of(policy, monkeypatch, uses_graphs=lambda policy: True, capture=capture)
     for rows in (0, 4, 7):
-        policy.rows = rows
-        assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+        sampler = Sampler(policy, rows)
+        assert greedy(sampler, PROMPTS, 60, copies=3) == expected
     assert len(replays) > 10 * len(graphs) > 0 and "forward" not in vars(policy.causal)
     free = policy.causal.generate
     def interrupted(ids, **how):
         raise KeyboardInterrupt
     monkeypatch.setattr(policy.causal, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate(policy, PROMPTS, 60)
+        sampler.generate(PROMPTS, 60)
     monkeypatch.setattr(policy.causal, "generate", free)
-    assert "forward" not in vars(policy.causal) and generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert "forward" not in vars(policy.causal) and greedy(sampler, PROMPTS, 60, copies=3) == expected
 
 
 def test_prompts_are_read_in_parts_that_fit(policy, monkeypatch):
     expected, seen = greedy_of(policy, monkeypatch, _tokens_in_a_pass=lambda policy: 24), []
     policy.causal.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert greedy(Sampler(policy), PROMPTS, 60, copies=3) == expected
     passes = [rows * (columns + 1) for rows, columns in seen if columns > 1]
     assert len(passes) > 2 and max(passes) <= 24
 
@@ -164,13 +172,13 @@ def test_rows_follow_from_memory_and_from_the_lengths_seen(policy, monkeypatch):
         return out
 
     monkeypatch.setattr(policy.causal, "generate", watched)
-    policy.mean_tokens = math.inf
-    assert generate(policy, PROMPTS, 200, copies=3, greedy=True)[0][:60] == expected[0]
-    first, policy.mean_tokens = held[0][0], 10
+    sampler = Sampler(policy)
+    assert greedy(sampler, PROMPTS, 200, copies=3)[0][:60] == expected[0]
+    first, sampler.mean_tokens = held[0][0], 10
     held.clear()
-    assert generate(policy, PROMPTS, 60, copies=3, greedy=True) == expected
+    assert greedy(sampler, PROMPTS, 60, copies=3) == expected
     assert first < held[0][0] < 15 and all(rows * columns <= 1000 for rows, columns in held)
-    assert policy.mean_tokens == sum(map(len, expected)) / 15
+    assert sampler.mean_tokens == sum(map(len, expected)) / 15
 
 
 def test_rows_are_always_busy(policy, monkeypatch):
@@ -179,9 +187,8 @@ def test_rows_are_always_busy(policy, monkeypatch):
     busy, real = [], policy.causal.generate
     monkeypatch.setattr(policy.causal, "generate", lambda ids, **how: busy.append(len(ids)) or real(ids, **how))
     torch.manual_seed(0)
-    policy.rows = 16
-    responses = generate(policy, [[i, i] for i in range(100)], 256)
-    assert len(responses) == 100 and all(responses) and max(busy) == 16
+    responses = Sampler(policy, rows=16).generate([[i, i] for i in range(100)], 256)
+    assert len(responses) == 100 and all(ids for ids, _ in responses) and max(busy) == 16
     while_waiting = busy[:-8]
     assert sum(while_waiting) / len(while_waiting) > 0.75 * 16
 
@@ -196,7 +203,7 @@ def test_samples_come_from_the_distribution_that_is_trained(policy, temperature)
     torch.manual_seed(0)
     prompt = [5, 6, 7]
     counts = torch.zeros(policy.causal.config.vocab_size)
-    for ids in generate(policy, [prompt], 1, copies=4000, temperature=temperature):
+    for ids, _ in Sampler(policy).generate([prompt], 1, copies=4000, temperature=temperature):
         counts[ids[0]] += 1
     with torch.no_grad():
         logits_V = policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1]
@@ -209,22 +216,29 @@ def test_samples_come_from_the_distribution_that_is_trained(policy, temperature)
 def test_sampled_continuations_agree_with_the_logprobs_of_training(policy):
     """E[−log p(sample)] is the entropy: over 600 samples of 12 tokens both estimates must agree."""
     torch.manual_seed(0)
-    rollouts = [Rollout("solve", "deduction", [9, 8, 7], ids, "") for ids in generate(policy, [[9, 8, 7]], 12, copies=600)]
-    logps_N, entropies_N = response_logprobs(policy, rollouts)
+    responses = Sampler(policy).generate([[9, 8, 7]], 12, copies=600)
+    rows = [[Rollout("solve", "deduction", [9, 8, 7], ids)] for ids, _ in responses]
+    logps_N, entropies_N = response_logprobs(policy, rows)
     surprise = (-logps_N - entropies_N).detach()
     assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / math.sqrt(len(surprise))
 
 
+@pytest.mark.parametrize("temperature", (1.0, 0.5, 0))
 @pytest.mark.parametrize("graphs", (False, True))
-def test_decoded_logprobs_are_those_of_training(policy, graphs, monkeypatch):
+def test_the_samplers_logprobs_are_those_of_training(policy, graphs, temperature, monkeypatch):
+    """At temperature 1, whatever the responses were sampled with, for every token of every length."""
     monkeypatch.setattr(sampling, "uses_graphs", lambda policy: graphs)
     monkeypatch.setattr(sampling, "capture", lambda operations: operations)
+    policy.end_ids = frozenset(range(0, 258, 16))
     torch.manual_seed(0)
-    rollouts = [Rollout("solve", "deduction", prompt, ids[:12], "") for prompt, ids in zip(PROMPTS, generate(policy, PROMPTS, 40))]
-    rollouts = [rollout for rollout in rollouts if len(rollout.response_ids) == 12]
-    logps_N, _ = response_logprobs(policy, rollouts)
-    assert len(rollouts) > 2
-    assert torch.allclose(sampling.decoded_logprobs(policy, rollouts, 12).flatten(), logps_N, atol=1e-5)
+    responses = Sampler(policy, rows=4).generate(PROMPTS, 40, copies=2, temperature=temperature)
+    rows, found = [], []
+    for place, (ids, logps) in enumerate(responses):
+        rows.append([Rollout("solve", "deduction", PROMPTS[place // 2], ids)])
+        found += logps
+    logps_N, _ = response_logprobs(policy, rows)
+    assert len({len(ids) for ids, _ in responses}) > 2
+    assert torch.allclose(torch.tensor(found), logps_N, atol=1e-5)
 
 
 def test_response_ends_at_the_answer_or_the_end_token(policy, monkeypatch):
