@@ -28,8 +28,8 @@ from .values import read_execution, read_heldout
 
 TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
 # that they need, or that programs import without need
-MODULES = ("sys io os random time datetime hashlib threading secrets calendar queue argparse atexit doctest "
-           "gc inspect logging pathlib signal traceback unittest warnings").split()
+MODULES = ("sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit builtins "
+           "codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings weakref").split()
 GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,

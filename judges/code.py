@@ -5,6 +5,7 @@ where no object of the program's making takes part. Tests that are published as 
 the sandbox runs them once with the benchmark's own solution and notes with what they call it.
 """
 
+import ast
 import base64
 import json
 import pickletools
@@ -14,24 +15,33 @@ import zlib
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from textwrap import dedent
+from textwrap import dedent, indent
 
 from tqdm import tqdm
 
 from executor import literal, parse_literal
-from tasks import fenced_blocks
 
-from .text import answer_text
+from .text import answer_text, pieces
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = ("bisect collections copy datetime functools heapq itertools json math operator random re "
-           "statistics string typing").split()
+STARRED = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys "
+           "json builtins typing").split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
-    *(f"from {module} import *" for module in STARRED), "del abs, compile, pow  # not the builtin ones",
-    "import io, sys, " + ", ".join(STARRED), "sys.setrecursionlimit(50000)\n"])
+    *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
+    "sys.setrecursionlimit(50000)", "getattr(sys, 'set_int_max_str_digits', id)(0)  # a test may need 10,000 digits\n"])
+
+# How pieces of a response are told apart
+DEFINES = r"\b(?:def|class) +NAME\b|^NAME *=(?!=)"
+PRINTS = r"\b(?:print|stdout|write)\b"
+READS_AND_PRINTS = rf"(?s)\A(?=.*\b(?:input|stdin|__stdin__|open|fdopen|read)\b).*{PRINTS}"
+PROGRAM = re.compile(r"^ *(?:def|import|from|class|return)\b", re.M)
+INDENTED = re.compile(r"(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", re.M)
+CODE_LINES = re.compile(r"""(?: ^ (?: [ \t]+\S.* | [ \t]* | [@#)\]}].* | [\w.,\ ]+\ [-+*/%]?=\ .*
+    | (?:def|class|from|import|async|if|elif|else|for|while|try|except|finally|with|return|print|assert)\b.* )
+    (?:\n|\Z) )+""", re.M | re.X)  # a run of lines that could be code among prose
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,34 @@ class ProgramProblem:
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
-        """The program in a response, ready to run, or None: the last block that defines, or prints."""
+        """The program in a response, ready to run, or None. What parses comes first, and of this the last piece
+        that defines what is asked for, or else the last body of the function that the prelude opens."""
         text = answer_text(response)
-        blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
-        if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
+        blocks = [piece for _, piece in pieces(text)[1:-1] if piece.strip()]
+        for code in reversed([*blocks, *self.candidates(text)]):
+            if parses(self.program(code)):
+                return self.program(code)
+        if "```" not in text and PROGRAM.search(text):
             blocks = [text]
-        if not blocks:
-            return None
-        does = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else r"\b(?:print|stdout)\b"
-        whole = [dedent(block) if block[0].isspace() else block
-                 for block in blocks if re.search(does, block, re.M)]
-        code = (whole or blocks)[-1]
-        future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
+        return self.program(blocks[-1]) if blocks else None
+
+    def candidates(self, text):
+        """The pieces of a text that could be the program, the best ones last."""
+        found = [*INDENTED.findall(text), *CODE_LINES.findall(text)]
+        found += [piece for _, piece in pieces(text, reach=4) if piece]
+        chosen = []
+        if f"def {self.name}(" in self.prelude:
+            for body in [piece for piece in found if re.search(r"\b(?:return|yield|raise)\b", piece)]:
+                shifted = indent(dedent(body), "    ")
+                chosen += [shifted, dedent(body), body] if body[0].isspace() else ["    " + body, shifted]
+        for pattern in (DEFINES.replace("NAME", self.name),) if self.name else (PRINTS, READS_AND_PRINTS):
+            matching = [piece for piece in found if re.search(pattern, piece, re.M)]
+            chosen += [dedent(piece) if piece[0].isspace() else piece for piece in matching]
+        return chosen
+
+    def program(self, code):
+        """The code behind what it needs; imports from __future__ must come first."""
+        future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))
         return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
 
     def job(self, program, tests):
@@ -86,6 +112,15 @@ class ProgramProblem:
             base = base or list(passed)
         return [{"correct": good, "base": simple if base_tests else None}
                 for good, simple, (base_tests, _) in zip(passed, base, tests)]
+
+
+def parses(program):
+    """Whether a text is Python. It is only parsed here, and never compiled."""
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 # --- the published formats ----------------------------------------------------------------------------
@@ -185,28 +220,128 @@ def f(source, entry, limit, cases):
     return [shown(eval(entry, scope)(*case), limit) for case in cases]
 '''
 READ = '''
-import io, sys, threading
+import atexit, builtins, io, os, sys, threading, time, types, _thread
+
+class Standard(io.RawIOBase):
+    """A standard stream by its descriptor: bytes in memory, which all that is opened on it share."""
+    data = {}
+
+    def __init__(self, number):
+        self.number = self.name = number
+        self.mode = "wb" if number else "rb"
+
+    def fileno(self):
+        return self.number
+
+    def readable(self):
+        return self.number == 0
+
+    seekable = readable
+
+    def writable(self):
+        return self.number > 0
+
+    def seek(self, *place):
+        return self.data[self.number].seek(*place)
+
+    def readinto(self, buffer):
+        return self.data[self.number].readinto(buffer)
+
+    def write(self, part):
+        return self.data[self.number].write(part)
+
+class Gone(BaseException):
+    """os._exit was called: nothing is flushed."""
+
+class Clock:
+    """No run has threads. They run as they are started, and timers once the program waits or ends."""
+    now, timers = 0, []
+
+    def sleep(self, seconds):
+        end = self.now + seconds
+        while self.timers and min(self.timers, key=lambda timer: timer[0])[0] <= end:
+            self.timers.sort(key=lambda timer: timer[0])
+            self.now, timer = self.timers.pop(0)
+            timer.interval = 0
+            live(timer.run)
+        self.now = end
+
+def live(run, *arguments):
+    """What a thread does; its exceptions end it and nothing else."""
+    try:
+        run(*arguments)
+    except (Exception, SystemExit):
+        pass
 
 def f(source, entry, limit, cases):
     """What a program prints that reads the text of the one case."""
     (text,) = cases
+    Standard.data = {0: io.BytesIO(text.encode()), 1: io.BytesIO(), 2: io.BytesIO()}
+    names, files, clock, system = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0), [], Clock(), types.ModuleType("os")
+    names.update({1: 1, "/dev/stdout": 1, "/dev/fd/1": 1, 2: 2, "/dev/stderr": 2})
+
+    def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more):
+        number = names.get(file if isinstance(file, int) else os.fspath(file), 0 if mode[:1] == "r" else None)
+        if number is None:
+            raise FileNotFoundError(2, "No such file or directory", file)
+        stream = Standard(number)
+        if buffering or "b" not in mode:
+            stream = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
+        if "b" not in mode:
+            stream = io.TextIOWrapper(stream, encoding or "utf-8", errors, newline, buffering == 1)
+            stream.mode = mode
+        files.append(stream)
+        return stream
 
     def ask(prompt=""):
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\\n")
+        return line[:-1] if line.endswith("\\n") else line
 
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    threading.Thread.start, threading.Thread.join = threading.Thread.run, lambda thread, timeout=None: None
+    def start(thread):
+        if isinstance(thread, threading.Timer):
+            clock.timers.append((clock.now + thread.interval, thread))
+        else:
+            live(thread.run)
+
+    def join(thread, timeout=None):
+        clock.sleep(max([due - clock.now for due, timer in clock.timers if timer is thread], default=0))
+
+    def start_new(run, arguments=(), options={}):
+        live(lambda: run(*arguments, **options))
+        return 1
+
+    def leave(status=0):
+        raise Gone
+
+    vars(system).update(vars(os))
+    system.read = lambda number, size: Standard.data[number].read(size)
+    system.write = lambda number, part: Standard.data[number].write(part)
+    system.fstat = lambda number: types.SimpleNamespace(st_size=len(Standard.data[number].getvalue()), st_mode=0o100600)
+    system.isatty = lambda number: False
+    system.fdopen, system._exit, sys.modules["os"] = opened, leave, system
+    sys.stdin = sys.__stdin__ = opened(0)
+    sys.stdout = sys.__stdout__ = opened(1, "w")
+    sys.stderr = sys.__stderr__ = opened(2, "w")
+    threading.Thread.start, threading.Thread.join, time.sleep = start, join, clock.sleep
+    _thread.start_new_thread, io.open = start_new, opened
+    scope = {"input": ask, "open": opened, "exit": sys.exit, "quit": sys.exit}
+    vars(builtins).update(scope)
+    atexit._clear()
     try:
-        exec(source, {"__name__": "__main__", "input": ask, "open": lambda file, *how: sys.stdin,
-                      "exit": sys.exit, "quit": sys.exit})
-    except SystemExit:
+        try:
+            exec(source, {"__name__": "__main__", **scope})
+        except SystemExit:
+            pass
+        clock.sleep(float("inf"))
+        atexit._run_exitfuncs()
+        for file in (sys.stdout, *files):
+            if hasattr(file, "flush") and not getattr(file, "closed", False):
+                file.flush()
+    except Gone:
         pass
-    sys.stdout.flush()
-    return [sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")]
+    return [Standard.data[1].getvalue().decode("utf-8", "backslashreplace")]
 '''
 RECORD = '''
 

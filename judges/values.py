@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from rewards import is_correct
-from tasks import KINDS, Task, fenced_blocks, parse_answer, solve_prompt
+from tasks import KINDS, Task, parse_answer, solve_prompt
 
-from .text import answer_text
+from .text import answer_text, pieces
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,17 @@ class ValueProblem:
 
     def answer_in(self, response):
         """The literal, input or program in a response, in the form of training or (not strict) another."""
-        answer, text = parse_answer(self.task.type, response), answer_text(response)
         if self.strict:
-            return answer
-        if answer is None:
-            blocks = (fenced_blocks(text, KINDS[self.task.type].tag) or fenced_blocks(text, r"\w*")
-                      or re.findall(r"\[ANSWER\](.*?)\[/ANSWER\]", text, re.S))
-            answer = blocks[-1].strip() if blocks else text.strip("` ") if text and "\n" not in text else None
-        call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer or "", re.S)
+            return parse_answer(self.task.type, response)
+        text = answer_text(response)
+        found = pieces(text)
+        blocks = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
+        blocks = [block.strip() for block in blocks or [piece for _, piece in found[1::2]] if block.strip()]
+        is_whole = "\n" not in text or "<answer>" in response or "[ANSWER]" in response
+        answer = blocks[-1] if blocks else text.strip("` \n") if is_whole and len(found) == 1 else ""
+        call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
         said = call and call[1 if self.task.type == "abduction" else 2]  # f(input) == output
-        return answer if said is None else said
+        return (answer if said is None else said) or None
 
     @staticmethod
     def judge(problems, answers, executor):
