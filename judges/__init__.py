@@ -33,7 +33,7 @@ MODULES = ("sys io os random time datetime hashlib threading _thread secrets cal
 GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
-           "rough": partial(read_math, rough=True)}
+           "rough": partial(read_math, physical=True)}
 # The group heldout is ours; the paper's are io (in-distribution), code and math. Column names: what else a
 # benchmark and its files are called, best first. Column files: where the repository does not say which are
 # the split. A dash is nothing.

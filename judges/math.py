@@ -1,11 +1,12 @@
 """Mathematics: a final answer in LaTeX, and whether it says the same as the benchmark's.
 
-Both are brought into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
+Both are bphysicalt into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
 by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and what is left,
 one formula, by math-verify. All this happens in a process that can be killed.
 """
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -16,25 +17,40 @@ from pathlib import Path
 from .text import answer_text
 
 SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
-ENCLOSED = re.compile(  # $$1/2$$, \[1/2\], $1/2$, \(1/2\), **1/2**
-    r"\$\$(?s:(.+?))\$\$|\\\[(?s:(.+?))\\\]|\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\*\*([^*\n]+)\*\*(?!\w)")
+ENCLOSED = re.compile(  # $$1/2$$, \[1/2\], $1/2$, \(1/2\)
+    r"\$\$(?s:(.+?))\$\$|\\\[(?s:(.+?))\\\]|\$(.+?)(?<!\\)\$|\\\((.+?)\\\)")
+# The marks of bold and italics, and not those of 2**3, x^* or a*b
+EMPHASIS = re.compile(r"(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$", re.M)
+ANNOUNCED = re.compile(r"""(?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)? \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
+    | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
+    (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly|equal\ to|given\ by|option|choice)\b [,:]? )*""",
+    re.I | re.M | re.X)
+REMARK = re.compile(  # what may follow an answer on its line
+    r",?\s+(?:since|because|as|which|where|so|I hope)\b.*|\s*\((?:since|because|as)\b.*|[.;!]?\s*$|[.;!]\s+[A-Z\\$].*")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+UNBRACED = re.compile(r".*?(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{2,}))", re.M)  # what \boxed 5 has in it
+LISTED = re.compile(r"""}? S* (?: [,;] S* (?:W S*)? | W S* ) (?:[a-zA-Z](?:_\{?\w\}?)? \s* = )? S*"""  # between two boxes
+                    .replace("S", r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)").replace("W", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"),
+                    re.X)
 
 
 @dataclass(frozen=True)
 class MathProblem:
-    """A question and its answer in LaTeX. rough: two decimals may differ by 1e-4 of their size."""
+    """A question and its answer in LaTeX. physical: its variables are positive quantities, and two decimals may
+    differ by 1e-4 of their size."""
 
     key: str
     question: str
     gold: str
-    rough: bool = False
+    physical: bool = False
     batch = 1024
 
     def answer_in(self, response):
         """The last box; without one, what is tagged or called the answer, or a response of one formula."""
-        text = answer_text(response)
-        answer = boxed(text)
-        if answer is None:
+        text = answer_text(response).strip()
+        answer = ", ".join(boxes(text))
+        if not answer:
+            text = EMPHASIS.sub("", text)
             brief = "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
             answer = called_answer(text) or (text if brief or "<answer>" in response else "")
         return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
@@ -42,21 +58,20 @@ class MathProblem:
     @staticmethod
     def judge(problems, answers, executor):
         """[MathProblem], [answer or None] → one {"correct"} for each, in order."""
-        pairs = [(p.gold, answer or "", p.rough) for p, answer in zip(problems, answers)]
+        pairs = [(p.gold, answer or "", p.physical) for p, answer in zip(problems, answers)]
         return [{"correct": correct} for correct in compare(pairs)]
 
 
 def called_answer(text):
     """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
-    pieces = re.split(r"(?i:answer(?: is:?|:))", text)[1:]
-    pieces = [piece.strip() for piece in pieces if piece.strip("* \n.")]
+    pieces = [piece.strip() for piece in ANNOUNCED.split(text)[1:] if piece.strip(" \n.")]
     if not pieces:
         return ""
-    found = ENCLOSED.match(pieces[-1]) or ENCLOSED.match(pieces[-1].lstrip("* \n"))
-    return found[found.lastindex] if found else pieces[-1].lstrip("* \n").split("\n")[0]
+    found = ENCLOSED.match(pieces[-1])
+    return found[found.lastindex] if found else REMARK.sub("", pieces[-1].split("\n")[0])
 
 
-def read_math(key, row, rough=False):
+def read_math(key, row, physical=False):
     """AIME, AMC, MATH-500, Minerva, OlympiadBench: each has its own names for question and answer."""
     if "final_answer" in row:
         gold = ", ".join(row["final_answer"])
@@ -65,24 +80,43 @@ def read_math(key, row, rough=False):
     else:
         gold = str(row["answer"])
     question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", gold, rough)
+    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", gold, physical)
 
 
 def boxed(text):
-    """The content of the last \\boxed{…}, braces balanced, or None."""
-    _, *boxes = re.split(r"\\(?:boxed|fbox)\s*\{", text)
-    depth = 1
-    for brace in re.finditer(r"(?<!\\)[{}]", boxes[-1] if boxes else ""):
+    """The content of the last \\boxed{…} that has any, or None. A last box that is never closed is no answer."""
+    return (boxes(text) or [None])[-1]
+
+
+def boxes(text):
+    """The contents of the last \\boxed{…} and of those before it with which it makes up a list, as in
+    x=\\boxed{1} or x=\\boxed{2}."""
+    contents, end = [], 0
+    for box in BOX.finditer(text):
+        start = box.end()
+        content = braced(text, start) if text.startswith("{", start) else UNBRACED.match(text, start)[0]
+        if content is None:
+            contents = []
+        elif content.strip(" {}~\\,;"):
+            contents = [*(contents if LISTED.fullmatch(text, end, box.start()) else ()), content]
+            end = text.index(content, start) + len(content)
+    return contents
+
+
+def braced(text, start):
+    """What stands between the brace at `start` and the one that closes it, or None."""
+    depth = 0
+    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return boxes[-1][:brace.start()]
+            return text[start + 1:brace.start()]
     return None
 
 
 # --- a process that can be killed ------------------------------------------------------------------------
 
 def compare(pairs):
-    """[(gold, answer, rough)] → [whether they say the same]; one that takes longer than SECONDS does not."""
+    """[(gold, answer, physical)] → [whether they say the same]; one that takes longer than SECONDS does not."""
     verdicts = []
     while len(verdicts) < len(pairs):
         done = subprocess.run([sys.executable, "-c", "from judges.math import serve; serve()"], text=True,
@@ -121,7 +155,12 @@ def table(lines):
 
 
 REWRITES = table(r"""
-\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
+\.{3,}|…|\\[lcdi]?dots[bcimo]?(?![a-zA-Z])→\\ldots
+\.~*$→
+\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
+\\(?:text)?color~*\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
+\\(?:bf|it|rm|sf|tt|em|bfseries|itshape|boldmath|small|normalsize|large|Large|LARGE|huge|Huge|strut)(?![a-zA-Z])~*→
+\\(?:boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|uline|ensuremath)(?![a-zA-Z])→
 ,\\!~*|\{,\}|\\!→
 \\q+uad(?![a-zA-Z])→,
 (?<!\\)\\[,;:> \n]|(?<!\\)\\(?=~)|\s→~
@@ -129,12 +168,21 @@ REWRITES = table(r"""
 \$→
 −→-
 \\(?:mathrm|operatorname)\{~*([eid])~*\}→\1
-\\(?:text|mbox|mathrm|mathbf|textbf|textit|textrm|operatorname)(?![a-zA-Z])~*→\\text
+\\(?:text|mbox|hbox|mathrm|mathbf|text(?:bf|it|rm|sf|tt|up|normal)|emph|operatorname)(?![a-zA-Z])~*→\\text
+\\text(?=\{~*[-+]?\\(?:[dtc]?frac|sqrt|pi|infty)(?![a-z]))→
+\\text\{~*\(([A-J])\)~*([^{}~][^{}]*)\}→\\text{(\1)}\2
+\\text\{~*(?:(?:the~)?(?:empty|null)~set)~*\}|\\varnothing|∅|\\\{~*\\\}→\\emptyset
 \\text\{(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp)\}→\\\1
 _~*\{?~*\\text\{~*(\w+)~*\}~*\}?→_{\1}
 _~*\{?~*\\(max|min|odot)~*\}?→_{\1}
 \\text\{~*(?:and|or)~*\}|(?<=~)(?:and|or)(?=~)→,
 \\text\{dollar\}~*(\d(?:[\d.,]*\d)?)→\1\\text{dollar}
+\\text\{~*(\d[\d.,]*\\text\{dollar\})~*\}→\1
+\\text\{(?=[^{}]*\d)((?:[-+\d.,/~()]|and|or)+)\}→\1
+\\text\{~*([-+]?\d[\d.,/]*)~*-?~*([a-zA-Z°%\\][^{}\d]*)\}→\1\\text{\2}
+^\{((?:[^{}]|\{[^{}]*\})*)\}$→\1
+(?<!\d)(\d{1,3})~(?=(?:\d{3}~)*\d{3}(?!\d|~*/|~*\d))→\1
+(?<![\w.^])(\d+)~+(\d+)/(\d+)(?![\d/])→(\1+\\frac{\2}{\3})
 (?:(?<!\\)\{~*\})?(?:\^~*\{?~*\\circ~*\}?|\\degree|°)(?:~*(?:\\text\{~*)?C\b\}?)?→\\text{degree}
 \\?%→\\text{percent}
 (?<=[\d}])~*\\(AA|Omega)(?![a-z])→\\text{\1}
@@ -144,7 +192,9 @@ _~*\{?~*\\(max|min|odot)~*\}?→_{\1}
 (?<=\\frac)~*(\d)~*(\d)→{\1}{\2}
 (?<=\\frac)~*(\w|\\[a-zA-Z]+)~*\{→{\1}{
 (?<=\\frac)~*(\{[^{}]*\})~*(\w)→\1{\2}
+(?<![\w.^])(\d+)~*\\frac\{(\d+)\}\{(\d+)\}→(\1+\\frac{\2}{\3})
 \\frac\{~*d~*(\\?[a-zA-Z]+)~*\}\{~*d~*(\w)~*\}→\1_{d\2}
+(?<=[\w)}])~*\\ldots(?=~*(?:,|$|\\\}))→,\\ldots
 (?<=\\sqrt)~*(\w)→{\1}
 \\geqslant|\\geq(?![a-z])|≥|>=→\\ge
 \\leqslant|\\leq(?![a-z])|≤|<=→\\le
@@ -194,13 +244,18 @@ UNITS = table(r"""
 # The units that count without \text; others are taken for variables
 PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
               "[km]?ev|k?j|hz)")
+# Text, a number in another base, numbers side by side, and dots: math-verify would skip it, or compute with it
+NO_VALUE = r"\\text|\d_\{?\d|\d \d|(?<![\w^.])\d+ ?\{\d|\\ldots"
+CHOICE = re.compile(r"(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*(?![=+*/^_,<>}\s]|\\(?:cup|cap|times|cdot|to)\b)(.+)")
+MAX_BITS = 1 << 22  # of a number that is computed exactly
+DIGITS = 2000       # to which irrational numbers are compared
 BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
 
 
 def rewrite(text, patterns):
     """The text in the spelling of a table."""
-    text = text.strip().rstrip(".").replace(" ", "~")
+    text = text.strip().replace(" ", "~")
     for pattern, plain in patterns:
         text = re.sub(pattern, plain, text)
     return re.sub("~+", " ", text).strip(" ,").rstrip(". ,")
@@ -214,12 +269,21 @@ def squeeze(text):
 
 # --- do they say the same? ---------------------------------------------------------------------------------
 
-def same_math(gold, answer, rough=False):
-    """Whether two answers in LaTeX say the same. rough: decimals may differ by rounding."""
-    return same(rewrite(gold, REWRITES), rewrite(answer, REWRITES), rough)
+def same_math(gold, answer, physical=False):
+    """Whether two answers in LaTeX say the same. physical: as of a MathProblem."""
+    gold, answer = rewrite(gold, REWRITES), rewrite(answer, REWRITES)
+    return same(chosen(gold, answer), chosen(answer, gold), physical)
 
 
-def same(gold, answer, rough):
+def chosen(text, other):
+    """Of a letter with its value, as in (C) 36, the one of the two that the other side has."""
+    choice = CHOICE.fullmatch(text)
+    if not choice or CHOICE.fullmatch(other):
+        return text
+    return choice[1] if re.fullmatch(r"(?:\\text\{\s*)?\(?[A-J]\)?\}?", other) else choice[2]
+
+
+def same(gold, answer, physical):
     if squeeze(gold) == squeeze(answer):
         return gold != ""
     if re.fullmatch(r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*", gold):  # a word
@@ -230,35 +294,35 @@ def same(gold, answer, rough):
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
         ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
-        return same_items(*ours, *theirs, rough)
+        return same_items(*ours, *theirs, physical)
     if (ours or theirs) and not re.search(r"[<>]|\\[lg][et](?![a-z])", gold + answer):
         return False
     if re.search("[=≈]", gold + answer):
-        return same_sides(gold, answer, rough)
-    return same_amount(gold, answer, rough) or same_formula(gold, answer, rough)
+        return same_sides(gold, answer, physical)
+    return same_amount(gold, answer, physical) or same_formula(gold, answer, physical)
 
 
-def same_items(kind, gold, other, answer, rough):
+def same_items(kind, gold, other, answer, physical):
     """Tuples and intervals by the place of their items; sets, lists and unions in any order, each once."""
     if kind != other or len(gold) != len(answer):
         return False
-    if kind in BRACKETS:
-        return all(same(a, b, rough) for a, b in zip(gold, answer))
+    if kind in BRACKETS or r"\ldots" in gold:
+        return all(same(a, b, physical) for a, b in zip(gold, answer))
     for item in gold:
-        match = next((candidate for candidate in answer if same(item, candidate, rough)), None)
+        match = next((candidate for candidate in answer if same(item, candidate, physical)), None)
         if match is None:
             return False
         answer.remove(match)
     return True
 
 
-def same_sides(gold, answer, rough):
+def same_sides(gold, answer, physical):
     """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
     is_equation, is_other = name or len(ours) > 1, other or len(theirs) > 1
     if is_equation and is_other and (not name or name != other):  # 1 + 1 = 2 says as little as 3 = 3
         says_something = bool(name) or any(value(side) is None for side in ours)
-        return says_something and same_formula(gold, answer, rough)
+        return says_something and same_formula(gold, answer, physical)
     if is_equation and not name:
         return False
     meant = ours[-1]
@@ -266,7 +330,7 @@ def same_sides(gold, answer, rough):
         theirs = theirs[1:]  # what the answer is the value of
     found = False
     for side in theirs:  # what stands before the answer rounds to it, and it to what follows
-        if same(meant, side, rough):
+        if same(meant, side, physical):
             found = True
         elif not (rounds(meant, side) if found else rounds(side, meant)):
             return False
@@ -280,14 +344,14 @@ def sides(text):
     return [name, *pieces[1:]] if pieces[1:] and re.fullmatch(NAME, name) else ["", *pieces]
 
 
-def same_amount(gold, answer, rough):
+def same_amount(gold, answer, physical):
     """With a unit on one side, or the same one on both; 15% is 15 or 0.15."""
     amounts = [split_unit(gold, 2), split_unit(answer, 1)]
     (amount, unit), (said, other) = amounts
     if not (unit or other) or unit and other and unit != other:
         return False
     hundredths = [f"({text})/100" if unit else text for text, unit in amounts]
-    return same(amount, said, rough) or {unit, other} == {"percent", ""} and same(*hundredths, rough)
+    return same(amount, said, physical) or {unit, other} == {"percent", ""} and same(*hundredths, physical)
 
 
 def split_unit(text, shortest):
@@ -307,24 +371,25 @@ def split_unit(text, shortest):
 
 def number(text):
     """A decimal, also with a power of ten, as Decimal; or None."""
-    plain = re.sub(r"\\(?:times|cdot)10\^\{?([-+]?\d+)\}?$", r"e\1", re.sub(r"\s", "", text))
-    return Decimal(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", plain) else None
+    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    plain = re.sub(r"\\(?:times|cdot)10\^\{?([-+]?\d+)\}?$", r"e\1", plain)
+    return Decimal(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:e[-+]?\d{1,9})?", plain) else None
 
 
-def rounds(text, rounded):
-    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal."""
+def rounds(text, rounded, units=0.500001):
+    """Whether a formula's value is a decimal, but for so many units of the decimal's last place."""
+    import sympy
     decimal, exact = number(rounded), value(text)
     if decimal is None or exact is None:
         return False
-    return abs(exact - complex(decimal)) <= 0.500001 * 10.0 ** decimal.as_tuple().exponent
+    unit = sympy.Rational(10) ** decimal.as_tuple().exponent
+    return bool(abs(exact - sympy.Rational(str(decimal))).evalf() <= units * unit)
 
 
 def value(text):
-    """A formula without variables as a complex number; None for all others: a matrix, text, nothing."""
-    try:
-        return complex(formula(text)[0])
-    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError):
-        return None
+    """The exact number that a formula without variables stands for; None for all others."""
+    exact = scalar(formula(text))
+    return None if exact is None or exact.free_symbols else exact
 
 
 def formula(text):
@@ -334,6 +399,8 @@ def formula(text):
     from math_verify.parser import NormalizationConfig
     reading = LatexExtractionConfig(  # its default drops what could be a unit, such as c or m
         normalization_config=NormalizationConfig(malformed_operators=True))
+    # it adds integers that stand side by side, and reads 2(3) as 5
+    text = re.sub(r"(?<![\w^.])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)", r"\g<0>\\cdot ", text)
     found = parse(f"$\\boxed{{{text}}}$", [reading], parsing_timeout=None)
     for symbol in getattr(found[0], "free_symbols", ()) if found else ():
         if symbol.name == "i":  # two kinds of it, neither the imaginary unit, depending on what stands around
@@ -341,18 +408,69 @@ def formula(text):
     return found
 
 
-def same_formula(gold, answer, rough):
+def scalar(found):
+    """The expression that was read, with decimals as fractions, if it is one whose value can be computed."""
+    import sympy
+    from sympy.core.function import AppliedUndef
+    found = found[0] if found else None
+    if not isinstance(found, sympy.Expr) or found.is_Matrix or found.has(
+            AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.oo, sympy.zoo,
+            sympy.nan) or bits(found) > MAX_BITS:
+        return None
+    return found.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in found.atoms(sympy.Float)})
+
+
+def bits(expression):
+    """About how long the numbers are that the value of an expression takes, which is not computed."""
+    import sympy
+    if expression.is_Rational:
+        return expression.p.bit_length() + expression.q.bit_length()
+    sizes = [bits(argument) for argument in expression.args] or [64]
+    if isinstance(expression, (sympy.Pow, sympy.exp, sympy.factorial)):
+        return sizes[0] * 2 ** min(sizes[-1], 64)
+    return sum(sizes)
+
+
+def same_value(gold, answer, physical):
+    """Whether two expressions have equal values, to DIGITS digits, wherever their variables are put; None if that
+    cannot be said. physical: only where all variables are positive."""
+    import sympy
+    symbols = gold.free_symbols | answer.free_symbols
+    for place in range(4 if symbols else 1):
+        values = {}
+        for symbol in symbols:
+            chance = random.Random(f"{symbol.name} {place}")
+            sign = 1 if physical else [1, -1, chance.choice([1, -1]), chance.choice([1, -1])][place]
+            values[symbol] = sign * sympy.Rational(chance.randrange(2, 1000), 97)
+        difference = (gold.xreplace(values) - answer.xreplace(values)).doit()
+        rest = difference if difference.is_Rational else difference.evalf(2, maxn=DIGITS)
+        if not rest.is_number or rest.has(sympy.nan, sympy.zoo, sympy.oo):
+            return None
+        if any(part.is_comparable and part != 0 for part in rest.as_real_imag()):
+            return False
+    return True
+
+
+def same_formula(gold, answer, physical):
     from math_verify import verify
-    if re.search(r"\d_\{?\d|\\text", gold + answer):  # another base, or text: math-verify would skip it
+    if re.search(NO_VALUE, f"{gold}\n{answer}"):
         return False
     a, b = number(gold), number(answer)
     if a is not None and b is not None:
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
-        return abs(a - b) <= (min(abs(a) / 10000, last_digit / 2) if rough else 0)
-    exact, said = value(gold), value(answer)
-    if exact and said is not None and abs(exact - said) > 1e-5 * abs(exact):
-        return False  # verify rounds to six places, where 10^{-8} and 10^{-9} are both 0
-    return bool(verify(formula(gold), formula(answer), timeout_seconds=None, allow_set_relation_comp=True))
+        return a == b or physical and abs(a - b) <= min(abs(a) / 10000, last_digit / 2)
+    ours, theirs = formula(gold), formula(answer)
+    exact, said = scalar(ours), scalar(theirs)
+    verdict = None if exact is None or said is None else same_value(exact, said, physical)
+    if verdict is None:
+        return bool(verify(ours, theirs, timeout_seconds=None, allow_set_relation_comp=True))
+    return verdict or approximates(answer, gold) or approximates(gold, answer)
+
+
+def approximates(decimal, formula):
+    """Whether a decimal of six places and digits or more agrees with a formula's value in all of them."""
+    sign, digits, exponent = (number(decimal) or Decimal()).as_tuple()
+    return len(digits) >= 6 and exponent <= -6 and rounds(formula, decimal, 1)
 
 
 # --- parts -------------------------------------------------------------------------------------------------
