@@ -245,9 +245,9 @@ UNITS = table(r"""
 PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
               "[km]?ev|k?j|hz)")
 # Text, a number in another base, numbers side by side, and dots: math-verify would skip it, or compute with it
-NO_VALUE = r"\\text|\d_\{?\d|\d \d|(?<![\w^.])\d+ ?\{\d|\\ldots"
+NO_VALUE = r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots"
 CHOICE = re.compile(r"(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*(?![=+*/^_,<>}\s]|\\(?:cup|cap|times|cdot|to)\b)(.+)")
-MAX_BITS = 1 << 22  # of a number that is computed exactly
+MAX_BITS = 1 << 24  # of a number that is computed exactly
 DIGITS = 2000       # to which irrational numbers are compared
 BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
@@ -295,6 +295,8 @@ def same(gold, answer, physical):
         ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
         return same_items(*ours, *theirs, physical)
+    if theirs and not ours and not theirs[0] and theirs[1][1:]:  # 1/2 or 0.5
+        return all(same(gold, item, physical) for item in theirs[1])
     if (ours or theirs) and not re.search(r"[<>]|\\[lg][et](?![a-z])", gold + answer):
         return False
     if re.search("[=≈]", gold + answer):
@@ -400,7 +402,7 @@ def formula(text):
     reading = LatexExtractionConfig(  # its default drops what could be a unit, such as c or m
         normalization_config=NormalizationConfig(malformed_operators=True))
     # it adds integers that stand side by side, and reads 2(3) as 5
-    text = re.sub(r"(?<![\w^.])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)", r"\g<0>\\cdot ", text)
+    text = re.sub(r"(?<![_^.\d])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)", r"\g<0>\\cdot ", text)
     found = parse(f"$\\boxed{{{text}}}$", [reading], parsing_timeout=None)
     for symbol in getattr(found[0], "free_symbols", ()) if found else ():
         if symbol.name == "i":  # two kinds of it, neither the imaginary unit, depending on what stands around
@@ -421,14 +423,15 @@ def scalar(found):
 
 
 def bits(expression):
-    """About how long the numbers are that the value of an expression takes, which is not computed."""
+    """About how many bits the value of an expression takes, which is not computed; a variable is below 16."""
     import sympy
-    if expression.is_Rational:
-        return expression.p.bit_length() + expression.q.bit_length()
-    sizes = [bits(argument) for argument in expression.args] or [64]
-    if isinstance(expression, (sympy.Pow, sympy.exp, sympy.factorial)):
-        return sizes[0] * 2 ** min(sizes[-1], 64)
-    return sum(sizes)
+    arguments = getattr(expression, "args", ())
+    if getattr(expression, "is_Rational", False):
+        return max(expression.p.bit_length(), expression.q.bit_length())
+    sizes = [bits(argument) for argument in arguments] or [4]
+    if isinstance(expression, (sympy.Pow, sympy.exp, sympy.factorial, sympy.binomial)):
+        return sizes[0] * (abs(arguments[-1]) if arguments[-1].is_Rational else 2 ** min(sizes[-1], 64))
+    return max(sizes) + 1 if isinstance(expression, sympy.Add) else sum(sizes)
 
 
 def same_value(gold, answer, physical):
@@ -441,7 +444,7 @@ def same_value(gold, answer, physical):
         for symbol in symbols:
             chance = random.Random(f"{symbol.name} {place}")
             sign = 1 if physical else [1, -1, chance.choice([1, -1]), chance.choice([1, -1])][place]
-            values[symbol] = sign * sympy.Rational(chance.randrange(2, 1000), 97)
+            values[symbol] = sign * sympy.Rational(chance.randrange(3, 100), 7)
         difference = (gold.xreplace(values) - answer.xreplace(values)).doit()
         rest = difference if difference.is_Rational else difference.evalf(2, maxn=DIGITS)
         if not rest.is_number or rest.has(sympy.nan, sympy.zoo, sympy.oo):
@@ -460,6 +463,8 @@ def same_formula(gold, answer, physical):
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
         return a == b or physical and abs(a - b) <= min(abs(a) / 10000, last_digit / 2)
     ours, theirs = formula(gold), formula(answer)
+    if any(bits(found[0]) > MAX_BITS and not found[0].free_symbols for found in (ours, theirs) if found):
+        return ours == theirs  # a tower of powers
     exact, said = scalar(ours), scalar(theirs)
     verdict = None if exact is None or said is None else same_value(exact, said, physical)
     if verdict is None:
