@@ -11,6 +11,14 @@ FENCE = re.compile(r"""\A | (?: `{3,} | ^[ \t>]*~{3,} ) [ \t]* (?:
 QUOTED = re.compile(r"^> ?(?!>)", re.M)  # a line of a quotation, and not of a doctest
 
 
+def nested(pattern):
+    """A pattern in which X stands for the pattern itself, to a depth of ten."""
+    whole = "(?!)"
+    for _ in range(10):
+        whole = pattern.replace("X", whole)
+    return whole
+
+
 def answer_text(response):
     """What stands behind the thought, and inside the answer tags if there are any. The first line keeps its
     indentation, as it may be the first line of a function's body.
