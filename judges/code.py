@@ -27,21 +27,20 @@ EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys "
-           "json builtins typing").split()
+STARRED = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io "
+           "sys json builtins typing").split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
     *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
-    "sys.setrecursionlimit(50000)", "getattr(sys, 'set_int_max_str_digits', id)(0)  # a test may need 10,000 digits\n"])
+    "sys.setrecursionlimit(50000)\n"])
 
-# How pieces of a response are told apart
-DEFINES = r"\b(?:def|class) +NAME\b|^NAME *=(?!=)"
-PRINTS = r"\b(?:print|stdout|write)\b"
+# Of a text that could be a program: what it does, and its runs of indented lines and of lines that may be code
+RETURNS = r"\b(?:return|yield|raise)\b"
+DEFINES = r"\b(?:def|class) +%s\b|^%s *=(?!=)"
+PRINTS = r"\b(?:print|stdout|__stdout__|write)\b"
 READS_AND_PRINTS = rf"(?s)\A(?=.*\b(?:input|stdin|__stdin__|open|fdopen|read)\b).*{PRINTS}"
-PROGRAM = re.compile(r"^ *(?:def|import|from|class|return)\b", re.M)
-INDENTED = re.compile(r"(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", re.M)
-CODE_LINES = re.compile(r"""(?: ^ (?: [ \t]+\S.* | [ \t]* | [@#)\]}].* | [\w.,\ ]+\ [-+*/%]?=\ .*
-    | (?:def|class|from|import|async|if|elif|else|for|while|try|except|finally|with|return|print|assert)\b.* )
-    (?:\n|\Z) )+""", re.M | re.X)  # a run of lines that could be code among prose
+RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S.* | [ \t]* | [@#)\]}].*
+    | (?:def|class|from|import|async|if|elif|else|for|while|try|except|finally|with|return|print|assert)\b.*
+    | [\w.,\ ]+\ [-+*/%]?=\ .* ) (?:\n|\Z) )+""")
 
 
 @dataclass(frozen=True)
@@ -63,26 +62,21 @@ class ProgramProblem:
         """The program in a response, ready to run, or None. What parses comes first, and of this the last piece
         that defines what is asked for, or else the last body of the function that the prelude opens."""
         text = answer_text(response)
-        blocks = [piece for _, piece in pieces(text)[1:-1] if piece.strip()]
-        for code in reversed([*blocks, *self.candidates(text)]):
-            if parses(self.program(code)):
-                return self.program(code)
-        if "```" not in text and PROGRAM.search(text):
-            blocks = [text]
-        return self.program(blocks[-1]) if blocks else None
+        blocks = [piece for _, piece in pieces(text)[1:-1] if piece]
+        found = [*map(self.program, [*blocks, *self.candidates(text)])]
+        return next(filter(parses, reversed(found)), found[0] if blocks else None)
 
     def candidates(self, text):
         """The pieces of a text that could be the program, the best ones last."""
-        found = [*INDENTED.findall(text), *CODE_LINES.findall(text)]
-        found += [piece for _, piece in pieces(text, reach=4) if piece]
-        chosen = []
+        found, chosen = [piece for _, piece in pieces(text, reach=4) if piece], []
+        for run in RUNS:
+            found = re.findall(run, text) + found
         if f"def {self.name}(" in self.prelude:
-            for body in [piece for piece in found if re.search(r"\b(?:return|yield|raise)\b", piece)]:
-                shifted = indent(dedent(body), "    ")
-                chosen += [shifted, dedent(body), body] if body[0].isspace() else ["    " + body, shifted]
-        for pattern in (DEFINES.replace("NAME", self.name),) if self.name else (PRINTS, READS_AND_PRINTS):
-            matching = [piece for piece in found if re.search(pattern, piece, re.M)]
-            chosen += [dedent(piece) if piece[0].isspace() else piece for piece in matching]
+            for body in [piece for piece in found if re.search(RETURNS, piece)]:
+                chosen += [body, dedent(body), "    " + body, indent(dedent(body), "    ")]
+        for pattern in [DEFINES % (self.name, self.name)] if self.name else [PRINTS, READS_AND_PRINTS]:
+            does = [piece for piece in found if re.search(pattern, piece, re.M)]
+            chosen += [dedent(piece) if piece[0].isspace() else piece for piece in does]
         return chosen
 
     def program(self, code):
@@ -139,9 +133,10 @@ def read_function(key, row):
         tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
+    shape = "base_input" in row and re.search(rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
-    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, name, prompt if opening else "",
-                          (own, *OTHER_READINGS.get(name, ())), asserts,
+    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, f"{shape[1]}|{name}" if shape else name,
+                          prompt if opening else "", (own, *OTHER_READINGS.get(name, ())), asserts,
                           partial(function_tests, row, inputs), SAME.get(name, partial(close, atol=atol)))
 
 
@@ -150,9 +145,12 @@ def function_tests(row, inputs):
     parts = [row.get("base_input") or (), row.get("plus_input") or ()]
     if inputs:
         parts[1] = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
-    *first, last = SHAPES.get(row["task_id"], "x").split()
-    return [{written([CONVERT[word](value) for word, value in zip([*first, *[last] * len(case)], case)]): []
-             for case in part} for part in parts]
+    return [*map(open_tests, parts)]
+
+
+def open_tests(calls):
+    """[[argument]] → {arguments: [right values, none so far]}"""
+    return {written(call): [] for call in calls}
 
 
 def read_contest(key, row):
@@ -214,10 +212,29 @@ def shown(value, limit):
         return value
     return ("\\0long", len(text), binascii.crc32(text.encode("utf-8", "replace")))
 
+def tuples(value):
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+def of_tuples(value):
+    return {key: tuple(item) for key, item in value.items()} if isinstance(value, dict) else list(map(tuple, value))
+
+def of_sets(value):
+    return [set(item) if item and isinstance(item, list) else {} for item in value]
+
+CONVERT = {"x": lambda value: value, "tuple": tuple, "tuples": tuples, "float": float, "complex": complex,
+           "of_tuples": of_tuples, "of_sets": of_sets}
+
 def f(source, entry, limit, cases):
+    """The values of a call for each case. entry: what is called, behind the shapes of its arguments, if any."""
+    shapes, _, name = entry.rpartition("|")
+    *first, last = shapes.split() or ["x"]
     scope = {"__name__": "program"}
     exec(source, scope)
-    return [shown(eval(entry, scope)(*case), limit) for case in cases]
+    results = []
+    for case in cases:
+        case = [CONVERT[shape](value) for shape, value in zip(first + [last] * len(case), case)]
+        results.append(shown(eval(name, scope)(*case), limit))
+    return results
 '''
 READ = '''
 import atexit, builtins, io, os, sys, threading, time, types, _thread
@@ -276,6 +293,7 @@ def live(run, *arguments):
 def f(source, entry, limit, cases):
     """What a program prints that reads the text of the one case."""
     (text,) = cases
+    getattr(sys, "set_int_max_str_digits", id)(0)  # a test may need 10,000 digits
     Standard.data = {0: io.BytesIO(text.encode()), 1: io.BytesIO(), 2: io.BytesIO()}
     names, files, clock, system = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0), [], Clock(), types.ModuleType("os")
     names.update({1: 1, "/dev/stdout": 1, "/dev/fd/1": 1, 2: 2, "/dev/stderr": 2})
@@ -365,20 +383,22 @@ def known_tests(problems, executor):
     Asserts become the calls that they make, and what a benchmark's solutions return is right.
     """
     tests = {key: problem.tests() for key, problem in problems.items()}
-    asserted = {key: problem for key, problem in problems.items() if problem.asserts}
-    recorded = run_programs(executor, [
-        (problem.solutions[0] + RECORD, "recorded_calls", [written([problem.name, problem.asserts])],
-         EVERYTHING) for problem in asserted.values()])
-    for key, calls in zip(asserted, recorded):
+    asserted = [problem for problem in problems.values() if problem.asserts]
+    recorded = run_programs(executor, [(problem.solutions[0] + RECORD, "recorded_calls",
+                                        [written([problem.name, problem.asserts])], EVERYTHING) for problem in asserted])
+    for problem, calls in zip(asserted, recorded):
         # where the asserts fail, a text that does not run either
-        tests[key][0] = {written(call): [] for call in calls[0]} if calls else {"no call": []}
-    runs = [(part, problem.job(solution, part)) for key, problem in problems.items()
-            for part in tests[key] for solution in problem.solutions]
-    for (part, _), values in zip(runs, run_programs(executor, [job for _, job in runs])):
+        tests[problem.key][0] = open_tests(calls[0]) if calls else {"no call": []}
+    parts, jobs = [], []
+    for key, problem in problems.items():
+        for solution in problem.solutions:
+            parts += tests[key]
+            jobs += [problem.job(solution, part) for part in tests[key]]
+    for part, values in zip(parts, run_programs(executor, jobs)):
         for expected, value in zip(part.values(), values or ()):
             expected.append(value)
-    for key, parts in tests.items():
-        if not all(expected for part in parts for expected in part.values()):
+    for key, (base, plus) in tests.items():
+        if not all([*base.values(), *plus.values()]):
             tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
                        "counts as wrong", file=sys.stderr)
     return tests
@@ -391,21 +411,29 @@ def run_programs(executor, jobs):
     too much time or room together, calls are run one by one. No job is run further once a call has failed.
     """
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
-    while pieces := {i: arguments[len(results[i]):][:sizes[i]] for i, (_, _, arguments, _) in enumerate(jobs)
-                     if results[i] is not None and len(results[i]) < len(arguments)}:
-        runs = executor.run([
-            (CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(piece)}]")
-            for i, piece in pieces.items() for source, entry, _, limit in [jobs[i]]])
-        for (i, piece), run in zip(pieces.items(), runs):
+    left = range(len(jobs))
+    while left := [i for i in left if results[i] is not None and len(results[i]) < len(jobs[i][2])]:
+        runs = executor.run([run_of(*jobs[i], len(results[i]), sizes[i]) for i in left])
+        for i, run in zip(left, runs):
+            size = len(jobs[i][2][len(results[i]):][:sizes[i]])
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            if isinstance(values, list) and len(values) == len(piece):
+            if isinstance(values, list) and len(values) == size:
                 results[i] += values
-            elif len(piece) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+            elif size > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
                 sizes[i] = 1
             else:
                 results[i] = None
     return results
 
+
+def run_of(source, entry, arguments, limit, start, size):
+    """The sandbox's program and input for some of a job's calls."""
+    calls = ", ".join(arguments[start:start + size])
+    return CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{calls}]"
+
+
+# A line of numbers
+NUMBERS = r"(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,6})?(?:\s+|$))+"
 
 # --- whether a value is right ---------------------------------------------------------------------------
 
@@ -436,14 +464,12 @@ def same_in_json(output, expected, arguments):
 
 def same_lines(output, expected, arguments):
     """Lines without the spaces around, numbers by their values."""
-    def read(line):
-        is_numbers = re.fullmatch(r"[-+.\deE ]*", line) and re.search(r"\d", line)
-        try:
-            return tuple(map(Decimal, line.split())) if is_numbers else line
-        except ArithmeticError:  # such as 1-2 or 2024-01-02
-            return line
-    ours, theirs = ([read(line.strip()) for line in text.strip().split("\n")] for text in (output, expected))
-    return ours == theirs
+    return read_lines(output) == read_lines(expected)
+
+
+def read_lines(text):
+    lines = [line.strip() for line in text.strip().split("\n")]
+    return [tuple(map(Decimal, line.split())) if re.fullmatch(NUMBERS, line) else line for line in lines]
 
 
 def is_root(output, expected, arguments):
@@ -483,26 +509,17 @@ def digit_distance_nums(a, b):
     n = max(len(a), len(b))
     return sum(abs(int(x) - int(y)) for x, y in zip(a.ljust(n, "0"), b.ljust(n, "0")))"""]}
 
-def tuples(value):
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-
-# EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How to restore them: one
-# word for each argument, the last one for all that follow.
-SHAPES = {f"Mbpp/{number}": shape for line in """
-    tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809
-    of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780
-    of_tuples x: 75 413 444 753
-    x tuple: 106 750
-    of_sets: 115
-    float complex: 124
-    tuple x: 250 307 405 446 617 720 763 808
-    complex: 252
-    tuples: 259 278 401 445 580 615 791
-    of_tuples x: 722""".strip().split("\n") for shape, _, numbers in [line.partition(":")]
-    for number in numbers.split()}
-CONVERT = {
-    "x": lambda value: value, "tuple": tuple, "tuples": tuples, "float": float, "complex": complex,
-    "of_tuples": lambda value: ({key: tuple(item) for key, item in value.items()} if isinstance(value, dict)
-                                else list(map(tuple, value))),
-    "of_sets": lambda value: [set(item) if item and isinstance(item, list) else {} for item in value]}
+# EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How CALL restores them: one
+# word for each argument, the last one for all that follow; then the numbers of the tasks in MBPP.
+SHAPES = """
+    tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809 .
+    of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780 .
+    of_tuples x: 75 413 444 753 .
+    x tuple: 106 750 .
+    of_sets: 115 .
+    float complex: 124 .
+    tuple x: 250 307 405 446 617 720 763 808 .
+    complex: 252 .
+    tuples: 259 278 401 445 580 615 791 .
+    of_tuples x: 722 ."""

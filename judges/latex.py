@@ -275,8 +275,8 @@ def parts(text):
 
 def cut(text, separator=","):
     """The pieces between separators that stand in no brackets."""
-    pieces = re.findall(rf"(?:{GROUP}|(?!{separator})\\?.)+", text, re.S)
-    return [piece.strip() for piece in pieces if piece.strip()]
+    pieces = re.findall(rf"{separator}|(?:{GROUP}|(?!{separator})\\?.)+", text, re.S)
+    return [piece.strip() for piece in pieces if not re.fullmatch(rf"\s*|{separator}", piece)]
 
 
 # --- one formula -------------------------------------------------------------------------------------------
