@@ -73,17 +73,19 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
     """
     files, problems, missing = local_files(data) if data else None, {}, {}
     for name in names:
+        benchmark, found, reason = BENCHMARKS[name], [], "there are no tasks in it"
         try:
-            problems[name] = list(itertools.islice(read_problems(BENCHMARKS[name], files, heldout), limit))
+            found += itertools.islice(read_problems(benchmark, files, heldout), limit)
         except READING_ERRORS as error:
-            missing[name] = f"a task lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        if not problems.get(name, name):
-            del problems[name]
-            missing[name] = "there are no tasks in it"
-        if name in missing and BENCHMARKS[name].repository:
-            missing[name] += (
-                f"\n  Get it with: hf download --repo-type dataset {BENCHMARKS[name].repository} --revision "
-                f"{BENCHMARKS[name].revision} --local-dir DIR/{BENCHMARKS[name].names[-1]}\n  and give --data DIR "
+            found, reason = [], f"a task lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        if found:
+            problems[name] = found
+        elif benchmark.group == "heldout":
+            missing[name] = "the held-out tasks have none of this type"
+        else:
+            missing[name] = (
+                f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repository} --revision "
+                f"{benchmark.revision} --local-dir DIR/{benchmark.names[-1]}\n  and give --data DIR "
                 "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
     return problems, missing
 

@@ -118,10 +118,10 @@ UNITS = r"""
 PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
               "[km]?ev|k?j|hz)")
 WORD = r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*"
-NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\(\w\))?"  # x, f(x), X_{d}
+NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\s*\(\w\))?"  # x, f(x), X_{d}
 LETTER = r"(?:\\text\{\s*)?\(?[A-J]\)?\}?"
-CHOICE = (r"(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*"  # (C) 36
-          r"(?![=+*/^_,<>}\s]|\\(?:cup|cap|times|cdot|to)\b)(.+)")
+CHOICE = (r"^(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*"  # (C) 36
+          r"(?![=+*/^_,<>}\s]|\\(?:cup|cap|times|cdot|to)\b)(.+)$")
 # Text, a number in another base, numbers side by side, and dots: math-verify would skip them or add them up
 NO_VALUE = (r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots")
 # A product without a sign, of which math-verify would give the sum: 2(3), (2)(3), \frac{6}{3}(4)
@@ -164,10 +164,9 @@ def same_math(gold, answer, physical=False):
 
 def chosen(text, other):
     """Of a letter with its value, as in (C) 36, the one of the two that the other side has."""
-    choice = re.fullmatch(CHOICE, text)
-    if not choice or re.fullmatch(CHOICE, other):
+    if not re.match(CHOICE, text) or re.match(CHOICE, other):
         return text
-    return choice[1 if re.fullmatch(LETTER, other) else 2]
+    return re.sub(CHOICE, r"\1" if re.fullmatch(LETTER, other) else r"\2", text)
 
 
 def same(gold, answer, physical):
@@ -176,19 +175,18 @@ def same(gold, answer, physical):
     if re.fullmatch(WORD, gold):
         meant, said = (re.sub(r"\\text|[{}()\s.,'\"]", "", text).lower() for text in (gold, answer))
         return meant == said
-    ours, theirs = parts(gold), parts(answer)
-    if bool(ours) != bool(theirs):  # 13,535 is one number if the other side is one
+    kinds = bool(parts(gold)), bool(parts(answer))
+    if kinds[0] != kinds[1]:  # 13,535 is one number if the other side is one
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
-        ours, theirs = parts(gold), parts(answer)
+    ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
         return same_items(*ours, *theirs, physical)
     if theirs and not theirs[0] and theirs[1][1:]:  # 1/2 or 0.5
         return all(same(gold, item, physical) for item in theirs[1])
     if (ours or theirs) and not re.search(r"[<>]|\\[lg][et](?![a-z])", gold + answer):
         return False
-    if re.search("[=≈]", gold + answer):
-        return same_sides(gold, answer, physical)
-    return same_amount(gold, answer, physical) or same_formula(gold, answer, physical)
+    compare = same_sides if re.search("[=≈]", gold + answer) else same_amount
+    return compare(gold, answer, physical)
 
 
 def same_items(kind, gold, other, answer, physical):
@@ -210,14 +208,13 @@ def same_sides(gold, answer, physical):
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
     is_equation, is_other = name or ours[1:], other or theirs[1:]
     if is_equation and is_other and (not name or name != other):  # 1 + 1 = 2 says as little as 3 = 3
-        says_something = bool(name) or any(value(side) is None for side in ours)
-        return says_something and same_formula(gold, answer, physical)
+        says_something = name or None in map(value, ours)
+        return bool(says_something) and same_formula(gold, answer, physical)
     if is_equation and not name:
         return False
-    meant = ours[-1]
+    meant, found = ours[-1], False
     if theirs[1:] and not other and value(meant) is not None and value(theirs[0]) is None:
         theirs = theirs[1:]  # what the answer is the value of
-    found = False
     for side in theirs:  # what stands before the answer rounds to it, and it to what follows
         if same(meant, side, physical):
             found = True
@@ -228,16 +225,17 @@ def same_sides(gold, answer, physical):
 
 def sides(text):
     """'x = 10/3 ≈ 3.33' → ['x', '10/3', '3.33']; the first is '' if there is no name."""
-    pieces = [piece.strip() for piece in re.split("[=≈]", text)]
-    name = squeeze(pieces[0])
-    return [name, *pieces[1:]] if pieces[1:] and re.fullmatch(NAME, name) else ["", *pieces]
+    name, rest = re.fullmatch(rf"(?s)(?:({NAME})\s*[=≈])?(.*)", text).groups()
+    return [squeeze(name or ""), *(side.strip() for side in re.split("[=≈]", rest))]
 
 
 def same_amount(gold, answer, physical):
     """With a unit on one side, or the same one on both; 15% is 15 or 0.15."""
     amounts = [split_unit(gold, 2), split_unit(answer, 1)]
     (amount, unit), (said, other) = amounts
-    if not (unit or other) or unit and other and unit != other:
+    if unit == other == "":
+        return same_formula(gold, answer, physical)
+    if unit and other and unit != other:
         return False
     hundredths = [f"({text})/100" if unit else text for text, unit in amounts]
     return same(amount, said, physical) or {unit, other} == {"percent", ""} and same(*hundredths, physical)
@@ -309,45 +307,43 @@ def value(text):
 
 def rounds(text, rounded, least=0):
     """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. least: the places
-    and digits that it must have; its last digit may then be cut off."""
+    and digits that the decimal must have; it may then also be cut off instead of rounded."""
     decimal, exact = number(rounded), value(text)
     if decimal is None or exact is None:
         return False
-    _, digits, exponent = decimal.as_tuple()
+    sign, digits, exponent = decimal.as_tuple()
     if least and min(len(digits), -exponent) < least:
         return False
-    return bool((abs(exact - Rational(str(decimal))) * Rational(10) ** -exponent).evalf() <= (1 if least else 0.500001))
+    rest = ((exact - Rational(str(decimal))) * (-1) ** sign * Rational(10) ** -exponent).evalf()
+    return bool(rest.is_Number and -0.500001 <= rest <= (1 if least else 0.500001))
 
 
 def same_formula(gold, answer, physical):
-    if re.search(NO_VALUE, f"{gold}\n{answer}"):
-        return False
     a, b = number(gold), number(answer)
     if a is not None and b is not None:
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
         return a == b or physical and abs(a - b) <= min(abs(a) / 10000, last_digit / 2)
     ours, theirs = formula(gold), formula(answer)
-    verdict = same_value(*ours[:1], *theirs[:1], physical)
+    if not (ours and theirs) or re.search(NO_VALUE, f"{gold}\n{answer}"):
+        return False
+    verdict = same_value(ours[0], theirs[0], physical)
     if verdict is None:
         return bool(verify(ours, theirs, timeout_seconds=None, allow_set_relation_comp=True))
     return verdict or rounds(gold, answer, 6) or rounds(answer, gold, 6)
 
 
-def same_value(*pair):
+def same_value(gold, answer, physical):
     """Whether two expressions have equal values, to DIGITS digits, at some random points; None if that cannot
-    be said. The last argument says whether all variables are positive."""
-    gold, answer, physical = pair if len(pair) == 3 else (None, None, None)
+    be said. physical: at points where all variables are positive."""
     if not all(isinstance(side, Expr) and not side.is_Matrix for side in (gold, answer)):
         return None
     symbols = gold.free_symbols | answer.free_symbols
     for signs in SIGNS[physical] if symbols else "+":
         point = {symbol: coordinate(symbol.name, signs) for symbol in symbols}
-        difference = (gold.xreplace(point) - answer.xreplace(point)).doit()
-        rest = difference if difference.is_Rational else difference.evalf(2, maxn=DIGITS)
-        parts_of_it = rest.as_real_imag()
-        if not all(part.is_Number and part.is_finite for part in parts_of_it):
+        rest = abs((gold.xreplace(point) - answer.xreplace(point)).doit()).evalf(2, maxn=DIGITS)
+        if not (rest.is_Number and rest.is_finite):
             return None
-        if any(part.is_comparable and part != 0 for part in parts_of_it):
+        if rest.is_comparable and rest != 0:
             return False
     return True
 
