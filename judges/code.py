@@ -68,9 +68,11 @@ class ProgramProblem:
 
     def candidates(self, text):
         """The pieces of a text that could be the program, the best ones last."""
-        found, chosen = [piece for _, piece in pieces(text, reach=4) if piece], []
+        found, chosen = [], []
         for run in RUNS:
-            found = re.findall(run, text) + found
+            found += re.findall(run, text)
+        for more in (3, 2, 1, 0):  # a program may have fences in its strings
+            found += [piece for _, piece in pieces(text, more) if piece]
         if f"def {self.name}(" in self.prelude:
             for body in [piece for piece in found if re.search(RETURNS, piece)]:
                 chosen += [body, dedent(body), "    " + body, indent(dedent(body), "    ")]
@@ -137,7 +139,7 @@ def read_function(key, row):
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
     return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, f"{shape[1]}|{name}" if shape else name,
                           prompt if opening else "", (own, *OTHER_READINGS.get(name, ())), asserts,
-                          partial(function_tests, row, inputs), SAME.get(name, partial(close, atol=atol)))
+                          partial(function_tests, row, inputs), partial(close, atol=atol))
 
 
 def function_tests(row, inputs):
@@ -224,8 +226,24 @@ def of_sets(value):
 CONVERT = {"x": lambda value: value, "tuple": tuple, "tuples": tuples, "float": float, "complex": complex,
            "of_tuples": of_tuples, "of_sets": of_sets}
 
+def is_root(value, case):
+    return abs(sum(c * value ** power for power, c in enumerate(case[0]))) <= 1e-4
+
+def as_set(value, case):
+    return set(value)
+
+def is_found(value, case):
+    """Of a search: a match counts as True, nothing as False."""
+    return value is not None and value is not False
+
+# Tasks that EvalPlus does not compare by value, by their functions' names.
+PROPERTY = {"find_zero": is_root, **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly "
+            "larg_nnum intersection_array find_dissimilar Diff".split(), as_set),
+            **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_found)}
+
 def f(source, entry, limit, cases):
-    """The values of a call for each case. entry: what is called, behind the shapes of its arguments, if any."""
+    """The values of a call for each case, or the property of them that counts. entry: what is called, behind the
+    shapes of its arguments, if any."""
     shapes, _, name = entry.rpartition("|")
     *first, last = shapes.split() or ["x"]
     scope = {"__name__": "program"}
@@ -233,7 +251,8 @@ def f(source, entry, limit, cases):
     results = []
     for case in cases:
         case = [CONVERT[shape](value) for shape, value in zip(first + [last] * len(case), case)]
-        results.append(shown(eval(name, scope)(*case), limit))
+        value = plain(eval(name, scope)(*case))
+        results.append(shown(PROPERTY[name](value, case) if name in PROPERTY else value, limit))
     return results
 '''
 READ = '''
@@ -472,25 +491,6 @@ def read_lines(text):
     return [tuple(map(Decimal, line.split())) if re.fullmatch(NUMBERS, line) else line for line in lines]
 
 
-def is_root(output, expected, arguments):
-    (coefficients,) = parse_literal(arguments)
-    return abs(sum(c * output ** power for power, c in enumerate(coefficients))) <= 1e-4
-
-
-def same_set(output, expected, arguments):
-    return set(output) == set(expected)
-
-
-def both_found(output, expected, arguments):
-    """Of a search: a match counts as True, nothing as False."""
-    return (output is None or output is False) == (expected is None or expected is False)
-
-
-# Tasks that EvalPlus does not compare by value, by their functions' names.
-SAME = {"find_zero": is_root,
-        **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                        "intersection_array find_dissimilar Diff".split(), same_set),
-        **dict.fromkeys("check_str text_match_three text_starta_endb".split(), both_found)}
 # Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take
 # both readings of 'divisors', with and without the number itself.
 OTHER_READINGS = {

@@ -9,22 +9,26 @@ from pathlib import Path
 
 from .text import answer_text, nested
 
-ENCLOSED = re.compile(  # $$1/2$$, \[1/2\], $1/2$, \(1/2\)
-    r"\$\$(?s:(.+?))\$\$|\\\[(?s:(.+?))\\\]|\$(.+?)(?<!\\)\$|\\\((.+?)\\\)")
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
-EMPHASIS = re.compile(r"(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$", re.M)
-ANNOUNCED = re.compile(r"""(?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)? \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
-    | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
-    (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly|equal\ to|given\ by|option|choice)\b [,:]? )*""",
-    re.I | re.M | re.X)
-REMARK = re.compile(  # what may follow an answer on its line
-    r",?\s+(?:since|because|as|which|where|so|I hope)\b.*|\s*\((?:since|because|as)\b.*|[.;!]?\s*$|[.;!]\s+[A-Z\\$].*")
+EMPHASIS = (r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$")
+# Behind "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or else the rest of
+# the line without what may follow an answer there
+CALLED = r"""(?imx) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
+        \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? ) | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
+    (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly|equal\ to|given\ by|option|choice)\b [,:]? )*
+    [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\) | (?=[^\s.]) (.+?) (?:
+        ,?\s+(?:since|because|as|which|where|so|I\ hope)\b.* | \s*\((?:since|because|as)\b.* | [.;!]?\s*$
+        | [.;!]\s+(?-i:[A-Z])\w.* | [.;!]\s+[\\$].* ) )"""
+BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
+NOTHING = r"[\s~\\,;{}]*\}"
 BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
-BOX = re.compile(rf"""\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s* (?: ({BRACED}) | (\{{) |  # one that is never closed
-    ( .*? ) (?= \s* (?: \$ | \\[)\]] | [.,;]?\s*$ | [.,;]\s | \s[a-zA-Z]{{2,}} ) ) )""", re.M | re.X)
-LISTED = re.compile(r"""}? S* (?: [,;] S* (?:W S*)? | W S* ) (?:[a-zA-Z](?:_\{?\w\}?)? \s* = )? S*"""  # between two boxes
-                    .replace("S", r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)").replace("W", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"),
-                    re.X)
+# \boxed{5}, \boxed 5, \boxed\frac12 with its content
+FULL = (rf"{BOX}(?:\{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}"
+        r"|(?!\{)(.+?)(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{2,})))")
+SPACE, WORD = r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)*", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"
+LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=)?{SPACE}"  # between two boxes
+# A list of boxes, or one that is never closed
+LAST = rf"(?m){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class MathProblem:
         text = answer_text(response).strip()
         answer = ", ".join(boxes(text))
         if not answer:
-            text = EMPHASIS.sub("", text)
+            text = re.sub(EMPHASIS, "", text)
             brief = "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
             answer = called_answer(text) or (text if brief or "<answer>" in response else "")
         return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
@@ -57,11 +61,7 @@ class MathProblem:
 
 def called_answer(text):
     """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
-    pieces = [piece.strip() for piece in ANNOUNCED.split(text)[1:] if piece.strip(" \n.")]
-    if not pieces:
-        return ""
-    found = ENCLOSED.match(pieces[-1])
-    return found[found.lastindex] if found else REMARK.sub("", pieces[-1].split("\n")[0])
+    return "".join(["", *re.findall(CALLED, text)[-1:]][-1])
 
 
 def read_math(key, row, physical=False):
@@ -84,15 +84,8 @@ def boxed(text):
 def boxes(text):
     """The contents of the last \\boxed{…} and of those before it with which it makes up a list, as in
     x=\\boxed{1} or x=\\boxed{2}."""
-    contents, end = [], 0
-    for box in BOX.finditer(text):
-        braced, unclosed, bare = box.groups()
-        content = braced[1:-1] if braced else bare or ""
-        is_listed = LISTED.fullmatch(text, end, box.start())
-        if unclosed or content.strip(" {}~\\,;"):
-            contents = [*contents, content] if is_listed else [content]
-            end = box.end()
-    return [] if contents[-1:] == [""] else contents
+    lists = ["", *(found[0] for found in re.finditer(LAST, text))]
+    return ["".join(groups) for groups in re.findall(f"(?m){FULL}", lists[-1])]
 
 
 # --- a process that can be killed ------------------------------------------------------------------------

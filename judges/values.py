@@ -29,9 +29,10 @@ class ValueProblem:
         text = answer_text(response)
         found = pieces(text)
         blocks = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
-        blocks = [block.strip() for block in blocks or [piece for _, piece in found[1::2]] if block.strip()]
-        is_whole = "\n" not in text or "<answer>" in response or "[ANSWER]" in response
-        answer = blocks[-1] if blocks else text.strip("` \n") if is_whole and len(found) == 1 else ""
+        blocks = [block for block in blocks or [piece for _, piece in found[1::2]] if block]
+        is_whole = len(found) == 1 and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response))
+        answer = blocks[-1] if blocks else text if is_whole else ""
+        answer = answer.strip("` \n")
         call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
         said = call and call[1 if self.task.type == "abduction" else 2]  # f(input) == output
         return (answer if said is None else said) or None
