@@ -33,32 +33,30 @@ MODULES = ("sys io os random time datetime hashlib threading _thread secrets cal
 GROUPS = ("heldout", "io", "code", "math")
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
-           "rough": partial(read_math, physical=True)}
+           "physics": partial(read_math, physical=True)}
 # All that the hub's client, parquet, JSON and the formats raise for what cannot be had or is damaged
 READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
                   ImportError, zlib.error)
 KEYS = ("task_id", "unique_id", "id", "idx", "question_id")  # columns of a task's own name
 
 
-# group: heldout is ours; the paper's are io (in-distribution), code and math. names: what it and its files may be
-# called, squashed, best first. files: where the repository does not say which are the split.
-Benchmark = namedtuple("Benchmark", "name group names format repository revision split configuration files",
-                       defaults=["", "", "", "test", None, ()])
+# group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it and for
+# others; names: what it and its files may be called, squashed, best first. files: where the repository does not say
+# which are the split.
+Benchmark = namedtuple("Benchmark", "name group groups names format repository revision split configuration files")
 BENCHMARKS = {row["name"]: Benchmark(**row) for row in json.loads(Path(__file__).with_name("benchmarks.json").read_text())}
 
 
 def squash(text):
     """'AIME 2024' → 'aime24', 'MBPP+' → 'mbppplus'"""
-    text = re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus"))
-    return re.sub(r"20(?=2\d)", "", text).replace("livecodebench", "lcb")
+    return re.sub(r"[^a-z0-9]|20(?=2\d)", "", text.lower().replace("+", "plus"))
 
 
 def named(text):
     """'code,AIME 2024' → the benchmarks' names, in the order of the table. Raises UsageError."""
     names = set()
     for part in map(squash, text.split(",")):
-        groups = {"all": GROUPS[1:], "indistribution": ["io"]}.get(part, [part])
-        found = [name for name, b in BENCHMARKS.items() if b.group in groups or part in b.names]
+        found = [name for name, b in BENCHMARKS.items() if part in b.groups + b.names]
         if not found:
             raise UsageError(f"no benchmark {part!r}; there are {', '.join(BENCHMARKS)}, and the "
                              "groups heldout, io (in-distribution), code, math and all")

@@ -432,23 +432,21 @@ def run_programs(executor, jobs):
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
     left = range(len(jobs))
     while left := [i for i in left if results[i] is not None and len(results[i]) < len(jobs[i][2])]:
-        runs = executor.run([run_of(*jobs[i], len(results[i]), sizes[i]) for i in left])
-        for i, run in zip(left, runs):
-            size = len(jobs[i][2][len(results[i]):][:sizes[i]])
+        calls = [jobs[i][2][len(results[i]):][:sizes[i]] for i in left]
+        for i, some, run in zip(left, calls, executor.run([run_of(*jobs[i], some) for i, some in zip(left, calls)])):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            if isinstance(values, list) and len(values) == size:
+            if isinstance(values, list) and len(values) == len(some):
                 results[i] += values
-            elif size > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+            elif len(some) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
                 sizes[i] = 1
             else:
                 results[i] = None
     return results
 
 
-def run_of(source, entry, arguments, limit, start, size):
-    """The sandbox's program and input for some of a job's calls."""
-    calls = ", ".join(arguments[start:start + size])
-    return CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{calls}]"
+def run_of(source, entry, arguments, limit, some):
+    """The sandbox's program and its input for some of a job's calls."""
+    return CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(some)}]"
 
 
 # A line of numbers

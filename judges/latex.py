@@ -23,7 +23,7 @@ from .text import nested
 
 SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
 DIGITS = 2000                 # to which irrational numbers are compared
-SIGNS = {True: ("+", "++", "+++"), False: ("+", "-", "+-", "-+")}  # of variables, by whether they are physical
+SIGNS = "+ - +- -+".split(), "+ ++ +++".split()  # of variables at a random point; of physical ones
 # Pattern → what it becomes, in this order; ~ stands for a space.
 REWRITES = r"""
 \.{3,}|…|\\[lcdi]?dots[bcimo]?(?![a-zA-Z])→\\ldots
@@ -126,6 +126,7 @@ CHOICE = (r"^(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*"  # (C) 36
 NO_VALUE = (r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots")
 # A product without a sign, of which math-verify would give the sum: 2(3), (2)(3), \frac{6}{3}(4)
 PRODUCT = r"(?<![_^.\d])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)"
+LONG = r"-?(?:[1-9]\d*\.\d{6,}|0?\.0*[1-9]\d{5,})"  # a decimal of at least six digits and places
 BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
 GROUP = nested(r"\\?[(\[{](?:[^()\[\]{}\\]|\\[^{}]|X)*\\?[)\]}]")
 
@@ -175,8 +176,7 @@ def same(gold, answer, physical):
     if re.fullmatch(WORD, gold):
         meant, said = (re.sub(r"\\text|[{}()\s.,'\"]", "", text).lower() for text in (gold, answer))
         return meant == said
-    kinds = bool(parts(gold)), bool(parts(answer))
-    if kinds[0] != kinds[1]:  # 13,535 is one number if the other side is one
+    if bool(parts(gold)) != bool(parts(answer)):  # 13,535 is one number if the other side is one
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
     ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
@@ -305,17 +305,15 @@ def value(text):
     return found[0] if found and isinstance(found[0], Expr) and not found[0].free_symbols else None
 
 
-def rounds(text, rounded, least=0):
-    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. least: the places
-    and digits that the decimal must have; it may then also be cut off instead of rounded."""
+def rounds(text, rounded, most=0.500001):
+    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. most: how much more
+    it may be, in units of the last place; 1 if the decimal may also be cut off."""
     decimal, exact = number(rounded), value(text)
     if decimal is None or exact is None:
         return False
-    sign, digits, exponent = decimal.as_tuple()
-    if least and min(len(digits), -exponent) < least:
-        return False
+    sign, _, exponent = decimal.as_tuple()
     rest = ((exact - Rational(str(decimal))) * (-1) ** sign * Rational(10) ** -exponent).evalf()
-    return bool(rest.is_Number and -0.500001 <= rest <= (1 if least else 0.500001))
+    return bool(rest.is_Number and -0.500001 <= rest <= most)
 
 
 def same_formula(gold, answer, physical):
@@ -329,7 +327,8 @@ def same_formula(gold, answer, physical):
     verdict = same_value(ours[0], theirs[0], physical)
     if verdict is None:
         return bool(verify(ours, theirs, timeout_seconds=None, allow_set_relation_comp=True))
-    return verdict or rounds(gold, answer, 6) or rounds(answer, gold, 6)
+    return verdict or any(rounds(exact, decimal, 1) for exact, decimal in ((gold, answer), (answer, gold))
+                          if re.fullmatch(LONG, decimal))
 
 
 def same_value(gold, answer, physical):

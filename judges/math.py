@@ -11,14 +11,14 @@ from .text import answer_text, nested
 
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
 EMPHASIS = (r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$")
-# Behind "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or else the rest of
+# Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or else the rest of
 # the line without what may follow an answer there
-CALLED = r"""(?imx) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
+CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
         \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? ) | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
     (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly|equal\ to|given\ by|option|choice)\b [,:]? )*
     [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\) | (?=[^\s.]) (.+?) (?:
         ,?\s+(?:since|because|as|which|where|so|I\ hope)\b.* | \s*\((?:since|because|as)\b.* | [.;!]?\s*$
-        | [.;!]\s+(?-i:[A-Z])\w.* | [.;!]\s+[\\$].* ) )"""
+        | [.;!]\s+(?-i:[A-Z]).* | [.;!]\s+[\\$].* ) )"""
 BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
 NOTHING = r"[\s~\\,;{}]*\}"
 BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
@@ -61,7 +61,8 @@ class MathProblem:
 
 def called_answer(text):
     """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
-    return "".join(["", *re.findall(CALLED, text)[-1:]][-1])
+    found = re.match(CALLED, text)
+    return found[found.lastindex] if found else ""
 
 
 def read_math(key, row, physical=False):

@@ -26,7 +26,7 @@ def answer_text(response):
     >>> answer_text("2 + 2</think> It is <answer>4 </answer>")
     '4'
     """
-    text = re.sub(r"(?s).*(?:</think>|<answer>|\[ANSWER\])", "", response)
+    text = re.sub(r"(?s)\A.*(?:</think>|<answer>|\[ANSWER\])", "", response)
     return re.sub(r"(?s)\A\s*\n|\s*(?:</answer>.*|\[/ANSWER\].*)?\Z", "", text)
 
 

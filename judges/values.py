@@ -11,6 +11,9 @@ from tasks import KINDS, Task, parse_answer, solve_prompt
 
 from .text import answer_text, pieces
 
+# An answer in the form of a call, f(input) == output
+CALLS = {"abduction": r"\A(?:assert\s+)?f\((.*?)\)\s*(?:==.*)?\Z", "deduction": r"\A(?:assert\s+)?f\(.*?\)\s*==\s*(.*)\Z"}
+
 
 @dataclass(frozen=True)
 class ValueProblem:
@@ -32,10 +35,7 @@ class ValueProblem:
         blocks = [block for block in blocks or [piece for _, piece in found[1::2]] if block]
         is_whole = len(found) == 1 and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response))
         answer = blocks[-1] if blocks else text if is_whole else ""
-        answer = answer.strip("` \n")
-        call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer, re.S)
-        said = call and call[1 if self.task.type == "abduction" else 2]  # f(input) == output
-        return (answer if said is None else said) or None
+        return re.sub(CALLS[self.task.type], r"\1", answer.strip("` \n"), flags=re.S) or None
 
     @staticmethod
     def judge(problems, answers, executor):
