@@ -71,9 +71,9 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
     """
     files, problems, missing = local_files(data) if data else None, {}, {}
     for name in names:
-        benchmark, found, reason = BENCHMARKS[name], [], "there are no tasks in it"
+        benchmark, reason = BENCHMARKS[name], "there are no tasks in it"
         try:
-            found += itertools.islice(read_problems(benchmark, files, heldout), limit)
+            found = [*itertools.islice(read_problems(benchmark, files, heldout), limit)]
         except READING_ERRORS as error:
             found, reason = [], f"a task lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         if found:
@@ -111,8 +111,8 @@ def local_files(data):
     files, found = defaultdict(list), {}
     for path in sorted(Path(data).rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-            place = str(Path(data).resolve().name / path.relative_to(data)).split(".jsonl")[0]
-            for name in re.findall("|".join(names[::-1]), squash(place))[-1:]:
+            place = squash(str(Path(data).resolve().name / path.relative_to(data)))
+            for name in re.findall("|".join(names[::-1]), place)[-1:]:
                 files[name].append(path)
     for benchmark in BENCHMARKS.values():
         for alias in filter(files.get, benchmark.names):

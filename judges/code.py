@@ -12,7 +12,8 @@ import pickletools
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
+from contextlib import suppress
 from decimal import Decimal
 from functools import partial
 from textwrap import dedent, indent
@@ -35,7 +36,7 @@ PRELUDE = "\n".join([  # contest programs are written where these names are know
 
 # Of a text that could be a program: what it does, and its runs of indented lines and of lines that may be code
 RETURNS = r"\b(?:return|yield|raise)\b"
-DEFINES = r"\b(?:def|class) +%s\b|^%s *=(?!=)"
+DEFINES = r"(?:\b(?:def|class) +|^(?=\w+ *=(?!=)))%s\b"
 PRINTS = r"\b(?:print|stdout|__stdout__|write)\b"
 READS_AND_PRINTS = rf"(?s)\A(?=.*\b(?:input|stdin|__stdin__|open|fdopen|read)\b).*{PRINTS}"
 RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S.* | [ \t]* | [@#)\]}].*
@@ -43,19 +44,18 @@ RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S
     | [\w.,\ ]+\ [-+*/%]?=\ .* ) (?:\n|\Z) )+""")
 
 
-@dataclass(frozen=True)
-class ProgramProblem:
-    """What a program has to do, and the tests that it has to pass."""
+class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelude solutions asserts tests same")):
+    """What a program has to do, and the tests that it has to pass.
 
-    key: str
-    question: str
-    name: str         # what the program must define; "" if it reads standard input
-    entry: str        # an expression that is called with the arguments of a test; "": standard input
-    prelude: str      # code before the answer
-    solutions: tuple  # programs that are right: the benchmark's own, and other readings of the task
-    asserts: str      # base tests as code that calls `name`; "" if tests() has them
-    tests: object     # () → [base, plus], each {arguments: [right values, beside those of the solutions]}
-    same: object      # (value, right value, arguments) → whether two unequal values agree
+    name       what the program must define; "" if it reads standard input
+    entry      what is called with the arguments of a test, an expression; "": standard input
+    prelude    code before the answer
+    solutions  programs that are right: the benchmark's own, and other readings of the task
+    asserts    base tests as code that calls `name`; "" if tests() has them
+    tests      () → [base, plus], each {arguments: [right values, beside those of the solutions]}
+    same       (value, right value, arguments) → whether two unequal values agree
+    """
+
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
@@ -76,7 +76,7 @@ class ProgramProblem:
         if f"def {self.name}(" in self.prelude:
             for body in [piece for piece in found if re.search(RETURNS, piece)]:
                 chosen += [body, dedent(body), "    " + body, indent(dedent(body), "    ")]
-        for pattern in [DEFINES % (self.name, self.name)] if self.name else [PRINTS, READS_AND_PRINTS]:
+        for pattern in [DEFINES % self.name] if self.name else [PRINTS, READS_AND_PRINTS]:
             does = [piece for piece in found if re.search(pattern, piece, re.M)]
             chosen += [dedent(piece) if piece[0].isspace() else piece for piece in does]
         return chosen
@@ -112,11 +112,9 @@ class ProgramProblem:
 
 def parses(program):
     """Whether a text is Python. It is only parsed here, and never compiled."""
-    try:
-        ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return bool(ast.parse(program))
+    return False
 
 
 # --- the published formats ----------------------------------------------------------------------------
@@ -125,12 +123,12 @@ def read_function(key, row):
     """HumanEval+ and MBPP+: EvalPlus' release and its hub datasets, and the original HumanEval."""
     prompt, test, hints = row["prompt"], row.get("test") or "", row.get("test_list") or []
     name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
-    opening = f"def {name}(" in prompt
-    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if opening
+    prelude = prompt if f"def {name}(" in prompt else ""
+    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if prelude
             else "\n".join([f"Write a Python function `{name}`. {FENCE}\n",
                             prompt.strip(' \n"'), *hints[:1]]))
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
-    asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]) if hints else "", []
+    asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]), []
     if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # of the hub
         tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     elif "base_input" not in row:  # the original HumanEval
@@ -138,7 +136,7 @@ def read_function(key, row):
     shape = "base_input" in row and re.search(rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
     return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, f"{shape[1]}|{name}" if shape else name,
-                          prompt if opening else "", (own, *OTHER_READINGS.get(name, ())), asserts,
+                          prelude, (own, *OTHER_READINGS.get(name, ())), asserts,
                           partial(function_tests, row, inputs), partial(close, atol=atol))
 
 
@@ -456,16 +454,15 @@ NUMBERS = r"(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,6})?(?:\s+|$))+"
 
 def right(same, output, expected, arguments):
     """Whether an output is one of the expected values."""
-    try:
+    with suppress(TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
         return any(output == value or same(output, value, arguments) for value in expected)
-    except (TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
-        return False
+    return False
 
 
 def close(output, expected, arguments, atol=0):
     """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
-    atol = atol or (1e-6 if flat and all(type(value) is float for value in flat) else 0)
+    atol = atol or (1e-6 if {*map(type, flat)} == {float} else 0)
     return atol > 0 and type(output) is type(expected) and near(output, expected, atol)
 
 

@@ -233,12 +233,11 @@ def same_amount(gold, answer, physical):
     """With a unit on one side, or the same one on both; 15% is 15 or 0.15."""
     amounts = [split_unit(gold, 2), split_unit(answer, 1)]
     (amount, unit), (said, other) = amounts
-    if unit == other == "":
-        return same_formula(gold, answer, physical)
-    if unit and other and unit != other:
-        return False
     hundredths = [f"({text})/100" if unit else text for text, unit in amounts]
-    return same(amount, said, physical) or {unit, other} == {"percent", ""} and same(*hundredths, physical)
+    if (unit or other) and unit in ("", other or unit) and (
+            same(amount, said, physical) or {unit, other} == {"percent", ""} and same(*hundredths, physical)):
+        return True
+    return same_formula(gold, answer, physical)
 
 
 def split_unit(text, shortest):
@@ -248,12 +247,9 @@ def split_unit(text, shortest):
                       rf"({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
                       rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
     unit = rewrite(found[1].lower(), UNITS) if found else ""
-    if not unit:
-        return text, ""
-    could_be_words = "\\text" not in found[1] or text[found.start() - 1].isalpha()
-    if could_be_words and not re.match(rf"{PLAIN_UNIT}\b", unit):
-        return text, ""
-    return text[:found.start()], unit
+    is_unit = unit and (re.match(rf"{PLAIN_UNIT}\b", unit)
+                        or "\\text" in found[1] and not text[found.start() - 1].isalpha())
+    return (text[:found.start()], unit) if is_unit else (text, "")
 
 
 def parts(text):

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 from .text import answer_text, nested
@@ -31,15 +31,10 @@ LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?
 LAST = rf"(?m){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
 
 
-@dataclass(frozen=True)
-class MathProblem:
+class MathProblem(namedtuple("MathProblem", "key question gold physical", defaults=[False])):
     """A question and its answer in LaTeX. physical: its variables are positive quantities, and two decimals may
     differ by 1e-4 of their size."""
 
-    key: str
-    question: str
-    gold: str
-    physical: bool = False
     batch = 1024
 
     def answer_in(self, response):
@@ -48,7 +43,7 @@ class MathProblem:
         answer = ", ".join(boxes(text))
         if not answer:
             text = re.sub(EMPHASIS, "", text)
-            brief = "\n" not in text and (len(text) < 20 or re.search(r"[\d\\]", text))
+            brief = re.fullmatch(r".{,19}|.*[\d\\].*", text)
             answer = called_answer(text) or (text if brief or "<answer>" in response else "")
         return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
 

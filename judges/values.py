@@ -4,7 +4,7 @@ They are judged as in training: literals of equal types, and for an input any th
 """
 
 import re
-from dataclasses import dataclass
+from collections import namedtuple
 
 from rewards import is_correct
 from tasks import KINDS, Task, parse_answer, solve_prompt
@@ -15,14 +15,9 @@ from .text import answer_text, pieces
 CALLS = {"abduction": r"\A(?:assert\s+)?f\((.*?)\)\s*(?:==.*)?\Z", "deduction": r"\A(?:assert\s+)?f\(.*?\)\s*==\s*(.*)\Z"}
 
 
-@dataclass(frozen=True)
-class ValueProblem:
+class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaults=[False])):
     """A task of one of the three types. strict: only an answer in the form of training counts."""
 
-    key: str
-    question: str
-    task: Task
-    strict: bool = False
     batch = 256  # problems that are judged together
 
     def answer_in(self, response):
