@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import zlib
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -28,16 +28,16 @@ from .values import read_execution, read_heldout
 
 TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
 # that they need, or that programs import without need
-MODULES = ("sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit builtins "
-           "codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings weakref").split()
-GROUPS = ("heldout", "io", "code", "math")
+MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit builtins
+    codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings weakref""".split()
+GROUPS = "heldout", "io", "code", "math"
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
            "physics": partial(read_math, physical=True)}
 # All that the hub's client, parquet, JSON and the formats raise for what cannot be had or is damaged
 READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
                   ImportError, zlib.error)
-KEYS = ("task_id", "unique_id", "id", "idx", "question_id")  # columns of a task's own name
+KEYS = "task_id", "unique_id", "id", "idx", "question_id"  # columns of a task's own name
 
 
 # group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it and for
@@ -81,10 +81,10 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
         elif benchmark.group == "heldout":
             missing[name] = "the held-out tasks have none of this type"
         else:
-            missing[name] = (
-                f"{reason}\n  Get it with: hf download --repo-type dataset {benchmark.repository} --revision "
-                f"{benchmark.revision} --local-dir DIR/{benchmark.names[-1]}\n  and give --data DIR "
-                "(JSON lines or parquet; the name of a file or of its folder says whose it is)")
+            missing[name] = f"""{reason}
+  Get it with: hf download --repo-type dataset {benchmark.repository} --revision \
+{benchmark.revision} --local-dir DIR/{benchmark.names[-1]}
+  and give --data DIR (JSON lines or parquet; the name of a file or of its folder says whose it is)"""
     return problems, missing
 
 
@@ -105,15 +105,16 @@ def read_problems(benchmark, files, heldout):
 
 def local_files(data):
     """{benchmark: its files}: whose a file is, the last name of a benchmark in its path says."""
-    if not Path(data).is_dir():
+    data = Path(data)
+    if not data.is_dir():
         raise UsageError(f"--data {data}: no such folder")
     names = sorted(itertools.chain(*(benchmark.names for benchmark in BENCHMARKS.values())), key=len)
-    files, found = defaultdict(list), {}
-    for path in sorted(Path(data).rglob("*")):
+    files, found = {}, {}
+    for path in sorted(data.rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-            place = squash(str(Path(data).resolve().name / path.relative_to(data)))
+            place = squash(str(data.resolve().name / path.relative_to(data)))
             for name in re.findall("|".join(names[::-1]), place)[-1:]:
-                files[name].append(path)
+                files.setdefault(name, []).append(path)
     for benchmark in BENCHMARKS.values():
         for alias in filter(files.get, benchmark.names):
             found.setdefault(benchmark.name, files[alias])
@@ -127,9 +128,8 @@ def hub_rows(benchmark):
             return [datasets.load_dataset(benchmark.repository, benchmark.configuration, split=benchmark.split,
                                           revision=benchmark.revision)]
         from huggingface_hub import hf_hub_download
-        paths = [hf_hub_download(benchmark.repository, file, repo_type="dataset", revision=benchmark.revision)
-                 for file in benchmark.files]
-    return [read_rows(Path(path)) for path in paths]
+        return [read_rows(Path(hf_hub_download(benchmark.repository, file, repo_type="dataset",
+                                               revision=benchmark.revision))) for file in benchmark.files]
 
 
 def read_rows(path):
@@ -140,7 +140,7 @@ def read_rows(path):
             yield from batch.to_pylist()
     else:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+            yield from map(json.loads, filter(str.strip, lines))
 
 
 def sandbox(workers=None):
@@ -156,7 +156,7 @@ def judge(problems, responses, executor, label=""):
     answers = [problem.answer_in(response.replace("\r\n", "\n"))
                for problem, response in zip(problems, responses, strict=True)]
     verdicts, size = [], problems[0].batch if problems else 1
-    for start in tqdm(range(0, len(problems), size), f"{label}: judge", leave=False, dynamic_ncols=True):
+    for start in tqdm(range(0, len(problems), size), f"{label}: judge", leave=False):
         chunk = slice(start, start + size)
         verdicts += problems[0].judge(problems[chunk], answers[chunk], executor)
     return [verdict | {"well_formed": answer is not None} for verdict, answer in zip(verdicts, answers)]

@@ -18,8 +18,6 @@ from decimal import Decimal
 from functools import partial
 from textwrap import dedent, indent
 
-from tqdm import tqdm
-
 from executor import literal, parse_literal
 
 from .text import answer_text, pieces
@@ -28,8 +26,8 @@ EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator io "
-           "sys json builtins typing").split()
+STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io
+    sys json builtins typing""".split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
     *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
     "sys.setrecursionlimit(50000)\n"])
@@ -83,8 +81,8 @@ class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelu
 
     def program(self, code):
         """The code behind what it needs; imports from __future__ must come first."""
-        future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))
-        return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
+        before_future = r"(?ms)\A(.*?)^((?:from __future__ import [^\n]*\n)+)"
+        return re.sub(before_future, r"\2\1", f"{self.prelude}\n{code}\n")
 
     def job(self, program, tests):
         """What run_programs needs to run a program on these tests."""
@@ -105,7 +103,7 @@ class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelu
             for i, values in zip(left, outputs):
                 passed[i] = values is not None and all(
                     map(partial(right, problems[i].same), values, tests[i][part].values(), tests[i][part]))
-            base = base or list(passed)
+            base = base or [*passed]
         return [{"correct": good, "base": simple if base_tests else None}
                 for good, simple, (base_tests, _) in zip(passed, base, tests)]
 
@@ -124,9 +122,9 @@ def read_function(key, row):
     prompt, test, hints = row["prompt"], row.get("test") or "", row.get("test_list") or []
     name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
     prelude = prompt if f"def {name}(" in prompt else ""
-    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if prelude
-            else "\n".join([f"Write a Python function `{name}`. {FENCE}\n",
-                            prompt.strip(' \n"'), *hints[:1]]))
+    text = prompt.strip(' \n"')
+    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if prelude else
+            f"Write a Python function `{name}`. {FENCE}\n\n{text}\n{''.join(hints[:1])}".strip())
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
     asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]), []
     if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # of the hub
@@ -165,13 +163,17 @@ def read_contest(key, row):
         same_in_json if name else same_lines)
 
 
+def same_in_json(output, expected, arguments):
+    return json.loads(json.dumps(output)) == expected
+
+
 def contest_tests(name, public, private):
     parts = [{}, {}]
     for part, text in zip(parts, (public, unpack(private))):
         for test in json.loads(text):
             given, result = test["input"], test["output"]
             if name:
-                given, result = [json.loads(line) for line in given.split("\n")], json.loads(result)
+                given, result = [*map(json.loads, given.split("\n"))], json.loads(result)
             part.setdefault(written(given), []).append(result)
     return parts
 
@@ -416,8 +418,8 @@ def known_tests(problems, executor):
             expected.append(value)
     for key, (base, plus) in tests.items():
         if not all([*base.values(), *plus.values()]):
-            tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
-                       "counts as wrong", file=sys.stderr)
+            print(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
+                  "counts as wrong", file=sys.stderr)
     return tests
 
 
@@ -470,10 +472,6 @@ def near(a, b, atol):
     if isinstance(b, (list, tuple)):
         return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(near, a, b, [atol] * len(b)))
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
-
-
-def same_in_json(output, expected, arguments):
-    return json.loads(json.dumps(output)) == expected
 
 
 def same_lines(output, expected, arguments):

@@ -114,16 +114,21 @@ UNITS = r"""
 \bgram\b→g
 ~→
 """
+SQUEEZED = r"""
+\\text\{~*(\w+)~*\}→\1
+(?<!\d)~+|~+(?!\d)→
+\{(\w|\\[a-zA-Z]+)\}→\1
+"""
 # The units that count without \text; others are taken for variables
-PLAIN_UNIT = ("(?:percent|degree|dollar|cent|[ckmn]?m|inch|foot|mile|minute|hour|second|day|year|unit|k?g|"
-              "[km]?ev|k?j|hz)")
+PLAIN_UNIT = r"""(?x)(?: percent | degree | dollar | cent | [ckmn]?m | inch | foot | mile | minute | hour | second | day
+    | year | unit | k?g | [km]?ev | k?j | hz )\b"""
 WORD = r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*"
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\s*\(\w\))?"  # x, f(x), X_{d}
 LETTER = r"(?:\\text\{\s*)?\(?[A-J]\)?\}?"
-CHOICE = (r"^(?:\\text\{\s*)?\(?([A-J])[).:]\s*\}?\s*[:.=]?\s*"  # (C) 36
-          r"(?![=+*/^_,<>}\s]|\\(?:cup|cap|times|cdot|to)\b)(.+)$")
+CHOICE = r"""(?x)^ (?:\\text\{\s*)? \(?([A-J])[).:]\s* \}? \s*[:.=]?\s*  # (C) 36
+    (?! [=+*/^_,<>}\s] | \\(?:cup|cap|times|cdot|to)\b ) (.+)$"""
 # Text, a number in another base, numbers side by side, and dots: math-verify would skip them or add them up
-NO_VALUE = (r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots")
+NO_VALUE = r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots"
 # A product without a sign, of which math-verify would give the sum: 2(3), (2)(3), \frac{6}{3}(4)
 PRODUCT = r"(?<![_^.\d])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)"
 LONG = r"-?(?:[1-9]\d*\.\d{6,}|0?\.0*[1-9]\d{5,})"  # a decimal of at least six digits and places
@@ -133,7 +138,7 @@ GROUP = nested(r"\\?[(\[{](?:[^()\[\]{}\\]|\\[^{}]|X)*\\?[)\]}]")
 
 def serve():
     """The life of that process: pairs on standard input; "ready", then a line true or false for each."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
+    resource.setrlimit(resource.RLIMIT_AS, [MEMORY_MB << 20] * 2)
     logging.disable(logging.CRITICAL)
     print('"ready"', flush=True)
     for pair in json.load(sys.stdin):
@@ -153,8 +158,7 @@ def rewrite(text, table):
 
 def squeeze(text):
     """Without the spaces and braces that mean nothing: \\frac{1}{23} is not \\frac{12}{3}, nor 1 1/2 11/2."""
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\\text\{\s*(\w+)\s*\}", r"\1", text))
-    return re.sub(r"\{(\w|\\[a-zA-Z]+)\}", r"\1", text)
+    return rewrite(text, SQUEEZED)
 
 
 def same_math(gold, answer, physical=False):
@@ -165,8 +169,6 @@ def same_math(gold, answer, physical=False):
 
 def chosen(text, other):
     """Of a letter with its value, as in (C) 36, the one of the two that the other side has."""
-    if not re.match(CHOICE, text) or re.match(CHOICE, other):
-        return text
     return re.sub(CHOICE, r"\1" if re.fullmatch(LETTER, other) else r"\2", text)
 
 
@@ -206,11 +208,10 @@ def same_items(kind, gold, other, answer, physical):
 def same_sides(gold, answer, physical):
     """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
-    is_equation, is_other = name or ours[1:], other or theirs[1:]
-    if is_equation and is_other and (not name or name != other):  # 1 + 1 = 2 says as little as 3 = 3
-        says_something = name or None in map(value, ours)
+    if (name or ours[1:]) and (other or theirs[1:]) and (not name or name != other):
+        says_something = name or None in map(value, ours)  # 1 + 1 = 2 says as little as 3 = 3
         return bool(says_something) and same_formula(gold, answer, physical)
-    if is_equation and not name:
+    if ours[1:] and not name:
         return False
     meant, found = ours[-1], False
     if theirs[1:] and not other and value(meant) is not None and value(theirs[0]) is None:
@@ -247,7 +248,7 @@ def split_unit(text, shortest):
                       rf"({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
                       rf"|\s[a-zA-Z/]{{{shortest},}}(?:{power})?)$", text)
     unit = rewrite(found[1].lower(), UNITS) if found else ""
-    is_unit = unit and (re.match(rf"{PLAIN_UNIT}\b", unit)
+    is_unit = unit and (re.match(PLAIN_UNIT, unit)
                         or "\\text" in found[1] and not text[found.start() - 1].isalpha())
     return (text[:found.start()], unit) if is_unit else (text, "")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from .text import answer_text, nested
 
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
-EMPHASIS = (r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$")
+EMPHASIS = r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$"
 # Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or else the rest of
 # the line without what may follow an answer there
 CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
@@ -23,12 +23,12 @@ BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
 NOTHING = r"[\s~\\,;{}]*\}"
 BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
 # \boxed{5}, \boxed 5, \boxed\frac12 with its content
-FULL = (rf"{BOX}(?:\{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}"
-        r"|(?!\{)(.+?)(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{2,})))")
+FULL = rf"""(?: {BOX} (?: \{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}
+    | (?!\{{)(.+?)(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{{2,}})) ) )"""
 SPACE, WORD = r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)*", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"
 LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=)?{SPACE}"  # between two boxes
 # A list of boxes, or one that is never closed
-LAST = rf"(?m){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
+LAST = rf"(?mx){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
 
 
 class MathProblem(namedtuple("MathProblem", "key question gold physical", defaults=[False])):
@@ -45,7 +45,8 @@ class MathProblem(namedtuple("MathProblem", "key question gold physical", defaul
             text = re.sub(EMPHASIS, "", text)
             brief = re.fullmatch(r".{,19}|.*[\d\\].*", text)
             answer = called_answer(text) or (text if brief or "<answer>" in response else "")
-        return answer.strip() if 0 < len(answer.strip()) <= 1000 else None
+        answer = answer.strip()
+        return answer if 0 < len(answer) <= 1000 else None
 
     @staticmethod
     def judge(problems, answers, executor):
@@ -68,8 +69,8 @@ def read_math(key, row, physical=False):
         gold = boxed(row["solution"])
     else:
         gold = str(row["answer"])
-    question = "\n".join(filter(None, [row.get("context"), row.get("problem") or row["question"]]))
-    return MathProblem(key, f"{question.strip()}\n\nPut the final answer in \\boxed{{}}.", gold, physical)
+    question = f"{row.get('context') or ''}\n{row.get('problem') or row['question']}".strip()
+    return MathProblem(key, f"{question}\n\nPut the final answer in \\boxed{{}}.", gold, physical)
 
 
 def boxed(text):
@@ -81,7 +82,7 @@ def boxes(text):
     """The contents of the last \\boxed{…} and of those before it with which it makes up a list, as in
     x=\\boxed{1} or x=\\boxed{2}."""
     lists = ["", *(found[0] for found in re.finditer(LAST, text))]
-    return ["".join(groups) for groups in re.findall(f"(?m){FULL}", lists[-1])]
+    return ["".join(groups) for groups in re.findall(f"(?mx){FULL}", lists[-1])]
 
 
 # --- a process that can be killed ------------------------------------------------------------------------

@@ -26,10 +26,11 @@ class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaul
             return parse_answer(self.task.type, response)
         text = answer_text(response)
         found = pieces(text)
-        blocks = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
-        blocks = [block for block in blocks or [piece for _, piece in found[1::2]] if block]
-        is_whole = len(found) == 1 and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response))
-        answer = blocks[-1] if blocks else text if is_whole else ""
+        tagged = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
+        blocks = tagged or [piece for _, piece in found[1::2]]
+        if not found[1:] and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response)):
+            blocks = [text]
+        answer = next(filter(None, blocks[::-1]), "")
         return re.sub(CALLS[self.task.type], r"\1", answer.strip("` \n"), flags=re.S) or None
 
     @staticmethod
