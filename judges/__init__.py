@@ -26,7 +26,6 @@ from .code import EVERYTHING, read_contest, read_function
 from .math import read_math
 from .values import read_execution, read_heldout
 
-TIMEOUT, MEMORY_MB = 10.0, 4096  # of one sandboxed run of a benchmark's tests
 # that they need, or that programs import without need
 MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit builtins
     codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings weakref""".split()
@@ -145,7 +144,7 @@ def read_rows(path):
 
 def sandbox(workers=None):
     """For benchmarks, whose tests and solutions need more modules, time and room than AZR's own tasks."""
-    return Executor(workers, TIMEOUT, MEMORY_MB, allow=MODULES, max_text=EVERYTHING)
+    return Executor(workers, timeout=10.0, memory_mb=4096, allow=MODULES, max_text=EVERYTHING)
 
 
 def judge(problems, responses, executor, label=""):

@@ -86,7 +86,7 @@ class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelu
 
     def job(self, program, tests):
         """What run_programs needs to run a program on these tests."""
-        return program, self.entry, list(tests), LONG if self.solutions else EVERYTHING
+        return program, self.entry, [*tests], LONG if self.solutions else EVERYTHING
 
     @staticmethod
     def judge(problems, answers, executor):
@@ -480,8 +480,8 @@ def same_lines(output, expected, arguments):
 
 
 def read_lines(text):
-    lines = [line.strip() for line in text.strip().split("\n")]
-    return [tuple(map(Decimal, line.split())) if re.fullmatch(NUMBERS, line) else line for line in lines]
+    return [tuple(map(Decimal, line.split())) if re.fullmatch(NUMBERS, line) else line
+            for line in map(str.strip, text.strip().split("\n"))]
 
 
 # Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take

@@ -23,6 +23,8 @@ from .text import nested
 
 SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
 DIGITS = 2000                 # to which irrational numbers are compared
+# Its default drops what could be a unit, such as c or m
+READING = LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True))
 SIGNS = "+ - +- -+".split(), "+ ++ +++".split()  # of variables at a random point; of physical ones
 # Pattern → what it becomes, in this order; ~ stands for a space.
 REWRITES = r"""
@@ -151,7 +153,7 @@ def serve():
 def rewrite(text, table):
     """The text in the spelling of a table."""
     text = text.strip().replace(" ", "~")
-    for line in table.strip().split("\n"):
+    for line in table.strip().splitlines():
         text = re.sub(*line.split("→"), text)
     return text.replace("~", " ")
 
@@ -198,10 +200,12 @@ def same_items(kind, gold, other, answer, physical):
     if kind in BRACKETS or r"\ldots" in gold:
         return all(same(a, b, physical) for a, b in zip(gold, answer))
     for item in gold:
-        match = next((candidate for candidate in answer if same(item, candidate, physical)), None)
-        if match is None:
+        for candidate in answer:
+            if same(item, candidate, physical):
+                answer.remove(candidate)
+                break
+        else:
             return False
-        answer.remove(match)
     return True
 
 
@@ -227,7 +231,7 @@ def same_sides(gold, answer, physical):
 def sides(text):
     """'x = 10/3 ≈ 3.33' → ['x', '10/3', '3.33']; the first is '' if there is no name."""
     name, rest = re.fullmatch(rf"(?s)(?:({NAME})\s*[=≈])?(.*)", text).groups()
-    return [squeeze(name or ""), *(side.strip() for side in re.split("[=≈]", rest))]
+    return [squeeze(name or ""), *map(str.strip, re.split("[=≈]", rest))]
 
 
 def same_amount(gold, answer, physical):
@@ -270,8 +274,8 @@ def parts(text):
 
 def cut(text, separator=","):
     """The pieces between separators that stand in no brackets."""
-    pieces = re.findall(rf"{separator}|(?:{GROUP}|(?!{separator})\\?.)+", text, re.S)
-    return [piece.strip() for piece in pieces if not re.fullmatch(rf"\s*|{separator}", piece)]
+    return [piece.strip() for piece in re.findall(rf"{separator}|(?:{GROUP}|(?!{separator})\\?.)+", text, re.S)
+            if not re.fullmatch(rf"\s*|{separator}", piece)]
 
 
 # --- one formula -------------------------------------------------------------------------------------------
@@ -284,14 +288,12 @@ def number(text):
 
 def formula(text):
     """What math-verify reads in it, decimals as fractions: [sympy's expression, its text], [its text] or []."""
-    reading = LatexExtractionConfig(  # its default drops what could be a unit, such as c or m
-        normalization_config=NormalizationConfig(malformed_operators=True))
     text = re.sub(PRODUCT, r"\g<0>\\cdot ", text)
-    found = parse(f"$\\boxed{{{text}}}$", [reading], parsing_timeout=None)
+    found = parse(f"$\\boxed{{{text}}}$", [READING], parsing_timeout=None)
     if found and not isinstance(found[0], str):
-        exact = {decimal: Rational(str(decimal)) for decimal in found[0].atoms(Float)}
-        # two kinds of i, neither the imaginary unit, depending on what stands around
-        exact |= {symbol: I for symbol in found[0].free_symbols if symbol.name == "i"}
+        # there are two kinds of i, neither the imaginary unit, depending on what stands around
+        exact = {decimal: Rational(str(decimal)) for decimal in found[0].atoms(Float)} | {
+            symbol: I for symbol in found[0].free_symbols if symbol.name == "i"}
         found[0] = found[0].xreplace(exact)
     return found
 
@@ -315,7 +317,7 @@ def rounds(text, rounded, most=0.500001):
 
 def same_formula(gold, answer, physical):
     a, b = number(gold), number(answer)
-    if a is not None and b is not None:
+    if None not in (a, b):
         last_digit = Decimal(1).scaleb(a.as_tuple().exponent)
         return a == b or physical and abs(a - b) <= min(abs(a) / 10000, last_digit / 2)
     ours, theirs = formula(gold), formula(answer)

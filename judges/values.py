@@ -36,7 +36,8 @@ class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaul
     @staticmethod
     def judge(problems, answers, executor):
         """[ValueProblem], [answer or None] → one {"correct"} for each, in order."""
-        return [{"correct": correct} for correct in is_correct([p.task for p in problems], answers, executor)]
+        tasks = [problem.task for problem in problems]
+        return [{"correct": correct} for correct in is_correct(tasks, answers, executor)]
 
 
 def read_heldout(key, task):
