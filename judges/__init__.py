@@ -27,8 +27,9 @@ from .math import read_math
 from .values import read_execution, read_heldout
 
 # that they need, or that programs import without need
-MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit builtins
-    codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings weakref""".split()
+MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit
+    builtins codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings
+    weakref""".split()
 GROUPS = "heldout", "io", "code", "math"
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
@@ -39,11 +40,13 @@ READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, Attribu
 KEYS = "task_id", "unique_id", "id", "idx", "question_id"  # columns of a task's own name
 
 
-# group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it and for
-# others; names: what it and its files may be called, squashed, best first. files: where the repository does not say
-# which are the split.
-Benchmark = namedtuple("Benchmark", "name group groups names format repository revision split configuration files")
-BENCHMARKS = {row["name"]: Benchmark(**row) for row in json.loads(Path(__file__).with_name("benchmarks.json").read_text())}
+# group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it
+# and for others. names: what it and its files may be called, squashed, best first. files: those of the split,
+# where the repository does not say which they are.
+Benchmark = namedtuple(
+    "Benchmark", "name group groups names format repository revision split configuration files")
+BENCHMARKS = {row["name"]: Benchmark(**row)
+              for row in json.loads(Path(__file__).with_name("benchmarks.json").read_text())}
 
 
 def squash(text):
@@ -74,7 +77,8 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
         try:
             found = [*itertools.islice(read_problems(benchmark, files, heldout), limit)]
         except READING_ERRORS as error:
-            found, reason = [], f"a task lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            found, text = [], str(error).split("\n")[0]
+            reason = f"a task lacks {text}" if isinstance(error, KeyError) else text
         if found:
             problems[name] = found
         elif benchmark.group == "heldout":
@@ -88,7 +92,7 @@ def load_benchmarks(names, data=None, limit=None, heldout=()):
 
 
 def read_problems(benchmark, files, heldout):
-    """Yields a benchmark's problems, from its files (None: the hub), or from the held-out tasks of its type."""
+    """Yields a benchmark's problems: from its files (None: the hub), or the held-out tasks of its type."""
     if benchmark.group == "heldout":
         for place, task in enumerate(heldout):
             if benchmark.name.endswith(task.type):
@@ -124,8 +128,8 @@ def hub_rows(benchmark):
     """The rows of a benchmark from the Hugging Face hub, in parts."""
     with reaching_the_hub() as datasets:
         if not benchmark.files:
-            return [datasets.load_dataset(benchmark.repository, benchmark.configuration, split=benchmark.split,
-                                          revision=benchmark.revision)]
+            return [datasets.load_dataset(benchmark.repository, benchmark.configuration,
+                                          split=benchmark.split, revision=benchmark.revision)]
         from huggingface_hub import hf_hub_download
         return [read_rows(Path(hf_hub_download(benchmark.repository, file, repo_type="dataset",
                                                revision=benchmark.revision))) for file in benchmark.files]

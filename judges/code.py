@@ -26,13 +26,13 @@ EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io
-    sys json builtins typing""".split()
+STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools
+    operator io sys json builtins typing""".split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
     *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
     "sys.setrecursionlimit(50000)\n"])
 
-# Of a text that could be a program: what it does, and its runs of indented lines and of lines that may be code
+# Of a text that could be a program: what it does, and its runs of indented lines and of lines of code
 RETURNS = r"\b(?:return|yield|raise)\b"
 DEFINES = r"(?:\b(?:def|class) +|^(?=\w+ *=(?!=)))%s\b"
 PRINTS = r"\b(?:print|stdout|__stdout__|write)\b"
@@ -42,7 +42,8 @@ RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S
     | [\w.,\ ]+\ [-+*/%]?=\ .* ) (?:\n|\Z) )+""")
 
 
-class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelude solutions asserts tests same")):
+class ProgramProblem(namedtuple(
+        "ProgramProblem", "key question name entry prelude solutions asserts tests same")):
     """What a program has to do, and the tests that it has to pass.
 
     name       what the program must define; "" if it reads standard input
@@ -57,8 +58,8 @@ class ProgramProblem(namedtuple("ProgramProblem", "key question name entry prelu
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
-        """The program in a response, ready to run, or None. What parses comes first, and of this the last piece
-        that defines what is asked for, or else the last body of the function that the prelude opens."""
+        """The program in a response, ready to run, or None. What parses comes first, and of this the
+        last piece that defines what is asked for, or else the last body of the function in the prelude."""
         text = answer_text(response)
         blocks = [piece for _, piece in pieces(text)[1:-1] if piece]
         found = [*map(self.program, [*blocks, *self.candidates(text)])]
@@ -131,9 +132,11 @@ def read_function(key, row):
         tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
-    shape = "base_input" in row and re.search(rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
+    shape = "base_input" in row and re.search(
+        rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
-    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, f"{shape[1]}|{name}" if shape else name,
+    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name,
+                          f"{shape[1]}|{name}" if shape else name,
                           prelude, (own, *OTHER_READINGS.get(name, ())), asserts,
                           partial(function_tests, row, inputs), partial(close, atol=atol))
 
@@ -218,7 +221,9 @@ def tuples(value):
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 def of_tuples(value):
-    return {key: tuple(item) for key, item in value.items()} if isinstance(value, dict) else list(map(tuple, value))
+    if isinstance(value, dict):
+        return {key: tuple(item) for key, item in value.items()}
+    return list(map(tuple, value))
 
 def of_sets(value):
     return [set(item) if item and isinstance(item, list) else {} for item in value]
@@ -237,13 +242,14 @@ def is_found(value, case):
     return value is not None and value is not False
 
 # Tasks that EvalPlus does not compare by value, by their functions' names.
-PROPERTY = {"find_zero": is_root, **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly "
-            "larg_nnum intersection_array find_dissimilar Diff".split(), as_set),
+PROPERTY = {"find_zero": is_root,
+            **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
+                            "intersection_array find_dissimilar Diff".split(), as_set),
             **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_found)}
 
 def f(source, entry, limit, cases):
-    """The values of a call for each case, or the property of them that counts. entry: what is called, behind the
-    shapes of its arguments, if any."""
+    """The values of a call for each case, or the property of them that counts. entry: what is called, behind
+    the shapes of its arguments, if any."""
     shapes, _, name = entry.rpartition("|")
     *first, last = shapes.split() or ["x"]
     scope = {"__name__": "program"}
@@ -314,7 +320,8 @@ def f(source, entry, limit, cases):
     (text,) = cases
     getattr(sys, "set_int_max_str_digits", id)(0)  # a test may need 10,000 digits
     Standard.data = {0: io.BytesIO(text.encode()), 1: io.BytesIO(), 2: io.BytesIO()}
-    names, files, clock, system = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0), [], Clock(), types.ModuleType("os")
+    files, clock, system = [], Clock(), types.ModuleType("os")
+    names = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0)
     names.update({1: 1, "/dev/stdout": 1, "/dev/fd/1": 1, 2: 2, "/dev/stderr": 2})
 
     def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more):
@@ -355,7 +362,8 @@ def f(source, entry, limit, cases):
     vars(system).update(vars(os))
     system.read = lambda number, size: Standard.data[number].read(size)
     system.write = lambda number, part: Standard.data[number].write(part)
-    system.fstat = lambda number: types.SimpleNamespace(st_size=len(Standard.data[number].getvalue()), st_mode=0o100600)
+    system.fstat = lambda number: types.SimpleNamespace(
+        st_size=len(Standard.data[number].getvalue()), st_mode=0o100600)
     system.isatty = lambda number: False
     system.fdopen, system._exit, sys.modules["os"] = opened, leave, system
     sys.stdin = sys.__stdin__ = opened(0)
@@ -403,8 +411,9 @@ def known_tests(problems, executor):
     """
     tests = {key: problem.tests() for key, problem in problems.items()}
     asserted = [problem for problem in problems.values() if problem.asserts]
-    recorded = run_programs(executor, [(problem.solutions[0] + RECORD, "recorded_calls",
-                                        [written([problem.name, problem.asserts])], EVERYTHING) for problem in asserted])
+    recorded = run_programs(executor, [
+        (problem.solutions[0] + RECORD, "recorded_calls", [written([problem.name, problem.asserts])],
+         EVERYTHING) for problem in asserted])
     for problem, calls in zip(asserted, recorded):
         # where the asserts fail, a text that does not run either
         tests[problem.key][0] = open_tests(calls[0]) if calls else {"no call": []}
@@ -433,7 +442,8 @@ def run_programs(executor, jobs):
     left = range(len(jobs))
     while left := [i for i in left if results[i] is not None and len(results[i]) < len(jobs[i][2])]:
         calls = [jobs[i][2][len(results[i]):][:sizes[i]] for i in left]
-        for i, some, run in zip(left, calls, executor.run([run_of(*jobs[i], some) for i, some in zip(left, calls)])):
+        runs = executor.run([run_of(*jobs[i], some) for i, some in zip(left, calls)])
+        for i, some, run in zip(left, calls, runs):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
             if isinstance(values, list) and len(values) == len(some):
                 results[i] += values

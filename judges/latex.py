@@ -2,7 +2,7 @@
 
 Both are brought into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
 by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and what is left,
-one formula, by its exact value. math-verify reads formulas, and compares what has no value, such as equations.
+one formula, by its exact value. math-verify reads formulas, and compares what has no value, as equations do.
 math.py has all this done in a process that can be killed, and that alone imports these slow libraries.
 """
 
@@ -32,7 +32,7 @@ REWRITES = r"""
 \.~*$→
 \\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
 \\(?:text)?color~*\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
-\\(?:bf|it|rm|sf|tt|em|bfseries|itshape|boldmath|small|normalsize|large|Large|LARGE|huge|Huge|strut)(?![a-zA-Z])~*→
+\\(?:bf|it|rm|sf|tt|em|bfseries|itshape|boldmath|small|normalsize|[lL]arge|LARGE|[hH]uge|strut)(?![a-zA-Z])~*→
 \\(?:boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|uline|ensuremath|boxed|fbox|framebox)(?![a-zA-Z])→
 ,\\!~*|\{,\}|\\!→
 \\q+uad(?![a-zA-Z])→,
@@ -122,8 +122,8 @@ SQUEEZED = r"""
 \{(\w|\\[a-zA-Z]+)\}→\1
 """
 # The units that count without \text; others are taken for variables
-PLAIN_UNIT = r"""(?x)(?: percent | degree | dollar | cent | [ckmn]?m | inch | foot | mile | minute | hour | second | day
-    | year | unit | k?g | [km]?ev | k?j | hz )\b"""
+PLAIN_UNIT = r"""(?x)(?: percent | degree | dollar | cent | [ckmn]?m | inch | foot | mile | minute
+    | hour | second | day | year | unit | k?g | [km]?ev | k?j | hz )\b"""
 WORD = r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*"
 NAME = r"(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_\w|_\{[^{}]*\})?(?:\s*\(\w\))?"  # x, f(x), X_{d}
 LETTER = r"(?:\\text\{\s*)?\(?[A-J]\)?\}?"
@@ -194,7 +194,7 @@ def same(gold, answer, physical):
 
 
 def same_items(kind, gold, other, answer, physical):
-    """Tuples, intervals and what has dots by the place of their items; sets, lists and unions in any order."""
+    """Tuples, intervals and what has dots by the places of items; sets, lists and unions in any order."""
     if kind != other or len(gold) != len(answer):
         return False
     if kind in BRACKETS or r"\ldots" in gold:
@@ -274,7 +274,8 @@ def parts(text):
 
 def cut(text, separator=","):
     """The pieces between separators that stand in no brackets."""
-    return [piece.strip() for piece in re.findall(rf"{separator}|(?:{GROUP}|(?!{separator})\\?.)+", text, re.S)
+    return [piece.strip()
+            for piece in re.findall(rf"(?s){separator}|(?:{GROUP}|(?!{separator})\\?.)+", text)
             if not re.fullmatch(rf"\s*|{separator}", piece)]
 
 
@@ -287,7 +288,7 @@ def number(text):
 
 
 def formula(text):
-    """What math-verify reads in it, decimals as fractions: [sympy's expression, its text], [its text] or []."""
+    """What math-verify reads, decimals as fractions: [sympy's expression, its text], [its text] or []."""
     text = re.sub(PRODUCT, r"\g<0>\\cdot ", text)
     found = parse(f"$\\boxed{{{text}}}$", [READING], parsing_timeout=None)
     if found and not isinstance(found[0], str):
@@ -305,8 +306,8 @@ def value(text):
 
 
 def rounds(text, rounded, most=0.500001):
-    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. most: how much more
-    it may be, in units of the last place; 1 if the decimal may also be cut off."""
+    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. most: how much
+    more it may be, in units of the last place; 1 if the decimal may also be cut off."""
     decimal, exact = number(rounded), value(text)
     if decimal is None or exact is None:
         return False

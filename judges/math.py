@@ -11,12 +11,15 @@ from .text import answer_text, nested
 
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
 EMPHASIS = r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$"
-# Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or else the rest of
-# the line without what may follow an answer there
+# Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or
+# else the rest of the line without what may follow an answer there
 CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
-        \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? ) | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
-    (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly|equal\ to|given\ by|option|choice)\b [,:]? )*
-    [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\) | (?=[^\s.]) (.+?) (?:
+        \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
+        | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
+    (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly
+        |equal\ to|given\ by|option|choice)\b [,:]? )*
+    [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\)
+        | (?=[^\s.]) (.+?) (?:
         ,?\s+(?:since|because|as|which|where|so|I\ hope)\b.* | \s*\((?:since|because|as)\b.* | [.;!]?\s*$
         | [.;!]\s+(?-i:[A-Z]).* | [.;!]\s+[\\$].* ) )"""
 BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
@@ -26,14 +29,15 @@ BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
 FULL = rf"""(?: {BOX} (?: \{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}
     | (?!\{{)(.+?)(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{{2,}})) ) )"""
 SPACE, WORD = r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)*", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"
-LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=)?{SPACE}"  # between two boxes
+# What may stand between two boxes of a list
+LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=)?{SPACE}"
 # A list of boxes, or one that is never closed
 LAST = rf"(?mx){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
 
 
 class MathProblem(namedtuple("MathProblem", "key question gold physical", defaults=[False])):
-    """A question and its answer in LaTeX. physical: its variables are positive quantities, and two decimals may
-    differ by 1e-4 of their size."""
+    """A question and its answer in LaTeX. physical: its variables are positive quantities, and two
+    decimals may differ by 1e-4 of their size."""
 
     batch = 1024
 
@@ -74,7 +78,7 @@ def read_math(key, row, physical=False):
 
 
 def boxed(text):
-    """The content of the last \\boxed{…} that has any, or None. A last box that is never closed is no answer."""
+    """The content of the last \\boxed{…} that has any, or None, as also if the last box is never closed."""
     return (boxes(text) or [None])[-1]
 
 
@@ -88,7 +92,7 @@ def boxes(text):
 # --- a process that can be killed ------------------------------------------------------------------------
 
 def compare(pairs):
-    """[(gold, answer, physical)] → [whether they say the same]; one that takes longer than SECONDS does not."""
+    """[(gold, answer, physical)] → [whether they say the same]; those that take too long do not."""
     verdicts = []
     while len(verdicts) < len(pairs):
         done = subprocess.run([sys.executable, "-c", "from judges.latex import serve; serve()"], text=True,

@@ -31,8 +31,8 @@ def answer_text(response):
 
 
 def pieces(text, more=0):
-    """[(tag, piece)]: what stands before the first fence, and behind each fence up to the next one, or to one that
-    comes `more` fences later. If all fences are closed, every second piece is a block.
+    """[(tag, piece)]: what stands before the first fence, and behind each fence up to the next one, or to one
+    that comes `more` fences later. If all fences are closed, every second piece is a block.
 
     >>> pieces("So:\\n```python title\\nx = 1```\\nDone.")
     [('', 'So:'), ('python', 'x = 1'), ('', 'Done.')]

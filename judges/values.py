@@ -12,7 +12,8 @@ from tasks import KINDS, Task, parse_answer, solve_prompt
 from .text import answer_text, pieces
 
 # An answer in the form of a call, f(input) == output
-CALLS = {"abduction": r"\A(?:assert\s+)?f\((.*?)\)\s*(?:==.*)?\Z", "deduction": r"\A(?:assert\s+)?f\(.*?\)\s*==\s*(.*)\Z"}
+CALLS = {"abduction": r"\A(?:assert\s+)?f\((.*?)\)\s*(?:==.*)?\Z",
+         "deduction": r"\A(?:assert\s+)?f\(.*?\)\s*==\s*(.*)\Z"}
 
 
 class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaults=[False])):
