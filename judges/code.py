@@ -5,68 +5,89 @@ where no object of the program's making takes part. Tests that are published as 
 the sandbox runs them once with the benchmark's own solution and notes with what they call it.
 """
 
+import ast
 import base64
 import json
 import pickletools
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
+from contextlib import suppress
 from decimal import Decimal
 from functools import partial
-from textwrap import dedent
-
-from tqdm import tqdm
+from textwrap import dedent, indent
 
 from executor import literal, parse_literal
-from tasks import fenced_blocks
 
-from .text import answer_text
+from .text import answer_text, pieces
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
 FENCE = "Give the whole program in one fenced block that starts with ```python."
-STARRED = ("bisect collections copy datetime functools heapq itertools json math operator random re "
-           "statistics string typing").split()
+STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools
+    operator io sys json builtins typing""".split()
 PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
-    *(f"from {module} import *" for module in STARRED), "del abs, compile, pow  # not the builtin ones",
-    "import io, sys, " + ", ".join(STARRED), "sys.setrecursionlimit(50000)\n"])
+    *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
+    "sys.setrecursionlimit(50000)\n"])
+
+# Of a text that could be a program: what it does, and its runs of indented lines and of lines of code
+RETURNS = r"\b(?:return|yield|raise)\b"
+DEFINES = r"(?:\b(?:def|class) +|^(?=\w+ *=(?!=)))%s\b"
+PRINTS = r"\b(?:print|stdout|__stdout__|write)\b"
+READS_AND_PRINTS = rf"(?s)\A(?=.*\b(?:input|stdin|__stdin__|open|fdopen|read)\b).*{PRINTS}"
+RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S.* | [ \t]* | [@#)\]}].*
+    | (?:def|class|from|import|async|if|elif|else|for|while|try|except|finally|with|return|print|assert)\b.*
+    | [\w.,\ ]+\ [-+*/%]?=\ .* ) (?:\n|\Z) )+""")
 
 
-@dataclass(frozen=True)
-class ProgramProblem:
-    """What a program has to do, and the tests that it has to pass."""
+class ProgramProblem(namedtuple(
+        "ProgramProblem", "key question name entry prelude solutions asserts tests same")):
+    """What a program has to do, and the tests that it has to pass.
 
-    key: str
-    question: str
-    name: str         # what the program must define; "" if it reads standard input
-    entry: str        # an expression that is called with the arguments of a test; "": standard input
-    prelude: str      # code before the answer
-    solutions: tuple  # programs that are right: the benchmark's own, and other readings of the task
-    asserts: str      # base tests as code that calls `name`; "" if tests() has them
-    tests: object     # () → [base, plus], each {arguments: [right values, beside those of the solutions]}
-    same: object      # (value, right value, arguments) → whether two unequal values agree
+    name       what the program must define; "" if it reads standard input
+    entry      what is called with the arguments of a test, an expression; "": standard input
+    prelude    code before the answer
+    solutions  programs that are right: the benchmark's own, and other readings of the task
+    asserts    base tests as code that calls `name`; "" if tests() has them
+    tests      () → [base, plus], each {arguments: [right values, beside those of the solutions]}
+    same       (value, right value, arguments) → whether two unequal values agree
+    """
+
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
-        """The program in a response, ready to run, or None: the last block that defines, or prints."""
+        """The program in a response, ready to run, or None. What parses comes first, and of this the
+        last piece that defines what is asked for, or else the last body of the function in the prelude."""
         text = answer_text(response)
-        blocks = [block for block in fenced_blocks(text, r"[\w+-]*") if block.strip()]
-        if "```" not in text and re.search(r"^ *(?:def|import|from|class|return)\b", text, re.M):
-            blocks = [text]
-        if not blocks:
-            return None
-        does = rf"\b(?:def|class) +{self.name}\b|^{self.name} *=" if self.name else r"\b(?:print|stdout)\b"
-        whole = [dedent(block) if block[0].isspace() else block
-                 for block in blocks if re.search(does, block, re.M)]
-        code = (whole or blocks)[-1]
-        future = "".join(re.findall(r"^from __future__ import .*\n?", code, re.M))  # must come first
-        return f"{future}\n{self.prelude}\n{code.replace(future, '')}"
+        blocks = [piece for _, piece in pieces(text)[1:-1] if piece]
+        found = [*map(self.program, [*blocks, *self.candidates(text)])]
+        return next(filter(parses, reversed(found)), found[0] if blocks else None)
+
+    def candidates(self, text):
+        """The pieces of a text that could be the program, the best ones last."""
+        found, chosen = [], []
+        for run in RUNS:
+            found += re.findall(run, text)
+        for more in (3, 2, 1, 0):  # a program may have fences in its strings
+            found += [piece for _, piece in pieces(text, more) if piece]
+        if f"def {self.name}(" in self.prelude:
+            for body in [piece for piece in found if re.search(RETURNS, piece)]:
+                chosen += [body, dedent(body), "    " + body, indent(dedent(body), "    ")]
+        for pattern in [DEFINES % self.name] if self.name else [PRINTS, READS_AND_PRINTS]:
+            does = [piece for piece in found if re.search(pattern, piece, re.M)]
+            chosen += [dedent(piece) if piece[0].isspace() else piece for piece in does]
+        return chosen
+
+    def program(self, code):
+        """The code behind what it needs; imports from __future__ must come first."""
+        before_future = r"(?ms)\A(.*?)^((?:from __future__ import [^\n]*\n)+)"
+        return re.sub(before_future, r"\2\1", f"{self.prelude}\n{code}\n")
 
     def job(self, program, tests):
         """What run_programs needs to run a program on these tests."""
-        return program, self.entry, list(tests), LONG if self.solutions else EVERYTHING
+        return program, self.entry, [*tests], LONG if self.solutions else EVERYTHING
 
     @staticmethod
     def judge(problems, answers, executor):
@@ -83,9 +104,16 @@ class ProgramProblem:
             for i, values in zip(left, outputs):
                 passed[i] = values is not None and all(
                     map(partial(right, problems[i].same), values, tests[i][part].values(), tests[i][part]))
-            base = base or list(passed)
+            base = base or [*passed]
         return [{"correct": good, "base": simple if base_tests else None}
                 for good, simple, (base_tests, _) in zip(passed, base, tests)]
+
+
+def parses(program):
+    """Whether a text is Python. It is only parsed here, and never compiled."""
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return bool(ast.parse(program))
+    return False
 
 
 # --- the published formats ----------------------------------------------------------------------------
@@ -94,20 +122,23 @@ def read_function(key, row):
     """HumanEval+ and MBPP+: EvalPlus' release and its hub datasets, and the original HumanEval."""
     prompt, test, hints = row["prompt"], row.get("test") or "", row.get("test_list") or []
     name = row.get("entry_point") or re.search(r"^ *assertion\((\w+)\(\*inp\)", test, re.M)[1]
-    opening = f"def {name}(" in prompt
-    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if opening
-            else "\n".join([f"Write a Python function `{name}`. {FENCE}\n",
-                            prompt.strip(' \n"'), *hints[:1]]))
+    prelude = prompt if f"def {name}(" in prompt else ""
+    text = prompt.strip(' \n"')
+    task = (f"Complete the Python function below. {FENCE}\n\n```python\n{prompt.strip()}\n```" if prelude else
+            f"Write a Python function `{name}`. {FENCE}\n\n{text}\n{''.join(hints[:1])}".strip())
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
-    asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]) if hints else "", []
+    asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]), []
     if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # of the hub
         tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
+    shape = "base_input" in row and re.search(
+        rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
     atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
-    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name, name, prompt if opening else "",
-                          (own, *OTHER_READINGS.get(name, ())), asserts,
-                          partial(function_tests, row, inputs), SAME.get(name, partial(close, atol=atol)))
+    return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name,
+                          f"{shape[1]}|{name}" if shape else name,
+                          prelude, (own, *OTHER_READINGS.get(name, ())), asserts,
+                          partial(function_tests, row, inputs), partial(close, atol=atol))
 
 
 def function_tests(row, inputs):
@@ -115,9 +146,12 @@ def function_tests(row, inputs):
     parts = [row.get("base_input") or (), row.get("plus_input") or ()]
     if inputs:
         parts[1] = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
-    *first, last = SHAPES.get(row["task_id"], "x").split()
-    return [{written([CONVERT[word](value) for word, value in zip([*first, *[last] * len(case)], case)]): []
-             for case in part} for part in parts]
+    return [*map(open_tests, parts)]
+
+
+def open_tests(calls):
+    """[[argument]] → {arguments: [right values, none so far]}"""
+    return {written(call): [] for call in calls}
 
 
 def read_contest(key, row):
@@ -132,13 +166,17 @@ def read_contest(key, row):
         same_in_json if name else same_lines)
 
 
+def same_in_json(output, expected, arguments):
+    return json.loads(json.dumps(output)) == expected
+
+
 def contest_tests(name, public, private):
     parts = [{}, {}]
     for part, text in zip(parts, (public, unpack(private))):
         for test in json.loads(text):
             given, result = test["input"], test["output"]
             if name:
-                given, result = [json.loads(line) for line in given.split("\n")], json.loads(result)
+                given, result = [*map(json.loads, given.split("\n"))], json.loads(result)
             part.setdefault(written(given), []).append(result)
     return parts
 
@@ -179,34 +217,176 @@ def shown(value, limit):
         return value
     return ("\\0long", len(text), binascii.crc32(text.encode("utf-8", "replace")))
 
+def tuples(value):
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+def of_tuples(value):
+    if isinstance(value, dict):
+        return {key: tuple(item) for key, item in value.items()}
+    return list(map(tuple, value))
+
+def of_sets(value):
+    return [set(item) if item and isinstance(item, list) else {} for item in value]
+
+CONVERT = {"x": lambda value: value, "tuple": tuple, "tuples": tuples, "float": float, "complex": complex,
+           "of_tuples": of_tuples, "of_sets": of_sets}
+
+def is_root(value, case):
+    return abs(sum(c * value ** power for power, c in enumerate(case[0]))) <= 1e-4
+
+def as_set(value, case):
+    return set(value)
+
+def is_found(value, case):
+    """Of a search: a match counts as True, nothing as False."""
+    return value is not None and value is not False
+
+# Tasks that EvalPlus does not compare by value, by their functions' names.
+PROPERTY = {"find_zero": is_root,
+            **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
+                            "intersection_array find_dissimilar Diff".split(), as_set),
+            **dict.fromkeys("check_str text_match_three text_starta_endb".split(), is_found)}
+
 def f(source, entry, limit, cases):
+    """The values of a call for each case, or the property of them that counts. entry: what is called, behind
+    the shapes of its arguments, if any."""
+    shapes, _, name = entry.rpartition("|")
+    *first, last = shapes.split() or ["x"]
     scope = {"__name__": "program"}
     exec(source, scope)
-    return [shown(eval(entry, scope)(*case), limit) for case in cases]
+    results = []
+    for case in cases:
+        case = [CONVERT[shape](value) for shape, value in zip(first + [last] * len(case), case)]
+        value = plain(eval(name, scope)(*case))
+        results.append(shown(PROPERTY[name](value, case) if name in PROPERTY else value, limit))
+    return results
 '''
 READ = '''
-import io, sys, threading
+import atexit, builtins, io, os, sys, threading, time, types, _thread
+
+class Standard(io.RawIOBase):
+    """A standard stream by its descriptor: bytes in memory, which all that is opened on it share."""
+    data = {}
+
+    def __init__(self, number):
+        self.number = self.name = number
+        self.mode = "wb" if number else "rb"
+
+    def fileno(self):
+        return self.number
+
+    def readable(self):
+        return self.number == 0
+
+    seekable = readable
+
+    def writable(self):
+        return self.number > 0
+
+    def seek(self, *place):
+        return self.data[self.number].seek(*place)
+
+    def readinto(self, buffer):
+        return self.data[self.number].readinto(buffer)
+
+    def write(self, part):
+        return self.data[self.number].write(part)
+
+class Gone(BaseException):
+    """os._exit was called: nothing is flushed."""
+
+class Clock:
+    """No run has threads. They run as they are started, and timers once the program waits or ends."""
+    now, timers = 0, []
+
+    def sleep(self, seconds):
+        end = self.now + seconds
+        while self.timers and min(self.timers, key=lambda timer: timer[0])[0] <= end:
+            self.timers.sort(key=lambda timer: timer[0])
+            self.now, timer = self.timers.pop(0)
+            timer.interval = 0
+            live(timer.run)
+        self.now = end
+
+def live(run, *arguments):
+    """What a thread does; its exceptions end it and nothing else."""
+    try:
+        run(*arguments)
+    except (Exception, SystemExit):
+        pass
 
 def f(source, entry, limit, cases):
     """What a program prints that reads the text of the one case."""
     (text,) = cases
+    getattr(sys, "set_int_max_str_digits", id)(0)  # a test may need 10,000 digits
+    Standard.data = {0: io.BytesIO(text.encode()), 1: io.BytesIO(), 2: io.BytesIO()}
+    files, clock, system = [], Clock(), types.ModuleType("os")
+    names = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0)
+    names.update({1: 1, "/dev/stdout": 1, "/dev/fd/1": 1, 2: 2, "/dev/stderr": 2})
+
+    def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more):
+        number = names.get(file if isinstance(file, int) else os.fspath(file), 0 if mode[:1] == "r" else None)
+        if number is None:
+            raise FileNotFoundError(2, "No such file or directory", file)
+        stream = Standard(number)
+        if buffering or "b" not in mode:
+            stream = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
+        if "b" not in mode:
+            stream = io.TextIOWrapper(stream, encoding or "utf-8", errors, newline, buffering == 1)
+            stream.mode = mode
+        files.append(stream)
+        return stream
 
     def ask(prompt=""):
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\\n")
+        return line[:-1] if line.endswith("\\n") else line
 
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    threading.Thread.start, threading.Thread.join = threading.Thread.run, lambda thread, timeout=None: None
+    def start(thread):
+        if isinstance(thread, threading.Timer):
+            clock.timers.append((clock.now + thread.interval, thread))
+        else:
+            live(thread.run)
+
+    def join(thread, timeout=None):
+        clock.sleep(max([due - clock.now for due, timer in clock.timers if timer is thread], default=0))
+
+    def start_new(run, arguments=(), options={}):
+        live(lambda: run(*arguments, **options))
+        return 1
+
+    def leave(status=0):
+        raise Gone
+
+    vars(system).update(vars(os))
+    system.read = lambda number, size: Standard.data[number].read(size)
+    system.write = lambda number, part: Standard.data[number].write(part)
+    system.fstat = lambda number: types.SimpleNamespace(
+        st_size=len(Standard.data[number].getvalue()), st_mode=0o100600)
+    system.isatty = lambda number: False
+    system.fdopen, system._exit, sys.modules["os"] = opened, leave, system
+    sys.stdin = sys.__stdin__ = opened(0)
+    sys.stdout = sys.__stdout__ = opened(1, "w")
+    sys.stderr = sys.__stderr__ = opened(2, "w")
+    threading.Thread.start, threading.Thread.join, time.sleep = start, join, clock.sleep
+    _thread.start_new_thread, io.open = start_new, opened
+    scope = {"input": ask, "open": opened, "exit": sys.exit, "quit": sys.exit}
+    vars(builtins).update(scope)
+    atexit._clear()
     try:
-        exec(source, {"__name__": "__main__", "input": ask, "open": lambda file, *how: sys.stdin,
-                      "exit": sys.exit, "quit": sys.exit})
-    except SystemExit:
+        try:
+            exec(source, {"__name__": "__main__", **scope})
+        except SystemExit:
+            pass
+        clock.sleep(float("inf"))
+        atexit._run_exitfuncs()
+        for file in (sys.stdout, *files):
+            if hasattr(file, "flush") and not getattr(file, "closed", False):
+                file.flush()
+    except Gone:
         pass
-    sys.stdout.flush()
-    return [sys.stdout.buffer.getvalue().decode("utf-8", "backslashreplace")]
+    return [Standard.data[1].getvalue().decode("utf-8", "backslashreplace")]
 '''
 RECORD = '''
 
@@ -230,22 +410,25 @@ def known_tests(problems, executor):
     Asserts become the calls that they make, and what a benchmark's solutions return is right.
     """
     tests = {key: problem.tests() for key, problem in problems.items()}
-    asserted = {key: problem for key, problem in problems.items() if problem.asserts}
+    asserted = [problem for problem in problems.values() if problem.asserts]
     recorded = run_programs(executor, [
         (problem.solutions[0] + RECORD, "recorded_calls", [written([problem.name, problem.asserts])],
-         EVERYTHING) for problem in asserted.values()])
-    for key, calls in zip(asserted, recorded):
+         EVERYTHING) for problem in asserted])
+    for problem, calls in zip(asserted, recorded):
         # where the asserts fail, a text that does not run either
-        tests[key][0] = {written(call): [] for call in calls[0]} if calls else {"no call": []}
-    runs = [(part, problem.job(solution, part)) for key, problem in problems.items()
-            for part in tests[key] for solution in problem.solutions]
-    for (part, _), values in zip(runs, run_programs(executor, [job for _, job in runs])):
+        tests[problem.key][0] = open_tests(calls[0]) if calls else {"no call": []}
+    parts, jobs = [], []
+    for key, problem in problems.items():
+        for solution in problem.solutions:
+            parts += tests[key]
+            jobs += [problem.job(solution, part) for part in tests[key]]
+    for part, values in zip(parts, run_programs(executor, jobs)):
         for expected, value in zip(part.values(), values or ()):
             expected.append(value)
-    for key, parts in tests.items():
-        if not all(expected for part in parts for expected in part.values()):
-            tqdm.write(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
-                       "counts as wrong", file=sys.stderr)
+    for key, (base, plus) in tests.items():
+        if not all([*base.values(), *plus.values()]):
+            print(f"{key}: the benchmark's own solution does not run in the sandbox, so every answer "
+                  "counts as wrong", file=sys.stderr)
     return tests
 
 
@@ -256,36 +439,42 @@ def run_programs(executor, jobs):
     too much time or room together, calls are run one by one. No job is run further once a call has failed.
     """
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
-    while pieces := {i: arguments[len(results[i]):][:sizes[i]] for i, (_, _, arguments, _) in enumerate(jobs)
-                     if results[i] is not None and len(results[i]) < len(arguments)}:
-        runs = executor.run([
-            (CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(piece)}]")
-            for i, piece in pieces.items() for source, entry, _, limit in [jobs[i]]])
-        for (i, piece), run in zip(pieces.items(), runs):
+    left = range(len(jobs))
+    while left := [i for i in left if results[i] is not None and len(results[i]) < len(jobs[i][2])]:
+        calls = [jobs[i][2][len(results[i]):][:sizes[i]] for i in left]
+        runs = executor.run([run_of(*jobs[i], some) for i, some in zip(left, calls)])
+        for i, some, run in zip(left, calls, runs):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
-            if isinstance(values, list) and len(values) == len(piece):
+            if isinstance(values, list) and len(values) == len(some):
                 results[i] += values
-            elif len(piece) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+            elif len(some) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
                 sizes[i] = 1
             else:
                 results[i] = None
     return results
 
 
+def run_of(source, entry, arguments, limit, some):
+    """The sandbox's program and its input for some of a job's calls."""
+    return CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(some)}]"
+
+
+# A line of numbers
+NUMBERS = r"(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,6})?(?:\s+|$))+"
+
 # --- whether a value is right ---------------------------------------------------------------------------
 
 def right(same, output, expected, arguments):
     """Whether an output is one of the expected values."""
-    try:
+    with suppress(TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
         return any(output == value or same(output, value, arguments) for value in expected)
-    except (TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
-        return False
+    return False
 
 
 def close(output, expected, arguments, atol=0):
     """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
-    atol = atol or (1e-6 if flat and all(type(value) is float for value in flat) else 0)
+    atol = atol or (1e-6 if {*map(type, flat)} == {float} else 0)
     return atol > 0 and type(output) is type(expected) and near(output, expected, atol)
 
 
@@ -295,41 +484,16 @@ def near(a, b, atol):
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
-def same_in_json(output, expected, arguments):
-    return json.loads(json.dumps(output)) == expected
-
-
 def same_lines(output, expected, arguments):
     """Lines without the spaces around, numbers by their values."""
-    def read(line):
-        is_numbers = re.fullmatch(r"[-+.\deE ]*", line) and re.search(r"\d", line)
-        try:
-            return tuple(map(Decimal, line.split())) if is_numbers else line
-        except ArithmeticError:  # such as 1-2 or 2024-01-02
-            return line
-    ours, theirs = ([read(line.strip()) for line in text.strip().split("\n")] for text in (output, expected))
-    return ours == theirs
+    return read_lines(output) == read_lines(expected)
 
 
-def is_root(output, expected, arguments):
-    (coefficients,) = parse_literal(arguments)
-    return abs(sum(c * output ** power for power, c in enumerate(coefficients))) <= 1e-4
+def read_lines(text):
+    return [tuple(map(Decimal, line.split())) if re.fullmatch(NUMBERS, line) else line
+            for line in map(str.strip, text.strip().split("\n"))]
 
 
-def same_set(output, expected, arguments):
-    return set(output) == set(expected)
-
-
-def both_found(output, expected, arguments):
-    """Of a search: a match counts as True, nothing as False."""
-    return (output is None or output is False) == (expected is None or expected is False)
-
-
-# Tasks that EvalPlus does not compare by value, by their functions' names.
-SAME = {"find_zero": is_root,
-        **dict.fromkeys("similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum "
-                        "intersection_array find_dissimilar Diff".split(), same_set),
-        **dict.fromkeys("check_str text_match_three text_starta_endb".split(), both_found)}
 # Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take
 # both readings of 'divisors', with and without the number itself.
 OTHER_READINGS = {
@@ -348,26 +512,17 @@ def digit_distance_nums(a, b):
     n = max(len(a), len(b))
     return sum(abs(int(x) - int(y)) for x, y in zip(a.ljust(n, "0"), b.ljust(n, "0")))"""]}
 
-def tuples(value):
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-
-# EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How to restore them: one
-# word for each argument, the last one for all that follow.
-SHAPES = {f"Mbpp/{number}": shape for line in """
-    tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809
-    of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780
-    of_tuples x: 75 413 444 753
-    x tuple: 106 750
-    of_sets: 115
-    float complex: 124
-    tuple x: 250 307 405 446 617 720 763 808
-    complex: 252
-    tuples: 259 278 401 445 580 615 791
-    of_tuples x: 722""".strip().split("\n") for shape, _, numbers in [line.partition(":")]
-    for number in numbers.split()}
-CONVERT = {
-    "x": lambda value: value, "tuple": tuple, "tuples": tuples, "float": float, "complex": complex,
-    "of_tuples": lambda value: ({key: tuple(item) for key, item in value.items()} if isinstance(value, dict)
-                                else list(map(tuple, value))),
-    "of_sets": lambda value: [set(item) if item and isinstance(item, list) else {} for item in value]}
+# EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How CALL restores them: one
+# word for each argument, the last one for all that follow; then the numbers of the tasks in MBPP.
+SHAPES = """
+    tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809 .
+    of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780 .
+    of_tuples x: 75 413 444 753 .
+    x tuple: 106 750 .
+    of_sets: 115 .
+    float complex: 124 .
+    tuple x: 250 307 405 446 617 720 763 808 .
+    complex: 252 .
+    tuples: 259 278 401 445 580 615 791 .
+    of_tuples x: 722 ."""

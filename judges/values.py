@@ -4,41 +4,41 @@ They are judged as in training: literals of equal types, and for an input any th
 """
 
 import re
-from dataclasses import dataclass
+from collections import namedtuple
 
 from rewards import is_correct
-from tasks import KINDS, Task, fenced_blocks, parse_answer, solve_prompt
+from tasks import KINDS, Task, parse_answer, solve_prompt
 
-from .text import answer_text
+from .text import answer_text, pieces
+
+# An answer in the form of a call, f(input) == output
+CALLS = {"abduction": r"\A(?:assert\s+)?f\((.*?)\)\s*(?:==.*)?\Z",
+         "deduction": r"\A(?:assert\s+)?f\(.*?\)\s*==\s*(.*)\Z"}
 
 
-@dataclass(frozen=True)
-class ValueProblem:
+class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaults=[False])):
     """A task of one of the three types. strict: only an answer in the form of training counts."""
 
-    key: str
-    question: str
-    task: Task
-    strict: bool = False
     batch = 256  # problems that are judged together
 
     def answer_in(self, response):
         """The literal, input or program in a response, in the form of training or (not strict) another."""
-        answer, text = parse_answer(self.task.type, response), answer_text(response)
         if self.strict:
-            return answer
-        if answer is None:
-            blocks = (fenced_blocks(text, KINDS[self.task.type].tag) or fenced_blocks(text, r"\w*")
-                      or re.findall(r"\[ANSWER\](.*?)\[/ANSWER\]", text, re.S))
-            answer = blocks[-1].strip() if blocks else text.strip("` ") if text and "\n" not in text else None
-        call = re.fullmatch(r"(?:assert\s+)?f\((.*?)\)\s*(?:==\s*(.*))?", answer or "", re.S)
-        said = call and call[1 if self.task.type == "abduction" else 2]  # f(input) == output
-        return answer if said is None else said
+            return parse_answer(self.task.type, response)
+        text = answer_text(response)
+        found = pieces(text)
+        tagged = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
+        blocks = tagged or [piece for _, piece in found[1::2]]
+        if not found[1:] and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response)):
+            blocks = [text]
+        answer = next(filter(None, blocks[::-1]), "")
+        return re.sub(CALLS[self.task.type], r"\1", answer.strip("` \n"), flags=re.S) or None
 
     @staticmethod
     def judge(problems, answers, executor):
         """[ValueProblem], [answer or None] → one {"correct"} for each, in order."""
-        return [{"correct": correct} for correct in is_correct([p.task for p in problems], answers, executor)]
+        tasks = [problem.task for problem in problems]
+        return [{"correct": correct} for correct in is_correct(tasks, answers, executor)]
 
 
 def read_heldout(key, task):

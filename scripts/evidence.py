@@ -39,7 +39,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from azr import load_heldout
-from judges.figures import pass_at_k
+from eval import pass_at_k
 from model import TINY
 from rewards import mean_error
 from run import flag, layout

@@ -15,7 +15,6 @@ import torch
 from conftest import ROOT, Forked, make_random_model
 
 import eval as e
-from judges import figures
 from judges.math import MathProblem
 from judges.values import read_heldout
 from sampling import Sampler
@@ -45,7 +44,7 @@ def test_pass_at_k_against_brute_force():
         for right in range(n + 1):
             for k in range(1, n + 1):
                 draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
-                assert math.isclose(figures.pass_at_k(n, right, k), sum(map(any, draws)) / len(draws))
+                assert math.isclose(e.pass_at_k(n, right, k), sum(map(any, draws)) / len(draws))
 
 
 def test_scores_count_what_is_missing_as_wrong():
@@ -53,7 +52,7 @@ def test_scores_count_what_is_missing_as_wrong():
     rows = [{"id": "0", "response": "ab", "tokens": 2}, {"id": "0", "response": "ab", "tokens": 2},
             {"id": "1", "response": "", "tokens": 0}, {"id": "1", "response": "ab", "tokens": 2}]
     verdicts = [{"correct": c, "well_formed": w} for c, w in ((1, 1), (0, 1), (0, 0), (0, 1))]
-    score = figures.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
+    score = e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])
     assert score["accuracy"] == 0.5 / 4 and score["pass@k"][2][0] == 0.25 and score["unanswered"] == 2
     assert score["n"] == 4 and score["truncated"] is None
     # of the four problems 1, 1/2, 0 and 0 of the samples are well formed: mean 3/8, variance 11/64
@@ -64,13 +63,13 @@ def test_scores_count_what_is_missing_as_wrong():
 def test_base_and_trained_differ_pairwise():
     before = {"1": [True, False], "2": [False, False], "3": [True, True], "4": [False, False]}
     after = {"1": [True, True], "2": [True, True], "3": [True, True], "4": [False, False]}
-    assert figures.paired_difference(before, after) == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
+    assert e.paired_difference(before, after) == (3 / 8, pytest.approx(math.sqrt(11 / 64 / 4)))
     problems = [MathProblem(key, "", "") for key in before]
     columns = {}
     for column, answers in (("base", before), ("trained", after)):
         rows = [{"id": key, "response": "a"} for key, hits in answers.items() for _ in hits]
         verdicts = [{"correct": hit, "well_formed": True} for hits in answers.values() for hit in hits]
-        columns[column] = {"AIME24": figures.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
+        columns[column] = {"AIME24": e.score(problems, [row | verdict for row, verdict in zip(rows, verdicts)])}
     first, second = e.tables(columns).splitlines()[:2]
     assert first.split() == ["pass@1,", "%", "base", "trained", "difference"]
     assert second.endswith("+37.5 ± 20.7")

@@ -150,6 +150,52 @@ def test_own_solutions_pass_and_broken_ones_fail(name, file, rows, tmp_path, exe
     assert all(problem.name in problem.question for problem in problems)
 
 
+# Right programs, and a body without its function, in the forms in which models write them
+FENCES = ["Let me see.\n```python\nCODE\n```\n", "```\nCODE\n```", "``` python\nCODE\n```", "```python\nCODE```",
+          "```python\nCODE\n", "```python\nCODE\n``` This halves.\nIt does.", "```python\nCODE\n```This halves.",
+          '```python title="a.py" linenums\nCODE\n```', "```{.python .code}\nCODE\n```", "```Python3\nCODE\n```",
+          "````python\nCODE\n````", "~~~python\nCODE\n~~~", "~~~ py\nCODE\n~~~~", "~~~\nCODE", "So: ```python\nCODE\n```",
+          "````markdown\nIt is\n```python\nCODE\n```\n````", "CODE\n```\nThis halves.", "</think><answer>\nCODE\n</answer>",
+          "```python\nx = (1\n```\nNo:\n```python\nCODE\n```\nwhich prints\n```\n2.0\n```",
+          "```python\nx = 1\nWait, all of it:\n```python\nCODE\n```", "CODE"]
+DOCUMENTED = "def half(x):\n    \"\"\"\n    ```\n    half(4)\n    ```\n    \"\"\"\n    return x / 2"
+
+
+@pytest.mark.parametrize("form", FENCES)
+def test_programs_are_found_in_loose_fences(form, tmp_path, executor):
+    write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
+    problem, = load("HumanEval+", tmp_path)
+    programs = [HALF + "    return x / 2", DOCUMENTED, "half = lambda x: x / 2", "    return x / 2\n",
+                "    y = x\n    if y:\n        y /= 2\n    return y\n\n\ndef other(x):\n    return x",
+                "    return other(x)\n\n\ndef other(x):\n    return x / 2\n\n\nprint(half(4))", HALF + "    return x / 3",
+                "    return x / 3", "    return other(x)\n\n\ndef other(x):\n    return x / 3"]
+    responses = [form.replace("CODE", program) for program in programs]
+    verdicts = judges.judge([problem] * len(programs), responses, executor)
+    assert [verdict["correct"] for verdict in verdicts] == [True] * 6 + [False] * 3
+    assert all(verdict["well_formed"] for verdict in verdicts)
+
+
+@pytest.mark.parametrize("completion,right", [
+    ("    return x / 2", True), ("\n    return x / 2", True), ("return x / 2", True), ("  y = x / 2\n  return y", True),
+    ("if x:\n        return x / 2\n    return 0.0", True), ("if x:\n    return x / 2\nreturn 0.0", True),
+    ("    return x / 2\n\nThis halves x.", True), ("    return x / 2\n\ndef other(x):\n    return (x", True),
+    ("    return x / 2\n```\nThis halves x.", True), ("We halve it.\n\n" + HALF + "    return x / 2\n\nThat is all.", True),
+    ("    return x / 2\n    return (x", False), ("    return x", False), ("x / 2", False), ("    x / 2", False)])
+def test_completions_without_a_fence(completion, right, tmp_path, executor):
+    write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
+    assert correct(load("HumanEval+", tmp_path), [completion], executor) == [right]
+
+
+def test_what_parses_and_defines_comes_first():
+    problem = code.ProgramProblem("", "", "g", "g", "", (), "", None, None)
+    good, other, broken = "def g():\n    return 1", "def h():\n    return g()", "def g():\n    return (1"
+    for response in (fence(good) + fence(other), fence(good) + fence(broken), fence(good) + fence("g()"),
+                     fence(broken) + fence(good), fence("def g():\n    return 2") + fence(good),
+                     fence(good) + "```python\n" + broken):
+        assert problem.answer_in(response).strip() == good
+    assert problem.answer_in("```python\n" + broken) is None and problem.answer_in(fence(broken)) is not None
+
+
 def test_base_tests_alone_are_not_enough(tmp_path):
     write(tmp_path / "HumanEvalPlus.jsonl", RELEASE[:1])
     problems = load("HumanEval+", tmp_path)
@@ -167,7 +213,7 @@ def test_base_tests_alone_are_not_enough(tmp_path):
         (verdict,) = judges.judge(load("HumanEval+", tmp_path / "strict"),
                                   [fence(HALF + "    return x / 2 + 1")], executor)
     assert not verdict["base"] and not verdict["correct"]
-    malformed = ["I do not know.", "", "```python\ndef half(x):\n    return x", "x / 2",
+    malformed = ["I do not know.", "", "```python\ndef half(x):\n    return (x", "x / 2",
                  "</think><answer></answer>"]
     with Executor(1) as executor:
         verdicts = judges.judge(problems * len(malformed), malformed, executor)
@@ -317,6 +363,78 @@ def test_contests_with_standard_input(tmp_path):
         assert not any(correct([problem] * 5, map(fence, bad), executor))
 
 
+READS = "sum(map(float, (DATA).split()[1:]))"
+FAST = """
+import os, sys
+from io import BytesIO, IOBase
+class Fast(IOBase):
+    def __init__(self, file):
+        self.descriptor, self.kept = file.fileno(), BytesIO()
+        self.write = lambda text: self.kept.write(text.encode())
+    def read(self):
+        return os.read(self.descriptor, max(os.fstat(self.descriptor).st_size, 8192)).decode()
+    def flush(self):
+        os.write(self.descriptor, self.kept.getvalue())
+        self.kept = BytesIO()
+sys.stdin, sys.stdout = Fast(sys.stdin), Fast(sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("setup,data,output", [  # a program that reads DATA and gives the sum to OUTPUT
+    (FAST, "sys.stdin.read()", "print(SUM)"),
+    ("import threading\nclass Main(threading.Thread):\n    def run(self):\n", "input() + ' ' + input()",
+     "        print(SUM)\nmain = Main()\nmain.start()\nmain.join()"),
+    ("import sys, threading\ndef main():\n    global total\n", "input() + ' ' + input()",
+     "    total = SUM\n    sys.exit()\nthread = threading.Thread(target=main)\nthread.start()\nthread.join()\nprint(total)"),
+    ("import threading\ndef bad():\n    raise ValueError\nthreading.Thread(target=bad).start()\n", "stdin.read()", "print(SUM)"),
+    ("import threading\nthreading.Timer(0.5, lambda: print(total)).start()\n", "open(0).read()", "total = SUM"),
+    ("import threading\nlate = threading.Timer(0.5, print, [7])\nlate.start()\n", "open(0).read()", "late.cancel()\nprint(SUM)"),
+    ("import threading, time\nthreading.Timer(0.5, lambda: print(total)).start()\n", "open(0).read()",
+     "total = SUM\ntime.sleep(1)\ntotal = 7"),
+    ("import _thread\n", "open(0).read()", "_thread.start_new_thread(print, (SUM,))"),
+    ("import builtins\n", "builtins.input() + ' ' + builtins.input()", "print(SUM)"),
+    ("import io\n", "io.open(0).read()", "print(SUM)"), ("import io\n", "io.open(0, 'rb', 0).read()", "print(SUM)"),
+    ("", "open('/dev/stdin').read()", "print(SUM, file=open(1, 'w'))"),
+    ("import pathlib\n", "pathlib.Path('/dev/stdin').read_text()", "print(SUM)"),
+    ("import fileinput\n", "' '.join(fileinput.input())", "print(SUM)"),
+    ("import sys\n", "sys.__stdin__.read()", "sys.__stdout__.write(str(SUM))"),
+    ("import codecs, sys\n", "codecs.getreader('utf-8')(sys.stdin.buffer).read()", "sys.stdout.buffer.write(str(SUM).encode())"),
+    ("import os\n", "os.read(0, 10 ** 6)", "os.write(1, str(SUM).encode())"),
+    ("import os\n", "BytesIO(os.read(0, os.fstat(0).st_size)).read()", "os.fdopen(1, 'w').write(str(SUM))"),
+    ("import os, sys\n", "os.fdopen(0).read()", "print(SUM)\nsys.stdout.flush()\nos._exit(0)"),
+    ("import atexit\n", "open(0).read()", "atexit.register(print, SUM)"),
+    ("import atexit, io, sys\nsys.stdout = io.StringIO()\n"
+     "atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\n", "open(0).read()", "print(SUM)"),
+    ("", "stdin.read()", "stdout.write(str(SUM)); assert maxsize and StringIO and setrecursionlimit and argv and dumps"),
+    ("try:\n    sys.stdin = open('input.txt')\n    sys.stdout = open('output.txt', 'w')\nexcept FileNotFoundError:\n    pass\n",
+     "input() + ' ' + input()", "print(SUM)")])
+def test_contest_programs_that_plain_python_runs(setup, data, output, tmp_path):
+    write(tmp_path / "livecodebench.jsonl", CONTEST)
+    problem = load("LCB-Generation", tmp_path)[0]
+    program = setup + re.sub(r"\bSUM\b", READS.replace("DATA", data), output)
+    if "global total" in setup or "def run" in setup:  # the body of a function
+        program = setup + output.replace("SUM", READS.replace("DATA", data))
+    with judges.sandbox(1) as executor:
+        assert correct([problem] * 2, [fence(program), fence(program.replace("sum(", "min("))], executor) == [True, False]
+
+
+def test_what_is_never_flushed_is_not_printed(tmp_path):
+    write(tmp_path / "livecodebench.jsonl", CONTEST)
+    program = "import os\nprint(sum(map(float, open(0).read().split()[1:])))\nos._exit(0)"
+    with judges.sandbox(1) as executor:
+        assert correct(load("LCB-Generation", tmp_path)[:1], [fence(program)], executor) == [False]
+
+
+def test_numbers_of_many_digits(tmp_path):
+    rows = [CONTEST[0] | {"public_test_cases": json.dumps(cases(("20000\n", "1" + "0" * 20000), kind="stdin")),
+                          "private_test_cases": private(cases(("1" + "0" * 9000 + "\n", "9000"), kind="stdin"))}]
+    write(tmp_path / "livecodebench.jsonl", rows)
+    program = "n = int(input())\nprint(10 ** n if n < 10 ** 9 else len(str(n)) - 1)"
+    with judges.sandbox(1) as executor:
+        assert correct(load("LCB-Generation", tmp_path) * 2, [fence(program), fence(program.replace("10 **", "1 + 10 **"))],
+                       executor) == [True, False]
+
+
 @pytest.mark.parametrize("expected, output, agree", [
     ("1.50 2", "1.5 2.0\n", True), ("1-2", "1-2\n", True), ("2024-01-02 ", "2024-01-02", True), ("e4\n", "e4", True),
     ("1..2\n3", "1..2\n3.0\n", True), ("1-2", "-1", False), ("1 2", "12", False), ("1\n2", "1 2", False)])
@@ -408,6 +526,16 @@ def test_input_and_output(tmp_path, executor):
     assert verdicts("CRUXEval-O", 0, outputs) == [True] * 7 + [False] * 4
     assert verdicts("CRUXEval-O", 1, ["{True: None, 2: None}", "{1: None, 2: None}"]) == [True, False]
     assert verdicts("LCB-Execution", 0, ["2", "3"]) == [True, False]
+    forms = ["```output\nVALUE", "``` output\nVALUE\n```", "```output\nVALUE```", "```output\nVALUE\n``` as s is doubled.",
+             "```output title\nVALUE\n```", "````output\nVALUE\n````", "~~~output\nVALUE\n~~~", "It is ```output\nVALUE\n```",
+             "```VALUE```", "```\nVALUE\n```\nDone", "</think><answer>~~~output\nVALUE\n~~~</answer>", "[ANSWER]VALUE",
+             "```output\nVALUE\n```\nCheck:\n```python\nassert f('ab', 2)\n```"]
+    for value, right in (("'abab'", True), ("'aba'", False)):
+        responses = [form.replace("VALUE", value) for form in forms]
+        assert verdicts("CRUXEval-O", 0, responses) == [right] * len(forms)
+        assert problems["CRUXEval-O"][0].answer_in(responses[0]) == value
+    responses = [form.replace("VALUE", "'ab', 2").replace("output", "input") for form in forms]
+    assert verdicts("CRUXEval-I", 0, responses) == [True] * len(forms)
 
 
 # --- mathematics -------------------------------------------------------------------------------------
@@ -501,6 +629,57 @@ EQUAL = [                       # gold, right answers, wrong answers
 ]
 
 
+# Of each kind of answer: gold, right answers, wrong answers
+KINDS = {
+    "values that are the same double, or nearly": [
+        (r"\frac{2^{2005}+1}{3\cdot 2^{2006}}", [r"\frac16+\frac{1}{3\cdot 2^{2006}}"], [r"\frac{2^{2005}-1}{3\cdot 2^{2006}}", r"\frac16"]),
+        (r"\frac{1}{2004!}", [r"\frac{2005}{2005!}"], [r"\frac{1}{2006!}", "0"]),
+        (r"10^{-400}", [r"\frac{1}{10^{400}}"], [r"10^{-401}", "0"]), ("0", [r"\ln 1"], [r"2^{-1100}", r"e^{-1000}"]),
+        (r"e^{-1000}", [r"\frac{1}{e^{1000}}"], ["0", r"e^{-1001}"]), (r"2^{100000}+1", [r"1+4^{50000}"], [r"2^{100000}-1", r"2^{100000}"]),
+        ("1", [r"\sin^2 3+\cos^2 3"], [r"1-2^{-60}", r"1+10^{-300}"]), (r"\sqrt2", [r"\frac{2}{\sqrt2}"], [r"\sqrt2+10^{-30}"]),
+        (r"\sqrt{10^{40}+1}", [], [r"10^{20}"]), (r"\frac13", ["0.333333", "0.33333333333333333333"],
+                                                   ["0.3333", "0.333334", r"\frac{33333333333333333333}{10^{20}}"]),
+        ("0.1", [r"\frac{1}{10}"], [r"\frac{1}{10}+\frac{1}{10^{30}}"]), (r"\pi", ["3.14159265", "3.1415926"], ["3.14159", "3.14159266"]),
+        ("100000000000000000001", [], ["100000000000000000000"]), ("3+4i", ["4i+3"], [r"3+4i+10^{-30}i", "3-4i"]),
+        (r"\sin\frac{\pi}{5}", [r"\sqrt{\frac{5-\sqrt5}{8}}"], [r"\sqrt{\frac{5-\sqrt5}{7}}"]),
+        (r"\binom{100}{50}", [r"\frac{100!}{50!50!}"], [r"\frac{100!}{50!50!}+1"]),
+        (r"\frac{x}{2004!}", [], [r"\frac{x}{2006!}"]), ("x", [r"\frac{x^2}{x}"], [r"x+10^{-20}", r"|x|", r"\sqrt{x^2}"])],
+    "letters with their values": [
+        ("36", [r"\textbf{(C)}\ 36", r"\textbf{(C) } 36", r"\textbf{(C) 36}", r"\mathrm{(C)}~36", "(C) 36", "C. 36", "C) 36", "(C): 36"],
+         [r"\textbf{(C)}\ 37", "C"]),
+        ("C", [r"\textbf{(C)}\ 36", "(C) 36"], [r"\textbf{(D)}\ 36"]), (r"\textbf{(C)}\ 36", ["36", "C", "(C)"], ["37", "D"]),
+        (r"\frac12", [r"\textbf{(A)}\ \frac{1}{2}", r"\text{(A)}\ 0.5"], [r"\textbf{(A)}\ 2"]), ("-5", [r"\textbf{(A) } -5"], ["(A) 5"])],
+    "colours, styles and text": [
+        ("5", [r"\color{red}{5}", r"\color{blue}5", r"\textcolor{red}{5}", r"\bf 5", r"\mathbf{5}", r"\Large 5", r"{\Large{5}}", r"\underline{5}",
+               r"\textbf{5}", r"\text{5}", r"\colorbox{yellow}{5}", r"\boldsymbol{5}", r"\displaystyle 5", r"{5}", r"\boxed{5}"],
+         [r"\color{red}{6}", r"\mathbf{6}", r"\text{6}"]),
+        (r"\frac12", [r"\mathbf{\frac12}", r"\boldsymbol{\frac{1}{2}}", r"\color{red}{\frac{1}{2}}", r"\textstyle\frac12"], [r"\mathbf{\frac13}"]),
+        ("x+1", [r"\boldsymbol{x+1}"], [r"\boldsymbol{x-1}"]), ("1,2", [r"\text{1 and 2}"], [r"\text{1 and 3}"]),
+        (r"42\text{ cm}", [r"\text{42 cm}", r"\textbf{42 cm}"], [r"\text{42 m}", r"\text{43 cm}"]), ("50", [r"\text{\$50}", r"\textbf{50%}"], [])],
+    "numbers side by side": [
+        (r"\frac72", ["3 1/2", r"3\frac12", r"3\ \frac{1}{2}", "3.5"], ["2", "4", r"\frac32"]), ("2", [], ["3 1/2"]), ("1", [], ["1 1/2"]),
+        (r"-\frac72", [r"-3\frac12", "-3 1/2"], [r"-2\frac12"]), (r"-\frac52", [], [r"-3\frac12"]), (r"\frac92x", [r"4\frac12 x"], [r"2x"]),
+        ("235", [], [r"1\ 234"]), (r"\frac{470}{2}", [], [r"1\ 234"]), ("7", [], ["3 4", "{3}{4}", "3{4}", r"3\ 4"]), ("34", [], ["3 4"]),
+        ("12", [], ["3 4"]), ("6", ["2(3)", "(2)(3)"], ["2 3"]), ("5", [], ["2(3)", "(2)(3)"]), ("8", [r"\frac{6}{3}(4)"], ["6(1)(2)"]),
+        ("24", [r"2\cdot3(4)"], []), ("1234567", [r"1\,234\,567"], [r"1\,234\,56"]), (r"\log_2 8", [r"\log_2(8)", "3"], []),
+        (r"\sin^2 x", [r"\sin^2(x)"], [])],
+    "the empty set": [
+        (r"\emptyset", [r"\varnothing", r"\{\}", r"\{ \}", r"\left\{\right\}", "∅"], ["0", r"\{0\}", r"\{\emptyset\}", "()"]),
+        (r"\{\}", [r"\emptyset"], [r"\{1\}"])],
+    "dots": [
+        (r"1,2,\ldots,n", [r"1, 2, \dots, n", r"1,2,\cdots,n", "1,2,...,n", r"1,2,\dotsc,n", "1, 2, …, n"], [r"2,1,\ldots,n", "1,2,n", r"1,2,\ldots"]),
+        (r"\{2,4,6,\ldots\}", ["2,4,6,...", r"\{2, 4, 6, \dots\}", r"2, 4, 6 \ldots"], [r"\{4,2,6,\dots\}", r"\{2,4,6\}"]),
+        (r"n,n+1,\dots,2n", [r"n,1+n,\ldots,2n"], [r"n,n+1,\ldots,n"]), (r"1+2+\cdots+n", [r"1+2+\ldots+n"], ["1+2+n"])],
+    "alternatives that are one": [("0.5", [r"\frac12, 0.5"], [r"\frac12, 0.6", "1, 2"])],
+}
+EQUAL += [case for of_a_kind in KINDS.values() for case in of_a_kind]
+PHYSICAL = [  # right and wrong answers where all variables are positive; where they are not, nothing of this is right
+    (r"\sqrt{4\pi G\rho_0 r_0^2}", [r"2r_0\sqrt{\pi G\rho_0}"], [r"r_0\sqrt{\pi G\rho_0}"]), (r"-\tau\ln\Delta", [r"\tau\ln(1/\Delta)"], [r"\tau\ln\Delta"]),
+    (r"\frac{1}{\sqrt2}c", [r"\sqrt{c^2/2}"], [r"\sqrt{c/2}"]), (r"\sqrt{x^2}", ["x"], ["-x"]), (r"\ln(ab)", [r"\ln a+\ln b"], [r"\ln a\ln b"]),
+    (r"\ln(a^4)", [r"4\ln a"], [r"\ln(4a)"]), (r"(a^2)^{3/2}", ["a^3"], ["a^2"]), (r"\sqrt[4]{16k^4T^4}", ["2kT"], ["4kT"]),
+    (r"v=\sqrt{\frac{k^2}{m^2}}A", [r"A\frac{k}{m}"], [r"A\frac{m}{k}"])]
+
+
 @pytest.fixture(scope="module")
 def compared():
     """The verdicts on all of EQUAL, from one process, which takes a second to start."""
@@ -512,6 +691,15 @@ def compared():
 def test_equal_and_nearly_equal(compared, gold, right, wrong):
     answers = [gold, *right, *wrong]
     assert [answer for answer in answers if compared[gold, answer, False]] == [gold, *right]
+
+
+def test_physical_quantities_are_positive():
+    golds = [gold for gold, right, wrong in PHYSICAL for _ in (*right, *wrong)]
+    answers = [answer for _, right, wrong in PHYSICAL for answer in (*right, *wrong)]
+    expected = [answer in right for _, right, wrong in PHYSICAL for answer in (*right, *wrong)]
+    for physical in (True, False):
+        verdicts = mathematics.compare([(gold, answer, physical) for gold, answer in zip(golds, answers)])
+        assert verdicts == [right and (physical or gold == r"\frac{1}{\sqrt2}c" and False) for gold, right in zip(golds, expected)]
 
 
 @pytest.mark.parametrize("gold,answer,rough,right", [
@@ -563,6 +751,25 @@ def test_boxes():
     for power in ("2**3 = 8", "x**2 + 1"):
         assert problem.answer_in(f"The answer is {power}") == problem.answer_in(f"**Answer:** {power}") == power
     assert problem.answer_in(r"thought \boxed{2}</think> <answer>\boxed{3}</answer>") == "3"
+
+
+@pytest.mark.parametrize("response,answer", [
+    ("**Answer: 42**", "42"), ("**The final answer is 42.**", "42"), ("The answer is therefore 42.", "42"), ("*Answer: 42*", "42"),
+    ("The answer is thus $42$.", "42"), ("__Answer: 42__", "42"), ("### Answer: 42", "42"), ("**Final Answer**\n\n$42$", "42"),
+    ("**Final Answer**: 42", "42"), ("The answer to the problem is 42.", "42"), ("The answer is, therefore, 42", "42"),
+    ("The final answer is 42. I hope it is correct.", "42"), ("The answer is 42, since 6 times 7 is.", "42"),
+    ("The correct answer is option C", "C"), ("The answer is x^* = 3", "x^* = 3"), ("Answers: 1, 2", "1, 2"),
+    (r"$\boxed 5$.", "5"), (r"\boxed\frac12", r"\frac12"), (r"$\boxed\frac{1}{2}$ then", r"\frac{1}{2}"), (r"$\boxed 42$ it is", "42"),
+    (r"\boxed 42 is the answer", "42"), (r"\boxed5.", "5"), (r"\boxed -3", "-3"), (r"\framebox{204}", "204"),
+    (r"$\boxed{5}$. \boxed{}", "5"), (r"\boxed{5} and \boxed{ }", "5"), (r"\boxed{5}, \boxed{\,}", "5"),
+    (r"$x=\boxed{1}$ or $x=\boxed{-2}$", "1, -2"), (r"\boxed{1}, \boxed{-2}", "1, -2"), (r"x_1=\boxed{1}, x_2=\boxed{-2}.", "1, -2"),
+    (r"\boxed{1}\text{ or }\boxed{-2}", "1, -2"), (r"\(\boxed{1}\) or \(\boxed{2}\) or \(\boxed{3}\)", "1, 2, 3"),
+    (r"First \boxed{5}. No: \boxed{6}", "6"), (r"\boxed{5}. Then \boxed{6}", "6"), (r"\boxed{5} \boxed{6}", "6"),
+    (r"\boxed{1} or \boxed{2}. No: \boxed{3}", "3"), ("x is 5", None), ("So we get 42", None), ("It is therefore 42", None),
+    ("We answer the question: it is hard", None), ("\\boxed{1", None), ("\\boxed{}", None)])
+def test_final_answers(response, answer):
+    problem = mathematics.MathProblem("", "", "")
+    assert problem.answer_in(f"We count.\n{response}\nThat was it.") == answer
 
 
 # --- names and files ---------------------------------------------------------------------------------
