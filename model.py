@@ -37,10 +37,9 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
-                          GenerationConfig, GenerationMixin)
+                          GenerationConfig, GenerationMixin, GgufConfig)
 from transformers.pytorch_utils import Conv1D
 
-from gguf_file import read_gguf
 from rewards import Rollout
 from sampling import Sampler, attends_to_all, has_dense_attention
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
@@ -168,6 +167,10 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if quantize == "auto":
         has_lora = bool(lora_rank or adapter)
         quantize = "4bit" if on_gpu and has_lora and not name.endswith(".gguf") else "none"
+    try:
+        date = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except ValueError as error:
+        raise UsageError(f"--date is {date!r}; it must be like 2026-03-31") from error
     if trained and quantize == "4bit" and not lora_rank and not adapter:
         raise UsageError("4-bit weights cannot be trained; use --lora-rank 32 or --quantize none")
     if dtype == "auto":
@@ -199,7 +202,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         policy = Policy(peft_model, model, tokenizer, frozenset(ends), min(ends),
                         chat=bool(tokenizer.chat_template) and frame == "long", half=half,
                         shares_prompts=name not in SHIPPED and attends_to_all(model.config),
-                        date=datetime.date.fromisoformat(date) if date else datetime.date.today())
+                        date=date)
         if name not in SHIPPED:
             # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -288,6 +291,39 @@ def _from_pretrained(source, dtype, in_4bit, device):
     for weight, in_file, in_config in sorted(found["mismatched_keys"]):
         raise OSError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
     return model.eval()
+
+
+def read_gguf(path, dtype, device="cpu"):
+    """A GGUF file, with its weights unpacked to `dtype`. → (tokenizer, transformers model)
+
+    transformers reads it, but for three things that are put right here.
+    """
+    # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
+    # and everywhere a mark of it that makes the saved model one that is quantized.
+    unpacked = GgufConfig(dequantize=True)
+    where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, device_map={"": device},
+                                                 quantization_config=unpacked)
+    from gguf import GGUFReader  # installed, or the tokenizer had not been read
+    reader = GGUFReader(path)
+    # 2. A head that is tied to the embedding is often there a second time, in another precision. Both are
+    # the same but for rounding (cosine over 0.9), where two that were trained apart are near 0.
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    some_D, others_D = embedding[:1000].flatten().float(), head[:1000].flatten().float()
+    if head is not embedding and torch.cosine_similarity(some_D, others_D, dim=0) > 0.9:
+        sizes = {tensor.name: tensor.n_bytes for tensor in reader.tensors}
+        if sizes["output.weight"] > sizes["token_embd.weight"]:
+            embedding.data.copy_(head.data)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    # 3. Some tokenizers are read without the <bos> that the file asks for, and without it Gemma writes
+    # nonsense. As in llama.cpp, a file that says nothing asks for it if it is of SentencePiece ("llama").
+    asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
+    asks_for_bos = asks.contents() if asks else kind and kind.contents() == "llama"
+    if asks_for_bos and tokenizer.bos_token and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = True
+    return tokenizer, model.eval()
 
 
 @contextlib.contextmanager

