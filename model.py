@@ -317,8 +317,8 @@ def read_gguf(path, dtype, device="cpu"):
             embedding.data.copy_(head.data)
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    # 3. Some tokenizers are read without the <bos> that the file asks for, and without it Gemma writes
-    # nonsense. As in llama.cpp, a file that says nothing asks for it if it is of SentencePiece ("llama").
+    # 3. Tokenizers of SentencePiece are read without the <bos> that the file asks for. As in
+    # llama.cpp, a file that says nothing asks for it if it is of SentencePiece, there called "llama".
     asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
     asks_for_bos = asks.contents() if asks else kind and kind.contents() == "llama"
     if asks_for_bos and tokenizer.bos_token and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:

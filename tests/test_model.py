@@ -598,12 +598,14 @@ VOCABULARY = 300
 
 
 def write_gguf(path, tensors=(), **fields):
-    """A small Llama as a GGUF file, whose SentencePiece vocabulary is bytes and letters."""
+    """A small Llama or Gemma 3 as a GGUF file, whose SentencePiece vocabulary is bytes and letters."""
     import gguf
     import numpy
-    writer = gguf.GGUFWriter(path, "llama")
+    family = fields.pop("family", "llama")
+    writer = gguf.GGUFWriter(path, family)
     for name, value in (("context_length", 512), ("embedding_length", 64), ("block_count", 1), ("feed_forward_length", 96),
-                        ("head_count", 4), ("head_count_kv", 2), ("vocab_size", VOCABULARY), ("layer_norm_rms_eps", 1e-6)):
+                        ("head_count", 4), ("head_count_kv", 2), ("vocab_size", VOCABULARY), ("layer_norm_rms_eps", 1e-6),
+                        ("key_length", 16), ("value_length", 16), ("sliding_window", 16)):
         getattr(writer, f"add_{name}")(value)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += [chr(0x4E00 + place) for place in range(VOCABULARY - len(tokens))]
@@ -620,6 +622,8 @@ def write_gguf(path, tensors=(), **fields):
     shapes = {"token_embd": (VOCABULARY, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,),
               "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
               "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96)}
+    if family == "gemma3":
+        shapes |= {"blk.0.post_attention_norm": (64,), "blk.0.post_ffw_norm": (64,), "blk.0.attn_q_norm": (16,), "blk.0.attn_k_norm": (16,)}
     made = {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
     for name, values in (made | dict(tensors)).items():
         kind = fields.get(name, "F32")
@@ -648,10 +652,11 @@ def test_a_tied_head_that_is_stored_twice_is_tied_to_the_more_precise_half(tmp_p
     assert not torch.equal(causal.get_output_embeddings().weight, causal.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
 @pytest.mark.parametrize("fields, asks", (({"add_bos": True}, True), ({"add_bos": False}, False), ({}, True)))
-def test_a_tokenizer_gives_bos_if_its_file_asks_for_it(tmp_path, fields, asks):
+def test_a_tokenizer_gives_bos_if_its_file_asks_for_it(tmp_path, family, fields, asks):
     pytest.importorskip("gguf")
-    write_gguf(tmp_path / "small.gguf", **fields)
+    write_gguf(tmp_path / "small.gguf", family=family, **fields)
     tokenizer, _ = read_gguf(tmp_path / "small.gguf", torch.float32)
     ids = tokenizer("f(1)").input_ids
     assert (ids[0] == tokenizer.bos_token_id == 1) == asks and ids.count(1) == asks
