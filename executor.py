@@ -34,7 +34,10 @@ import contextlib
 import ctypes
 import functools
 import gc
+import inspect
+import itertools
 import json
+import keyword
 import marshal
 import os
 import re
@@ -142,7 +145,11 @@ def _write(value, depth, room, ordered):
     if value is None or kind is bool or kind is int:
         text = repr(value)
     elif (kind is float or kind is complex) and value == value:
-        text = repr(value + 0 if kind is complex or not ordered else value).replace("inf", "1e309")
+        if kind is complex:                           # no literal keeps the signs of its zeros
+            value = complex(value.real + 0.0, value.imag + 0.0)
+        elif not ordered:
+            value += 0.0
+        text = repr(value).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
@@ -183,11 +190,12 @@ def _describe(error):
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-# What a run is for: a literal; an input that is code; a program and its input; a program and such values.
-_LITERAL, _INPUT, _PROGRAM, _VALUES = range(4)
+# What a run is for: a literal; an input that is code; a program and its input.
+_LITERAL, _INPUT, _PROGRAM = range(3)
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
-_ORDER = struct.Struct("=II")          # milliseconds, bytes of the job
+_ORDER = struct.Struct("=I")           # bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
+_BIRTH, _DEATH = struct.Struct("=i"), struct.Struct("=ii")      # process id of a run; and its wait status
 _STATUSES = "ok syntax error unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 # Its builtins are a copy, out of reach of programs that change `print.__self__`.
@@ -216,10 +224,12 @@ class Executor(contextlib.AbstractContextManager):
                  _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
-        if not (self._size >= 1 and 0 < timeout <= 1e6 and memory_mb >= 1):
-            raise ValueError("workers and memory_mb must be at least 1, timeout above 0 and at most 1e6 s")
+        if not all(isinstance(number, int) and number >= 1 for number in (self._size, memory_mb, max_text)):
+            raise ValueError("workers, memory_mb and max_text must be whole numbers of at least 1")
+        if not (0 < timeout <= 1e6 and memory_mb <= 1 << 30):      # the system takes no more bytes than 2 ** 63
+            raise ValueError("timeout must be above 0 and at most 1e6 s, memory_mb at most 2 ** 30")
         self._timeout, self._max_text = timeout, max_text
-        self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
+        self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
         self._idle = collections.defaultdict(list)    # workers, by seed
         with contextlib.ExitStack() as failure:
             failure.enter_context(self)               # closed, unless all goes well
@@ -277,7 +287,7 @@ class Executor(contextlib.AbstractContextManager):
         if not self._idle:
             raise RuntimeError("this Executor is closed")
         jobs = [(program, text) for program, text in jobs]
-        if not all(type(text) is str for job in jobs for text in job):
+        if not all(type(program) is type(text) is str for program, text in jobs):
             raise TypeError("a job is a pair of str: program, input")
         too_long = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
         results = [too_long if max(map(len, job)) > self._max_text else None for job in jobs]
@@ -292,7 +302,7 @@ class Executor(contextlib.AbstractContextManager):
                     job = queue.popleft()
                     poller.register(worker.line, select.POLLIN)
                     busy[worker.line.fileno()] = worker, job
-                    worker.start(self._timeout, *job[1:4])
+                    worker.start(*job[1:4])
                 for fd, _ in poller.poll():
                     worker, job = busy.pop(fd)
                     i, purpose, _, text, spent = job
@@ -306,11 +316,11 @@ class Executor(contextlib.AbstractContextManager):
                             queue.append(job)
                         results[i] = Execution("killed", "", "its worker died, twice", 0.0)
                         continue
-                    result = self._result(worker, spent, *_END.unpack(end))
+                    result = self._result(worker, purpose, spent, *_END.unpack(end))
                     if result.status == "expression":         # the input has to be evaluated first
                         queue.appendleft((i, _INPUT, _EVALUATE % text, "", result.seconds))
-                    elif result.ok and purpose == _INPUT:
-                        queue.appendleft((i, _VALUES, jobs[i][0], result.output, result.seconds))
+                    elif result.ok and purpose == _INPUT:     # and its values are the input now
+                        queue.appendleft((i, _PROGRAM, jobs[i][0], result.output, result.seconds))
                     else:
                         results[i] = result
         finally:                                      # Ctrl-C: no run goes on
@@ -318,23 +328,17 @@ class Executor(contextlib.AbstractContextManager):
                 worker.kill()
         return results
 
-    def _result(self, worker, spent, code, late, nanoseconds):
-        """The Execution that a run's report and its end amount to; believes nothing that it can check."""
+    def _result(self, worker, purpose, spent, code, late, nanoseconds):
+        """The Execution that a run's report and its end amount to."""
         worker.report.seek(0)
         report = b"" if late else worker.report.read()
-        seconds = spent + nanoseconds / 1e9
+        seconds, call, output = spent + nanoseconds / 1e9, "", ""
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
             try:
-                mark, status, error, call, output = report.decode().split("\0")
-                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent \
-                        or status == "ok" and not (
-                        len(call) <= 2 * self._max_text and call.isprintable()
-                        and len(output) <= self._max_text and _LITERALS.fullmatch(output)
-                        and literal(parse_literal(output, self._max_text), self._max_text) == output):
-                    raise ValueError
-            except (ValueError, RecursionError):
+                status, error, call, output = self._parts(report, purpose, spent)
+            except (ValueError, TypeError, RecursionError):
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
             status, error = "memory", "out of memory"
@@ -345,6 +349,34 @@ class Executor(contextlib.AbstractContextManager):
             return Execution(status, output, "", seconds, call)
         line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
         return Execution(status, "", line or status, seconds)
+
+    def _parts(self, report, purpose, spent):
+        """Status, error, call and output of a report. Raises if it is one that no honest run writes."""
+        mark, status, error, call, output = report.decode().split("\0")
+        if mark != _Run.mark or status not in _STATUSES:
+            raise ValueError("it did not come from _Run.report")
+        if status == "expression" and spent:
+            raise ValueError("an input that was evaluated once would be evaluated for ever")
+        if status != "ok":
+            return status, error, "", ""
+        if not (len(call) <= 2 * self._max_text and call.isprintable()):
+            raise ValueError("the call goes into logs and prompts")
+        if not (len(output) <= self._max_text and _LITERALS.fullmatch(output)):
+            raise ValueError("it may take long to parse the output")
+        value = parse_literal(output, self._max_text)
+        if literal(value, self._max_text) != output:
+            raise ValueError("equal outputs have equal texts")
+        if purpose == _INPUT:
+            output = _arguments(*value, self._max_text)
+        return status, error, call, output
+
+
+def _arguments(args, kwargs, limit):
+    """The text between the parentheses of a call: what somebody writes who gives these values as literals."""
+    named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
+    if not all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in kwargs):
+        named = [f"**{literal(kwargs, limit)}"]
+    return ", ".join([literal(value, limit) for value in args] + named)
 
 
 class _Worker:
@@ -362,14 +394,13 @@ class _Worker:
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
         files = [each.fileno() for each in (line, self.job, self.report)]
-        self.mark = os.urandom(16).hex()
         # Nothing of the caller but what some interpreters need, and no site-packages.
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-                 json.dumps([*config, seed, self.mark, *files])], stdin=subprocess.DEVNULL,
+                 json.dumps([*config, seed, *files])], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, pass_fds=files, cwd="/", env=environment, start_new_session=True)
 
     def receive(self):
@@ -380,7 +411,7 @@ class _Worker:
 
     promises = functools.cached_property(receive)     # the first: what this system does not let it keep
 
-    def start(self, seconds, *job):
+    def start(self, *job):
         """Has a run forked for a job."""
         data = marshal.dumps(job)
         os.pwrite(self.job.fileno(), data, 0)         # the run reads no more than this
@@ -388,7 +419,7 @@ class _Worker:
         self.report.truncate()                        # no run reads what another wrote
         if self.promises:
             with contextlib.suppress(ConnectionError):    # it died, and the end of its line will say so
-                self.line.send(_ORDER.pack(1 + int(1000 * seconds), len(data)))
+                self.line.send(_ORDER.pack(len(data)))
 
     def kill(self):
         """Ends the worker, and with it its runs."""
@@ -403,7 +434,7 @@ class _Worker:
             each.close()
 
 
-# -- The worker's side: a zygote puts up the walls, forks the runs, watches the clock, and kills -----
+# -- The worker's side: a watcher, and a process that puts up the walls and forks the runs ----------
 
 _MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
 # System calls open to a run, on x86-64 and arm64, beside three of futex. Everything else fails with EPERM.
@@ -411,11 +442,13 @@ _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
+_LINE, _JOB, _REPORT = 3, 4, 5         # descriptors: the same in each worker, which no run can tell by them
+_WARM_UP = 3                           # runs without a job: the first ones are not like those that follow
 
 
 class _Zygote:
-    def __init__(self, layers, line):
-        self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
+    def __init__(self, layers):
+        self.layers, self.libc, self.order = layers, ctypes.CDLL(None), bytearray(_ORDER.size)
 
     def call(self, name, *arguments):
         """Whether a C function that a system may lack or refuse did what it is asked for."""
@@ -427,13 +460,12 @@ class _Zygote:
         self.alone = "namespaces" in self.layers and (        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
             self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000))
         if os.fork():
-            os.close(self.line)
+            os.close(_LINE)
             os.wait()
             os._exit(0)
 
     def prepare(self, memory):
-        """Takes on the limits, tries out the walls of the runs, and tells what they do not keep."""
-        self.pid = os.getpid()
+        """Takes on the limits, tries out the walls of the runs. → what they do not keep"""
         os.dup2(1, 2)
         hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
         with contextlib.suppress(OSError), open("/proc/self/maps") as file:
@@ -447,21 +479,22 @@ class _Zygote:
         for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
             with contextlib.suppress(OSError):        # root becomes nobody; others may not
                 step(value)
-        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
-        for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
+        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
+        for arguments in (38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL):
             self.call("prctl", *arguments)
+        if timeless := bool(hidden) and all(hidden):  # else the vDSO would die of this
+            self.call("prctl", 26, 2)                 # PR_SET_TSC: the processor's own clock, on x86
         self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
         for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
                             (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
-            with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
+            with contextlib.suppress(OSError, ValueError):        # the system's own is lower
                 resource.setrlimit(what, (value, value))
         gc.collect()
         gc.freeze()                                   # collections in runs leave these pages alone
-        apart, timeless = self.alone or self.seccomp, self.seccomp and (not hide or hidden and all(hidden))
-        kept = {"reach the network, signal processes of this user, leave some behind": apart,
-                "tell the time, and return other values later": timeless,
+        kept = {"reach the network, signal processes of this user, leave some behind": self.alone or self.seccomp,
+                "tell the time, and return other values later": self.seccomp and (timeless or not hide),
                 "use more memory than their limit, read and change files of this user": self.seccomp}
-        os.write(self.line, json.dumps([promise for promise in kept if not kept[promise]]).encode())
+        return [promise for promise in kept if not kept[promise]]
 
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
@@ -470,9 +503,11 @@ class _Zygote:
         code = [(0x20, 0, 0, 4), (0x15, 1, 0, machine), refuse, (0x20, 0, 0, 0)]
         for number in _SYSCALLS.split()[column::3]:
             code += (0x15, 0, 1, int(number)), allow  # if it is not this one, go on after the next line
-        # futex: only WAIT, WAKE and WAIT_BITSET; others write the process id, which counts runs
-        code += ((0x15, 0, 6, (0, 202, 98)[column]), (0x20, 0, 0, 24), (0x54, 0, 0, 0x7F), (0x15, 1, 0, 9),
-                 (0x25, 1, 0, 1), allow, refuse)
+        # futex: WAKE, WAIT and WAIT_BITSET of this process alone, for others share the pages of mapped files;
+        # the latter two without a timeout, which tells the time. Others write the process id.
+        code += ((0x15, 0, 10, (0, 202, 98)[column]), (0x20, 0, 0, 24), (0x54, 0, 0, 0xFFFFFEFF),
+                 (0x15, 6, 0, 129), (0x15, 1, 0, 128), (0x15, 0, 5, 137),
+                 (0x20, 0, 0, 40), (0x15, 0, 3, 0), (0x20, 0, 0, 44), (0x15, 0, 1, 0), allow, refuse)
         code = b"".join(struct.pack("HBBI", *each) for each in [*code, refuse])
         self.code = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
@@ -481,30 +516,61 @@ class _Zygote:
             os._exit(enter())
         return enter if os.waitpid(pid, 0)[1] == 0 else None
 
-    def serve(self):
-        """Forks a run for each order. Returns in the runs alone, with the size of their job."""
-        while True:
-            if not (order := os.read(self.line, _ORDER.size)):
-                os._exit(0)                           # the caller is gone
-            limit, size = _ORDER.unpack(order)
-            alive, held = os.pipe()                   # the run holds it open
-            start = time.monotonic_ns()
-            if not (pid := os.fork()):
-                self.enter()
-                return size
-            os.close(held)
-            late = self.watch(pid, alive, limit)
-            os.close(alive)
-            code = self.sweep(pid)
-            os.write(self.line, _END.pack(code, late, time.monotonic_ns() - start))
+    def serve(self, broken, limit):
+        """Forks the process that forks a run for each order, and watches over it. Returns in the runs alone,
+        with the size of their job. Whatever a run finds in its memory was there when that process began:
+        its loop is made of C functions, which count nothing, and give back in order what they take."""
+        told, self.tell = os.pipe()
+        if os.fork():
+            os.close(self.tell)
+            self.watch(told, broken, limit)
+        os.close(told)
+        self.pid = os.getpid()
+        self.call("prctl", 1, signal.SIGKILL)
+        orders = iter(functools.partial(os.readv, _LINE, [self.order]), 0)        # until the caller is gone
+        ordered = itertools.compress(itertools.repeat(self.tell),
+                                     itertools.chain(itertools.repeat(True, _WARM_UP), orders))
+        births = map(_BIRTH.pack, iter(os.fork, 0))   # until this is the run
+        born = itertools.compress(ordered, map(os.write, itertools.repeat(self.tell), births))
+        deaths = itertools.starmap(_DEATH.pack, itertools.starmap(os.wait, itertools.repeat(())))
+        if self.alone and not self.seccomp:           # what a run left behind: all but this and process 1
+            kills = itertools.starmap(self.libc.kill, itertools.repeat((-1, signal.SIGKILL)))
+            deaths = itertools.compress(deaths, zip(kills))
+        collections.deque(map(os.write, born, deaths), 0)
+        if os.getpid() == self.pid:
+            os._exit(0)
+        return self.enter()
 
-    def watch(self, pid, alive, limit):
+    def watch(self, told, broken, limit):
+        """Tells the caller what became of each run, and kills those that are late."""
+        poller = select.poll()
+        poller.register(told, select.POLLIN)
+        poller.register(_LINE, 0)                     # only its end is of interest
+        for number in itertools.count(-_WARM_UP):
+            if number == 0:
+                os.write(_LINE, json.dumps(broken).encode())
+            if not (birth := os.read(told, _BIRTH.size)):
+                os._exit(0)                           # the caller is gone, or the process that forks is
+            start, pid = time.monotonic_ns(), *_BIRTH.unpack(birth)
+            if late := self.late(poller, pid, limit):
+                with contextlib.suppress(OSError):    # it has just ended
+                    os.kill(pid, signal.SIGKILL)
+                if not poller.poll(10_000):           # without seccomp, a run can stop who forks it
+                    os._exit(1)
+            _, status = _DEATH.unpack(os.read(told, _DEATH.size))
+            if not self.seccomp:                      # else it could start nothing
+                with contextlib.suppress(OSError):    # there is none left
+                    if not self.alone:
+                        os.killpg(pid, signal.SIGKILL)
+                    while os.waitpid(-1, os.WNOHANG)[0]:
+                        pass
+            if number >= 0:
+                os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
+
+    def late(self, poller, pid, limit):
         """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
         that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
         times its limit. One that had none sleeps, and is late."""
-        poller = select.poll()
-        poller.register(alive, 0)                     # only their end is of interest
-        poller.register(self.line, 0)
         used, waited, wait = 0, 0, limit
         while not (ready := dict(poller.poll(wait))):
             waited, before = waited + wait, used
@@ -515,32 +581,23 @@ class _Zygote:
             if used >= limit or used - before < wait / 100 or waited > 25 * limit:
                 return True
             wait = max(limit - used, 10)
-        if self.line in ready:                        # the caller is gone
-            self.sweep(pid)
+        if _LINE in ready:                            # the caller is gone
             os._exit(0)
         return False
 
-    def sweep(self, pid):
-        """Kills the run and all that it started. → its exit status"""
-        os.kill(pid, signal.SIGKILL)
-        code = os.waitpid(pid, 0)[1]
-        if not self.seccomp:                          # else it could start nothing
-            with contextlib.suppress(OSError):        # there is none left
-                os.kill(-1 if self.alone else -pid, signal.SIGKILL)
-                while True:
-                    os.waitpid(-1, 0)
-        return os.waitstatus_to_exitcode(code)
-
     def enter(self):
         """Puts up the walls of a run, which can only read its job and write its report from here on."""
-        gc.collect()                                  # its counters tell how many runs there were
-        os.close(self.line)
+        os.close(_LINE)
+        os.close(self.tell)
+        if not (size := _ORDER.unpack(self.order)[0]):
+            os._exit(0)                               # to warm up
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-        if not self.alone:                            # else the end of the zygote is its end
+        if not self.alone:                            # else the end of process 1 is its end
             os.setsid()
             self.call("prctl", 1, signal.SIGKILL)     # PR_SET_PDEATHSIG
-        if os.getppid() != self.pid or self.seccomp and self.seccomp() == -1:     # too late, or no wall
+        if os.getppid() != vars(self).pop("pid") or self.seccomp and self.seccomp() == -1:    # too late, or no wall
             os._exit(1)
+        return size
 
 
 # Names by which programs walk out of their namespace.
@@ -552,17 +609,21 @@ _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: impor
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
+# Annotations may name what is not there, and are no part of a call.
+_LAZILY = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
 
 class _Run:
-    """What happens in the forked process. Made in the zygote, where it is cheaper; each run has a copy."""
+    """What happens in the forked process. Made before the fork, where it is cheaper; each run has a copy."""
+
+    file, mark = _REPORT, "report"                    # the same for all: no run can tell its worker by them
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
         # What the interpreter's own C code imports later, by the import statement of the program.
-        self.lazy = ["_pylong", *["_strptime", "time"] * (not ALLOWED.isdisjoint(("time", "datetime")))]
+        self.lazy = ["_pylong"] if ALLOWED.isdisjoint(("time", "datetime")) else ["_pylong", "_strptime", "time"]
         for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
             with contextlib.suppress(ImportError):    # not in this version of Python
                 __import__(name)
@@ -570,7 +631,7 @@ class _Run:
         # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
         # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
         sys.modules["random"].seed(seed)
-        self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
+        self.ballast = [(object(), bytes(size)) for size in [*range(480)] * (seed % 24)]
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
         # `failure` is what an exception means now: 'error' while the program runs.
@@ -579,12 +640,11 @@ class _Run:
             self.builtins["__import__"] = self.load
             sys.addaudithook(self.audit)
 
-    def live(self, mark, job, file, size):
+    def live(self, size):
         """The life of a run: reads its job, does it, reports its result or its failure, and ends."""
-        self.file, self.mark = file, mark
         try:
-            purpose, *texts = marshal.loads(os.pread(job, size, 0))       # which the caller wrote
-            os.close(job)
+            purpose, *texts = marshal.loads(os.pread(_JOB, size, 0))      # which the caller wrote
+            os.close(_JOB)
             try:
                 if purpose == _LITERAL:
                     value, call = parse_literal(texts.pop(), MAX_TEXT), ""
@@ -622,23 +682,22 @@ class _Run:
             self.report("unsafe", f"attempted {event}")
 
     def arguments(self, text, purpose):
-        """(args, kwargs) of an input of literals, or of one that was evaluated. Any other has to be evaluated
-        apart from the program, and all that is done here is to report that."""
+        """(args, kwargs) of an input of literals. Any other has to be evaluated apart from the program, and
+        all that is done here is to report that."""
         self.about = "input: "
-        if purpose == _VALUES:
-            args, kwargs = parse_literal(text, MAX_TEXT)
-        else:
-            call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
-            if not isinstance(getattr(call, "func", None), ast.Name):  # f, at the start, is all of it
-                raise SyntaxError("not the arguments of one call")
-            self.failure = "error"                    # of {[]}
-            try:
-                args = [*map(ast.literal_eval, call.args)]
-                kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-                if None in kwargs or len(kwargs) < len(call.keywords):    # **{}, or x=1, x=2
-                    raise ValueError
-            except ValueError:
-                self.report("expression")
+        call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
+        if not isinstance(getattr(call, "func", None), ast.Name):         # f, at the start, is all of it
+            raise SyntaxError("not the arguments of one call")
+        self.failure = "error"                        # of {[]}
+        try:
+            args = [*map(ast.literal_eval, call.args)]
+            kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+            if len(kwargs) < len(call.keywords):      # x=1, x=2
+                raise ValueError
+            if None in kwargs:                        # **{}
+                kwargs, = kwargs.values()
+        except ValueError:
+            self.report("expression")
         self.failure = "unrepresentable"
         literal((args, kwargs), MAX_TEXT)
         self.failure, self.about = "syntax", "input: " if purpose == _INPUT else ""
@@ -678,10 +737,10 @@ def _unsafe(tree):
 
 
 def _bound(f, args, kwargs):
-    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count; else no honest report gives one call two texts."""
+    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number of
+    them, or has no signature, names do not count; else no honest report gives one call two texts."""
     places, values, named = (), {}, False
-    if type(f) is FunctionType:
+    if type(f) is FunctionType and not (f.__code__.co_flags & 12 and hasattr(f, "__wrapped__")):
         # These may be of classes of the program's own, whose code has run before that of f is looked at.
         defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
         options = {name: options[name] for name in options if type(name) is str}
@@ -689,21 +748,33 @@ def _bound(f, args, kwargs):
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
         values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
+    else:                                             # decorated, a class, partial, an object: as Python says
+        with contextlib.suppress(TypeError, ValueError):
+            bound = inspect.signature(f, **_LAZILY).bind(*args, **kwargs)
+            bound.apply_defaults()
+            args, kwargs, named = (), bound.arguments, True
     values |= dict(zip([*places, *range(len(args))], args)) | kwargs
     return ", ".join(sorted((f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")
                             for name, value in values.items()))[:2 * MAX_TEXT]       # "?": a default
 
 
 def _work(config):
-    """The life of a worker's process, of its zygote, and of the runs that it forks."""
+    """The life of a worker's processes: one that waits, the watcher, the one that forks, and the runs."""
     global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
-    memory_mb, layers, allowed, MAX_TEXT, seed, mark, line, *files = json.loads(config)
+    memory_mb, layers, allowed, MAX_TEXT, timeout, seed, *files = json.loads(config)
     ALLOWED = frozenset(allowed)
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # where the caller ignores it, no wait works
-    run, zygote = _Run(seed, "guards" in layers), _Zygote(layers, line)
+    # To _LINE, _JOB and _REPORT, past each other. Closes all else: libraries may keep their own files open.
+    for place in range(3):
+        os.dup2(files[place], max(files) + 1 + place)
+    for place in range(3):
+        os.dup2(max(files) + 1 + place, _LINE + place)
+    os.closerange(_REPORT + 1, max(files) + 100)
+    del config, files
+    run, zygote = _Run(seed, "guards" in layers), _Zygote(layers)
     zygote.separate()                                 # goes on in a new process
-    zygote.prepare(memory_mb << 20)
-    run.live(mark, *files, zygote.serve())           # goes on in the runs
+    broken = zygote.prepare(memory_mb << 20)
+    run.live(zygote.serve(broken, 1 + int(1000 * timeout)))       # goes on in the runs
