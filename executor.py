@@ -29,13 +29,9 @@ seeds. docs/sandbox.md says what happens to each kind of attack, and has the sma
 
 import ast
 import builtins
-import collections
-import contextlib
 import ctypes
-import functools
 import gc
 import inspect
-import itertools
 import json
 import keyword
 import marshal
@@ -48,7 +44,11 @@ import struct
 import sys
 import time
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, compress, repeat, starmap
 from types import FunctionType, ModuleType
 
 # Modules that a program may import. They compute, and have no files, network, processes, threads or clocks.
@@ -92,7 +92,7 @@ class Execution:
 
 # -- Values and their texts -------------------------------------------------------------------------
 
-_CONTAINERS = (list, tuple, set, dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
+_CONTAINERS = (list, tuple, set, dict, Counter, defaultdict, OrderedDict)
 _name = type.__dict__["__name__"].__get__              # of a class, without asking its metaclass
 
 
@@ -208,7 +208,7 @@ _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|Fals
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
 
 
-class Executor(contextlib.AbstractContextManager):
+class Executor(AbstractContextManager):
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
@@ -230,8 +230,8 @@ class Executor(contextlib.AbstractContextManager):
             raise ValueError("timeout must be above 0 and at most 1e6 s, memory_mb at most 2 ** 30")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
-        self._idle = collections.defaultdict(list)    # workers, by seed
-        with contextlib.ExitStack() as failure:
+        self._idle = defaultdict(list)    # workers, by seed
+        with ExitStack() as failure:
             failure.enter_context(self)               # closed, unless all goes well
             first = self._idle[_SEEDS[0]]
             for _ in range(self._size):
@@ -291,7 +291,7 @@ class Executor(contextlib.AbstractContextManager):
             raise TypeError("a job is a pair of str: program, input")
         too_long = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
         results = [too_long if max(map(len, job)) > self._max_text else None for job in jobs]
-        queue = collections.deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
+        queue = deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
         busy, poller, idle = {}, select.poll(), self._idle[seed]
         try:
             while queue or busy:
@@ -405,11 +405,11 @@ class _Worker:
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             return self.line.recv(4096)
         return b""
 
-    promises = functools.cached_property(receive)     # the first: what this system does not let it keep
+    promises = cached_property(receive)     # the first: what this system does not let it keep
 
     def start(self, *job):
         """Has a run forked for a job."""
@@ -418,13 +418,13 @@ class _Worker:
         self.report.seek(0)
         self.report.truncate()                        # no run reads what another wrote
         if self.promises:
-            with contextlib.suppress(ConnectionError):    # it died, and the end of its line will say so
+            with suppress(ConnectionError):    # it died, and the end of its line will say so
                 self.line.send(_ORDER.pack(len(data)))
 
     def kill(self):
         """Ends the worker, and with it its runs."""
         if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
-            with contextlib.suppress(OSError):        # SHUT_WR: ends a zygote that outlives its parent
+            with suppress(OSError):        # SHUT_WR: ends a zygote that outlives its parent
                 self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
@@ -436,14 +436,31 @@ class _Worker:
 
 # -- The worker's side: a watcher, and a process that puts up the walls and forks the runs ----------
 
-_MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
-# System calls open to a run, on x86-64 and arm64, beside three of futex. Everything else fails with EPERM.
+_MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
+# System calls open to a run, on x86-64 and arm64, beside three of futex. All others that are to fail do so with EPERM.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
+# What the kernel runs on each call: operations of BPF, lines to skip if equal and if not, an operand.
+_FILTER = """0x20 0 0 4             the architecture
+             0x15 1 0 {}
+             0x06 0 0 0x00050001    another: EPERM
+             0x20 0 0 0             the number of the call
+             {}
+             0x15 0 10 {}           not futex: EPERM
+             0x20 0 0 24            what futex is to do
+             0x54 0 0 0xFFFFFEFF    without FUTEX_CLOCK_REALTIME
+             0x15 6 0 129           WAKE, PRIVATE. Those that are not reach all processes that map the same file
+             0x15 1 0 128           WAIT, PRIVATE
+             0x15 0 5 137           WAIT_BITSET, PRIVATE. Others write the process id
+             0x20 0 0 40            the timeout, in two halves: none, for it would tell the time
+             0x15 0 3 0
+             0x20 0 0 44
+             0x15 0 1 0
+             0x06 0 0 0x7FFF0000    granted
+             0x06 0 0 0x00050001"""
 _LINE, _JOB, _REPORT = 3, 4, 5         # descriptors: the same in each worker, which no run can tell by them
-_WARM_UP = 3                           # runs without a job: the first ones are not like those that follow
 
 
 class _Zygote:
@@ -468,7 +485,7 @@ class _Zygote:
         """Takes on the limits, tries out the walls of the runs. → what they do not keep"""
         os.dup2(1, 2)
         hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
-        with contextlib.suppress(OSError), open("/proc/self/maps") as file:
+        with suppress(OSError), open("/proc/self/maps") as file:
             for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
                 size = int(end, 16) - int(start, 16)
                 memory += size                        # the limit comes on top of what is in use
@@ -477,7 +494,7 @@ class _Zygote:
                     # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
                     hidden.append(self.call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
         for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
-            with contextlib.suppress(OSError):        # root becomes nobody; others may not
+            with suppress(OSError):        # root becomes nobody; others may not
                 step(value)
         # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
         for arguments in (38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL):
@@ -487,7 +504,7 @@ class _Zygote:
         self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
         for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
                             (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
-            with contextlib.suppress(OSError, ValueError):        # the system's own is lower
+            with suppress(OSError, ValueError):        # the system's own is lower
                 resource.setrlimit(what, (value, value))
         gc.collect()
         gc.freeze()                                   # collections in runs leave these pages alone
@@ -498,20 +515,13 @@ class _Zygote:
 
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
-        machine, column = _MACHINES.get(os.uname().machine, (0, 1))
-        allow, refuse = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)        # EPERM
-        code = [(0x20, 0, 0, 4), (0x15, 1, 0, machine), refuse, (0x20, 0, 0, 0)]
-        for number in _SYSCALLS.split()[column::3]:
-            code += (0x15, 0, 1, int(number)), allow  # if it is not this one, go on after the next line
-        # futex: WAKE, WAIT and WAIT_BITSET of this process alone, for others share the pages of mapped files;
-        # the latter two without a timeout, which tells the time. Others write the process id.
-        code += ((0x15, 0, 10, (0, 202, 98)[column]), (0x20, 0, 0, 24), (0x54, 0, 0, 0xFFFFFEFF),
-                 (0x15, 6, 0, 129), (0x15, 1, 0, 128), (0x15, 0, 5, 137),
-                 (0x20, 0, 0, 40), (0x15, 0, 3, 0), (0x20, 0, 0, 44), (0x15, 0, 1, 0), allow, refuse)
-        code = b"".join(struct.pack("HBBI", *each) for each in [*code, refuse])
+        column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
+        calls = "\n".join(f"0x15 0 1 {number}\n 0x06 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
+        code = b"".join(struct.pack("HBBI", *map(partial(int, base=0), line.split()[:4]))
+                        for line in _FILTER.format(machine, calls, futex).splitlines())
         self.code = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
-        enter = functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
+        enter = partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
         if not (pid := os.fork()):
             os._exit(enter())
         return enter if os.waitpid(pid, 0)[1] == 0 else None
@@ -527,16 +537,15 @@ class _Zygote:
         os.close(told)
         self.pid = os.getpid()
         self.call("prctl", 1, signal.SIGKILL)
-        orders = iter(functools.partial(os.readv, _LINE, [self.order]), 0)        # until the caller is gone
-        ordered = itertools.compress(itertools.repeat(self.tell),
-                                     itertools.chain(itertools.repeat(True, _WARM_UP), orders))
-        births = map(_BIRTH.pack, iter(os.fork, 0))   # until this is the run
-        born = itertools.compress(ordered, map(os.write, itertools.repeat(self.tell), births))
-        deaths = itertools.starmap(_DEATH.pack, itertools.starmap(os.wait, itertools.repeat(())))
+        orders = iter(partial(os.readv, _LINE, [self.order]), 0)          # until the caller is gone
+        ordered = compress(repeat(self.tell), chain([1, 1], orders))      # two to warm up, without a job
+        births = map(_BIRTH.pack, iter(os.fork, 0))                       # until this is the run
+        born = compress(ordered, map(os.write, repeat(self.tell), births))
+        deaths = starmap(_DEATH.pack, starmap(os.wait, repeat(())))
         if self.alone and not self.seccomp:           # what a run left behind: all but this and process 1
-            kills = itertools.starmap(self.libc.kill, itertools.repeat((-1, signal.SIGKILL)))
-            deaths = itertools.compress(deaths, zip(kills))
-        collections.deque(map(os.write, born, deaths), 0)
+            kills = starmap(self.libc.kill, repeat((-1, signal.SIGKILL)))
+            deaths = compress(deaths, zip(kills))
+        deque(map(os.write, born, deaths), 0)
         if os.getpid() == self.pid:
             os._exit(0)
         return self.enter()
@@ -546,26 +555,25 @@ class _Zygote:
         poller = select.poll()
         poller.register(told, select.POLLIN)
         poller.register(_LINE, 0)                     # only its end is of interest
-        for number in itertools.count(-_WARM_UP):
-            if number == 0:
-                os.write(_LINE, json.dumps(broken).encode())
-            if not (birth := os.read(told, _BIRTH.size)):
-                os._exit(0)                           # the caller is gone, or the process that forks is
+        for each in (_BIRTH, _DEATH) * 2:             # of the runs to warm up
+            os.read(told, each.size)
+        os.write(_LINE, json.dumps(broken).encode())
+        while birth := os.read(told, _BIRTH.size):    # until the caller is gone, or the process that forks
             start, pid = time.monotonic_ns(), *_BIRTH.unpack(birth)
             if late := self.late(poller, pid, limit):
-                with contextlib.suppress(OSError):    # it has just ended
+                with suppress(OSError):               # it has just ended
                     os.kill(pid, signal.SIGKILL)
                 if not poller.poll(10_000):           # without seccomp, a run can stop who forks it
-                    os._exit(1)
+                    break
             _, status = _DEATH.unpack(os.read(told, _DEATH.size))
             if not self.seccomp:                      # else it could start nothing
-                with contextlib.suppress(OSError):    # there is none left
+                with suppress(OSError):               # there is none left
                     if not self.alone:
                         os.killpg(pid, signal.SIGKILL)
                     while os.waitpid(-1, os.WNOHANG)[0]:
                         pass
-            if number >= 0:
-                os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
+            os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
+        os._exit(0)
 
     def late(self, poller, pid, limit):
         """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
@@ -595,7 +603,9 @@ class _Zygote:
         if not self.alone:                            # else the end of process 1 is its end
             os.setsid()
             self.call("prctl", 1, signal.SIGKILL)     # PR_SET_PDEATHSIG
-        if os.getppid() != vars(self).pop("pid") or self.seccomp and self.seccomp() == -1:    # too late, or no wall
+        if os.getppid() != vars(self).pop("pid"):     # too late: it ended before
+            os._exit(1)
+        if self.seccomp and self.seccomp() == -1:
             os._exit(1)
         return size
 
@@ -625,7 +635,7 @@ class _Run:
         # What the interpreter's own C code imports later, by the import statement of the program.
         self.lazy = ["_pylong"] if ALLOWED.isdisjoint(("time", "datetime")) else ["_pylong", "_strptime", "time"]
         for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
-            with contextlib.suppress(ImportError):    # not in this version of Python
+            with suppress(ImportError):    # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
         # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
@@ -749,7 +759,7 @@ def _bound(f, args, kwargs):
         values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
     else:                                             # decorated, a class, partial, an object: as Python says
-        with contextlib.suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError):
             bound = inspect.signature(f, **_LAZILY).bind(*args, **kwargs)
             bound.apply_defaults()
             args, kwargs, named = (), bound.arguments, True
