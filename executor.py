@@ -57,10 +57,12 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = "collections.abc html.entities html.parser json.decoder".split() + [
-    f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
-    iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
-    utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
+_PRELOADED = """collections.abc html.entities html.parser json.decoder encodings.ascii encodings.base64_codec
+    encodings.big5 encodings.cp437 encodings.cp1251 encodings.cp1252 encodings.euc_jp encodings.gbk
+    encodings.hex_codec encodings.idna encodings.iso8859_2 encodings.iso8859_15 encodings.koi8_r
+    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.shift_jis
+    encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be
+    encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le""".split()
 
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
@@ -145,11 +147,9 @@ def _write(value, depth, room, ordered):
     if value is None or kind is bool or kind is int:
         text = repr(value)
     elif (kind is float or kind is complex) and value == value:
-        if kind is complex:                           # no literal keeps the signs of its zeros
-            value = complex(value.real + 0.0, value.imag + 0.0)
-        elif not ordered:
-            value += 0.0
-        text = repr(value).replace("inf", "1e309")
+        if kind is complex:
+            value += 0j                               # -0j has no literal
+        text = repr(value if ordered else value + 0.0).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
@@ -195,7 +195,7 @@ _LITERAL, _INPUT, _PROGRAM = range(3)
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _ORDER = struct.Struct("=I")           # bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
-_BIRTH, _DEATH = struct.Struct("=i"), struct.Struct("=ii")      # process id of a run; and its wait status
+_NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
 _STATUSES = "ok syntax error unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 # Its builtins are a copy, out of reach of programs that change `print.__self__`.
@@ -224,10 +224,9 @@ class Executor(AbstractContextManager):
                  _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
-        if not all(isinstance(number, int) and number >= 1 for number in (self._size, memory_mb, max_text)):
-            raise ValueError("workers, memory_mb and max_text must be whole numbers of at least 1")
-        if not (0 < timeout <= 1e6 and memory_mb <= 1 << 30):      # the system takes no more bytes than 2 ** 63
-            raise ValueError("timeout must be above 0 and at most 1e6 s, memory_mb at most 2 ** 30")
+        if not (min(self._size, memory_mb, max_text) >= 1 and 0 < timeout <= 1e6 and memory_mb <= 1e9):
+            raise ValueError("workers, memory_mb and max_text must be at least 1, timeout above 0 and at most "
+                             "1e6 s, memory_mb at most 1e9")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
         self._idle = defaultdict(list)    # workers, by seed
@@ -332,7 +331,7 @@ class Executor(AbstractContextManager):
         """The Execution that a run's report and its end amount to."""
         worker.report.seek(0)
         report = b"" if late else worker.report.read()
-        seconds, call, output = spent + nanoseconds / 1e9, "", ""
+        seconds = spent + nanoseconds / 1e9
         if late:
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
@@ -351,21 +350,21 @@ class Executor(AbstractContextManager):
         return Execution(status, "", line or status, seconds)
 
     def _parts(self, report, purpose, spent):
-        """Status, error, call and output of a report. Raises if it is one that no honest run writes."""
+        """The parts of a report. ValueError, or TypeError, for one that no honest run writes."""
         mark, status, error, call, output = report.decode().split("\0")
         if mark != _Run.mark or status not in _STATUSES:
-            raise ValueError("it did not come from _Run.report")
+            raise ValueError                          # this is none
         if status == "expression" and spent:
-            raise ValueError("an input that was evaluated once would be evaluated for ever")
+            raise ValueError                          # what was evaluated once would be evaluated for ever
         if status != "ok":
             return status, error, "", ""
-        if not (len(call) <= 2 * self._max_text and call.isprintable()):
-            raise ValueError("the call goes into logs and prompts")
-        if not (len(output) <= self._max_text and _LITERALS.fullmatch(output)):
-            raise ValueError("it may take long to parse the output")
+        if len(call) > 2 * self._max_text or not call.isprintable():
+            raise ValueError                          # it goes to the caller as it is
+        if len(output) > self._max_text or not _LITERALS.fullmatch(output):
+            raise ValueError                          # it may be no literal, or take long to parse
         value = parse_literal(output, self._max_text)
         if literal(value, self._max_text) != output:
-            raise ValueError("equal outputs have equal texts")
+            raise ValueError                          # equal outputs have equal texts
         if purpose == _INPUT:
             output = _arguments(*value, self._max_text)
         return status, error, call, output
@@ -374,7 +373,7 @@ class Executor(AbstractContextManager):
 def _arguments(args, kwargs, limit):
     """The text between the parentheses of a call: what somebody writes who gives these values as literals."""
     named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
-    if not all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in kwargs):
+    if not all(str.isidentifier(name) and name.isascii() and not keyword.iskeyword(name) for name in kwargs):
         named = [f"**{literal(kwargs, limit)}"]
     return ", ".join([literal(value, limit) for value in args] + named)
 
@@ -388,20 +387,15 @@ class _Worker:
         import subprocess
         import tempfile
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
-        while (low := os.open(os.devnull, os.O_RDWR)) < 3:    # a closed stdin is not to be one of these files
-            pass
-        os.close(low)
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        files = [each.fileno() for each in (line, self.job, self.report)]
         # Nothing of the caller but what some interpreters need, and no site-packages.
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
                        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with line:
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-                 json.dumps([*config, seed, *files])], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, pass_fds=files, cwd="/", env=environment, start_new_session=True)
+                [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE, json.dumps([*config, seed])],
+                stdin=self.job, stdout=line, stderr=self.report, cwd="/", env=environment, start_new_session=True)
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
@@ -437,30 +431,20 @@ class _Worker:
 # -- The worker's side: a watcher, and a process that puts up the walls and forks the runs ----------
 
 _MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
-# System calls open to a run, on x86-64 and arm64, beside three of futex. All others that are to fail do so with EPERM.
+# System calls open to a run, on x86-64 and arm64. All others fail with EPERM, but for those that end it.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
-# What the kernel runs on each call: operations of BPF, lines to skip if equal and if not, an operand.
-_FILTER = """0x20 0 0 4             the architecture
-             0x15 1 0 {}
-             0x06 0 0 0x00050001    another: EPERM
-             0x20 0 0 0             the number of the call
-             {}
-             0x15 0 10 {}           not futex: EPERM
-             0x20 0 0 24            what futex is to do
-             0x54 0 0 0xFFFFFEFF    without FUTEX_CLOCK_REALTIME
-             0x15 6 0 129           WAKE, PRIVATE. Those that are not reach all processes that map the same file
-             0x15 1 0 128           WAIT, PRIVATE
-             0x15 0 5 137           WAIT_BITSET, PRIVATE. Others write the process id
-             0x20 0 0 40            the timeout, in two halves: none, for it would tell the time
-             0x15 0 3 0
-             0x20 0 0 44
-             0x15 0 1 0
-             0x06 0 0 0x7FFF0000    granted
-             0x06 0 0 0x00050001"""
-_LINE, _JOB, _REPORT = 3, 4, 5         # descriptors: the same in each worker, which no run can tell by them
+# For the kernel's BPF: operation, what to skip if equal, and if not, operand. Futex is open to WAKE, WAIT and
+# WAIT_BITSET. All are private (those that are not reach any process with the same file in memory), and wait
+# without a timeout, which would tell the time. The other operations write the number of the process.
+_FILTER = ("0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  "                             # architecture, or EPERM
+           "0x20 0 0 0  {}  0x15 0 10 {}  "                                       # _SYSCALLS, futex, or EPERM
+           "0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137  "         # operation
+           "0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  "                   # both halves of the timeout
+           "6 0 0 0x7FFF0000  6 0 0 0x50001")
+_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, so that no run knows it by them
 
 
 class _Zygote:
@@ -483,7 +467,6 @@ class _Zygote:
 
     def prepare(self, memory):
         """Takes on the limits, tries out the walls of the runs. → what they do not keep"""
-        os.dup2(1, 2)
         hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
         with suppress(OSError), open("/proc/self/maps") as file:
             for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
@@ -493,12 +476,10 @@ class _Zygote:
                     # From this data the vDSO, the kernel's code in this process, tells the time without a
                     # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
                     hidden.append(self.call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
-        for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
-            with suppress(OSError):        # root becomes nobody; others may not
-                step(value)
-        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
-        for arguments in (38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL):
-            self.call("prctl", *arguments)
+        # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
+        for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534), ("prctl", 38, 1, 0, 0, 0),
+                     ("prctl", 4, 0), ("prctl", 1, signal.SIGKILL)):
+            self.call(*step)
         if timeless := bool(hidden) and all(hidden):  # else the vDSO would die of this
             self.call("prctl", 26, 2)                 # PR_SET_TSC: the processor's own clock, on x86
         self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
@@ -516,9 +497,9 @@ class _Zygote:
     def filter(self):
         """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
         column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
-        calls = "\n".join(f"0x15 0 1 {number}\n 0x06 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
-        code = b"".join(struct.pack("HBBI", *map(partial(int, base=0), line.split()[:4]))
-                        for line in _FILTER.format(machine, calls, futex).splitlines())
+        calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
+        words = _FILTER.format(machine, calls, futex).split()
+        code = struct.pack("HBBI" * (len(words) // 4), *map(partial(int, base=0), words))
         self.code = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
         enter = partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
@@ -527,71 +508,58 @@ class _Zygote:
         return enter if os.waitpid(pid, 0)[1] == 0 else None
 
     def serve(self, broken, limit):
-        """Forks the process that forks a run for each order, and watches over it. Returns in the runs alone,
-        with the size of their job. Whatever a run finds in its memory was there when that process began:
-        its loop is made of C functions, which count nothing, and give back in order what they take."""
+        """Forks the process that forks a run for each order, and watches it. Returns in the runs alone, with
+        the size of their job. What a run finds in its memory does not depend on those before it: the loop
+        that forks is made of C functions, which count nothing, and give back in order what they take."""
         told, self.tell = os.pipe()
         if os.fork():
-            os.close(self.tell)
             self.watch(told, broken, limit)
         os.close(told)
         self.pid = os.getpid()
         self.call("prctl", 1, signal.SIGKILL)
         orders = iter(partial(os.readv, _LINE, [self.order]), 0)          # until the caller is gone
         ordered = compress(repeat(self.tell), chain([1, 1], orders))      # two to warm up, without a job
-        births = map(_BIRTH.pack, iter(os.fork, 0))                       # until this is the run
+        births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))             # until this is the run
         born = compress(ordered, map(os.write, repeat(self.tell), births))
-        deaths = starmap(_DEATH.pack, starmap(os.wait, repeat(())))
+        ends = starmap(_NEWS.pack, starmap(os.wait, repeat(())))
         if self.alone and not self.seccomp:           # what a run left behind: all but this and process 1
-            kills = starmap(self.libc.kill, repeat((-1, signal.SIGKILL)))
-            deaths = compress(deaths, zip(kills))
-        deque(map(os.write, born, deaths), 0)
+            ends = compress(ends, zip(starmap(self.libc.kill, repeat((-1, signal.SIGKILL)))))
+        deque(map(os.write, born, ends), 0)
         if os.getpid() == self.pid:
             os._exit(0)
         return self.enter()
 
     def watch(self, told, broken, limit):
-        """Tells the caller what became of each run, and kills those that are late."""
+        """Tells the caller how each run ended, and kills those that are late. All times are milliseconds. At
+        its limit, a run that had less than that of a core's time, but some, waits for a core, and gets more,
+        up to 25 times its limit. One that had none sleeps, and is late."""
+        os.close(self.tell)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)         # what a run leaves behind leaves no trace
         poller = select.poll()
         poller.register(told, select.POLLIN)
         poller.register(_LINE, 0)                     # only its end is of interest
-        for each in (_BIRTH, _DEATH) * 2:             # of the runs to warm up
-            os.read(told, each.size)
+        for _ in range(4):                            # births and ends, to warm up
+            os.read(told, _NEWS.size)
         os.write(_LINE, json.dumps(broken).encode())
-        while birth := os.read(told, _BIRTH.size):    # until the caller is gone, or the process that forks
-            start, pid = time.monotonic_ns(), *_BIRTH.unpack(birth)
-            if late := self.late(poller, pid, limit):
-                with suppress(OSError):               # it has just ended
-                    os.kill(pid, signal.SIGKILL)
-                if not poller.poll(10_000):           # without seccomp, a run can stop who forks it
-                    break
-            _, status = _DEATH.unpack(os.read(told, _DEATH.size))
-            if not self.seccomp:                      # else it could start nothing
-                with suppress(OSError):               # there is none left
-                    if not self.alone:
-                        os.killpg(pid, signal.SIGKILL)
-                    while os.waitpid(-1, os.WNOHANG)[0]:
-                        pass
+        while news := os.read(told, _NEWS.size):      # until the caller is gone, or the process that forks
+            start, (pid, _) = time.monotonic_ns(), _NEWS.unpack(news)
+            late, used, waited, wait = False, 0, 0, limit
+            while not (late or (ready := poller.poll(wait))):
+                waited, before = waited + wait, used
+                with suppress(OSError):               # it ends just now, or this is no Linux
+                    used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6      # of that process
+                late = used >= limit or used - before < wait / 100 or waited > 25 * limit
+                wait = max(limit - used, 10)
+            if late:
+                self.call("kill", pid, signal.SIGKILL)
+                ready = poller.poll(10_000)           # without seccomp, a run can stop the one that forks
+            if not ready or _LINE in dict(ready):
+                break
+            _, status = _NEWS.unpack(os.read(told, _NEWS.size))
+            if not (self.alone or self.seccomp):      # else it could start nothing, or it is ended already
+                self.call("kill", -pid, signal.SIGKILL)
             os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
         os._exit(0)
-
-    def late(self, poller, pid, limit):
-        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
-        that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
-        times its limit. One that had none sleeps, and is late."""
-        used, waited, wait = 0, 0, limit
-        while not (ready := dict(poller.poll(wait))):
-            waited, before = waited + wait, used
-            try:
-                used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of this process, on Linux
-            except OSError:                           # it ends just now, or this is another system
-                return True
-            if used >= limit or used - before < wait / 100 or waited > 25 * limit:
-                return True
-            wait = max(limit - used, 10)
-        if _LINE in ready:                            # the caller is gone
-            os._exit(0)
-        return False
 
     def enter(self):
         """Puts up the walls of a run, which can only read its job and write its report from here on."""
@@ -771,20 +739,18 @@ def _bound(f, args, kwargs):
 def _work(config):
     """The life of a worker's processes: one that waits, the watcher, the one that forks, and the runs."""
     global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
-    memory_mb, layers, allowed, MAX_TEXT, timeout, seed, *files = json.loads(config)
+    memory_mb, layers, allowed, MAX_TEXT, timeout, seed = json.loads(config)
     ALLOWED = frozenset(allowed)
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # where the caller ignores it, no wait works
-    # To _LINE, _JOB and _REPORT, past each other. Closes all else: libraries may keep their own files open.
-    for place in range(3):
-        os.dup2(files[place], max(files) + 1 + place)
-    for place in range(3):
-        os.dup2(max(files) + 1 + place, _LINE + place)
-    os.closerange(_REPORT + 1, max(files) + 100)
-    del config, files
+    null = os.open(os.devnull, os.O_RDWR)
+    for place in range(3):                            # the standard streams came as _JOB, _LINE, _REPORT
+        os.dup2(place, _JOB + place)
+        os.dup2(null, place)
+    os.closerange(_REPORT + 1, 100)                   # null; and libraries keep files of their own open
     run, zygote = _Run(seed, "guards" in layers), _Zygote(layers)
     zygote.separate()                                 # goes on in a new process
-    broken = zygote.prepare(memory_mb << 20)
+    broken = zygote.prepare(int(memory_mb * 2 ** 20))
     run.live(zygote.serve(broken, 1 + int(1000 * timeout)))       # goes on in the runs
