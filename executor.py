@@ -193,7 +193,6 @@ _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to
 # What a run is for: a literal; an input that is code; a program and its input.
 _LITERAL, _INPUT, _PROGRAM = range(3)
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
-_ORDER = struct.Struct("=I")           # bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
 _NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
 _STATUSES = "ok syntax error unsafe unrepresentable expression".split()
@@ -351,6 +350,7 @@ class Executor(AbstractContextManager):
 
     def _parts(self, report, purpose, spent):
         """The parts of a report. ValueError, or TypeError, for one that no honest run writes."""
+        limit = self._max_text
         mark, status, error, call, output = report.decode().split("\0")
         if mark != _Run.mark or status not in _STATUSES:
             raise ValueError                          # this is none
@@ -358,15 +358,15 @@ class Executor(AbstractContextManager):
             raise ValueError                          # what was evaluated once would be evaluated for ever
         if status != "ok":
             return status, error, "", ""
-        if len(call) > 2 * self._max_text or not call.isprintable():
+        if len(call) > 2 * limit or not call.isprintable():
             raise ValueError                          # it goes to the caller as it is
-        if len(output) > self._max_text or not _LITERALS.fullmatch(output):
+        if len(output) > limit or not _LITERALS.fullmatch(output):
             raise ValueError                          # it may be no literal, or take long to parse
-        value = parse_literal(output, self._max_text)
-        if literal(value, self._max_text) != output:
+        value = parse_literal(output, limit)
+        if literal(value, limit) != output:
             raise ValueError                          # equal outputs have equal texts
         if purpose == _INPUT:
-            output = _arguments(*value, self._max_text)
+            output = _arguments(*value, limit)
         return status, error, call, output
 
 
@@ -407,13 +407,13 @@ class _Worker:
 
     def start(self, *job):
         """Has a run forked for a job."""
-        data = marshal.dumps(job)
-        os.pwrite(self.job.fileno(), data, 0)         # the run reads no more than this
-        self.report.seek(0)
-        self.report.truncate()                        # no run reads what another wrote
+        for file, data in (self.job, marshal.dumps(job)), (self.report, b""):
+            file.seek(0)
+            file.truncate()                           # no run reads what another wrote
+            file.write(data)
         if self.promises:
-            with suppress(ConnectionError):    # it died, and the end of its line will say so
-                self.line.send(_ORDER.pack(len(data)))
+            with suppress(ConnectionError):           # it died, and the end of its line will say so
+                self.line.send(b"1")
 
     def kill(self):
         """Ends the worker, and with it its runs."""
@@ -449,7 +449,7 @@ _JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, s
 
 class _Zygote:
     def __init__(self, layers):
-        self.layers, self.libc, self.order = layers, ctypes.CDLL(None), bytearray(_ORDER.size)
+        self.layers, self.libc = layers, ctypes.CDLL(None)
 
     def call(self, name, *arguments):
         """Whether a C function that a system may lack or refuse did what it is asked for."""
@@ -517,7 +517,7 @@ class _Zygote:
         os.close(told)
         self.pid = os.getpid()
         self.call("prctl", 1, signal.SIGKILL)
-        orders = iter(partial(os.readv, _LINE, [self.order]), 0)          # until the caller is gone
+        orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)        # until the caller is gone
         ordered = compress(repeat(self.tell), chain([1, 1], orders))      # two to warm up, without a job
         births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))             # until this is the run
         born = compress(ordered, map(os.write, repeat(self.tell), births))
@@ -565,8 +565,8 @@ class _Zygote:
         """Puts up the walls of a run, which can only read its job and write its report from here on."""
         os.close(_LINE)
         os.close(self.tell)
-        if not (size := _ORDER.unpack(self.order)[0]):
-            os._exit(0)                               # to warm up
+        if not (size := os.fstat(_JOB).st_size):      # to warm up
+            os._exit(0)
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         if not self.alone:                            # else the end of process 1 is its end
             os.setsid()
@@ -701,8 +701,7 @@ class _Run:
 def _unsafe(tree):
     """What a program uses that no task may, or ''."""
     for node in ast.walk(tree):
-        imports = isinstance(node, (ast.Import, ast.ImportFrom))
-        modules = [alias.name for alias in node.names] if imports else []
+        modules = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
         if isinstance(node, ast.ImportFrom):          # what it takes from the module may be one
             modules = ["." if node.level else node.module, *sys.stdlib_module_names.intersection(modules)]
         for name in modules:
