@@ -38,8 +38,6 @@ import marshal
 import os
 import re
 import resource
-import select
-import signal
 import struct
 import sys
 import time
@@ -49,6 +47,8 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, compress, repeat, starmap
+from select import POLLIN, poll
+from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGKILL, signal
 from types import FunctionType, ModuleType
 
 # Modules that a program may import. They compute, and have no files, network, processes, threads or clocks.
@@ -290,7 +290,7 @@ class Executor(AbstractContextManager):
         too_long = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
         results = [too_long if max(map(len, job)) > self._max_text else None for job in jobs]
         queue = deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
-        busy, poller, idle = {}, select.poll(), self._idle[seed]
+        busy, poller, idle = {}, poll(), self._idle[seed]
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
@@ -298,7 +298,7 @@ class Executor(AbstractContextManager):
                         idle.pop().kill()
                     worker = idle.pop() if idle else _Worker(self._config, seed)
                     job = queue.popleft()
-                    poller.register(worker.line, select.POLLIN)
+                    poller.register(worker.line, POLLIN)
                     busy[worker.line.fileno()] = worker, job
                     worker.start(*job[1:4])
                 for fd, _ in poller.poll():
@@ -335,7 +335,7 @@ class Executor(AbstractContextManager):
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
             try:
-                status, error, call, output = self._parts(report, purpose, spent)
+                return self._reported(report, purpose, spent, seconds)
             except (ValueError, TypeError, RecursionError):
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
@@ -343,13 +343,10 @@ class Executor(AbstractContextManager):
         else:
             end = f"died of signal {-code}" if code < 0 else f"ended without a result (exit status {code})"
             status, error = "killed", f"its process {end}"
-        if status == "ok":
-            return Execution(status, output, "", seconds, call)
-        line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
-        return Execution(status, "", line or status, seconds)
+        return Execution(status, "", error, seconds)
 
-    def _parts(self, report, purpose, spent):
-        """The parts of a report. ValueError, or TypeError, for one that no honest run writes."""
+    def _reported(self, report, purpose, spent, seconds):
+        """The Execution of a report. ValueError, or TypeError, for one that no honest run writes."""
         limit = self._max_text
         mark, status, error, call, output = report.decode().split("\0")
         if mark != _Run.mark or status not in _STATUSES:
@@ -357,7 +354,8 @@ class Executor(AbstractContextManager):
         if status == "expression" and spent:
             raise ValueError                          # what was evaluated once would be evaluated for ever
         if status != "ok":
-            return status, error, "", ""
+            line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
+            return Execution(status, "", line or status, seconds)
         if len(call) > 2 * limit or not call.isprintable():
             raise ValueError                          # it goes to the caller as it is
         if len(output) > limit or not _LITERALS.fullmatch(output):
@@ -367,7 +365,7 @@ class Executor(AbstractContextManager):
             raise ValueError                          # equal outputs have equal texts
         if purpose == _INPUT:
             output = _arguments(*value, limit)
-        return status, error, call, output
+        return Execution(status, output, "", seconds, call)
 
 
 def _arguments(args, kwargs, limit):
@@ -389,13 +387,12 @@ class _Worker:
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        # Nothing of the caller but what some interpreters need, and no site-packages.
-        environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
-                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-        with line:
+        with line:                                    # of the caller's environment, what some interpreters need
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE, json.dumps([*config, seed])],
-                stdin=self.job, stdout=line, stderr=self.report, cwd="/", env=environment, start_new_session=True)
+                stdin=self.job, stdout=line, stderr=self.report, cwd="/", start_new_session=True,
+                env={"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
+                     "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")})
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
@@ -428,154 +425,151 @@ class _Worker:
             each.close()
 
 
-# -- The worker's side: a watcher, and a process that puts up the walls and forks the runs ----------
+# -- The worker's side: a watcher, a process that puts up the walls and forks, and the runs ------------
 
+_LIBC = ctypes.CDLL(None)
+_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, so that no run knows it by them
 _MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
-# System calls open to a run, on x86-64 and arm64. All others fail with EPERM, but for those that end it.
+# System calls open to a run, on x86-64 and arm64. All others fail with EPERM, or end it.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
-# For the kernel's BPF: operation, what to skip if equal, and if not, operand. Futex is open to WAKE, WAIT and
-# WAIT_BITSET. All are private (those that are not reach any process with the same file in memory), and wait
-# without a timeout, which would tell the time. The other operations write the number of the process.
-_FILTER = ("0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  "                             # architecture, or EPERM
-           "0x20 0 0 0  {}  0x15 0 10 {}  "                                       # _SYSCALLS, futex, or EPERM
-           "0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137  "         # operation
-           "0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  "                   # both halves of the timeout
-           "6 0 0 0x7FFF0000  6 0 0 0x50001")
-_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, so that no run knows it by them
+# Code for the kernel's BPF: operation, what to skip if equal, and if not, operand. It looks at the machine, at
+# the call, at the operation of futex, and at both halves of its timeout. Open are WAKE, WAIT and WAIT_BITSET, if
+# private (else they reach every process that has the same file in memory), without a timeout, which would tell
+# the time. The other operations write the number of the process.
+_FILTER = """0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  0x20 0 0 0  {}  0x15 0 10 {}
+    0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137
+    0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  6 0 0 0x7FFF0000  6 0 0 0x50001"""
 
 
-class _Zygote:
-    def __init__(self, layers):
-        self.layers, self.libc = layers, ctypes.CDLL(None)
+def _call(name, *arguments):
+    """Whether a C function that a system may lack or refuse did what it is asked for."""
+    return getattr(_LIBC, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
-    def call(self, name, *arguments):
-        """Whether a C function that a system may lack or refuse did what it is asked for."""
-        return getattr(self.libc, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
-    def separate(self):
-        """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
-        kernel kills all that is left in them. The process that called waits for that end."""
-        self.alone = "namespaces" in self.layers and (        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
-            self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000))
-        if os.fork():
-            os.close(_LINE)
-            os.wait()
-            os._exit(0)
-
-    def prepare(self, memory):
-        """Takes on the limits, tries out the walls of the runs. → what they do not keep"""
-        hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
-        with suppress(OSError), open("/proc/self/maps") as file:
-            for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
-                size = int(end, 16) - int(start, 16)
-                memory += size                        # the limit comes on top of what is in use
-                if hide and "[vvar" in name:
-                    # From this data the vDSO, the kernel's code in this process, tells the time without a
-                    # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
-                    hidden.append(self.call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
-        # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
-        for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534), ("prctl", 38, 1, 0, 0, 0),
-                     ("prctl", 4, 0), ("prctl", 1, signal.SIGKILL)):
-            self.call(*step)
-        if timeless := bool(hidden) and all(hidden):  # else the vDSO would die of this
-            self.call("prctl", 26, 2)                 # PR_SET_TSC: the processor's own clock, on x86
-        self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
-        for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
-                            (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
-            with suppress(OSError, ValueError):        # the system's own is lower
-                resource.setrlimit(what, (value, value))
-        gc.collect()
-        gc.freeze()                                   # collections in runs leave these pages alone
-        kept = {"reach the network, signal processes of this user, leave some behind": self.alone or self.seccomp,
-                "tell the time, and return other values later": self.seccomp and (timeless or not hide),
-                "use more memory than their limit, read and change files of this user": self.seccomp}
-        return [promise for promise in kept if not kept[promise]]
-
-    def filter(self):
-        """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
-        column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
-        calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
-        words = _FILTER.format(machine, calls, futex).split()
-        code = struct.pack("HBBI" * (len(words) // 4), *map(partial(int, base=0), words))
-        self.code = ctypes.create_string_buffer(code)
-        head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
-        enter = partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
-        if not (pid := os.fork()):
-            os._exit(enter())
-        return enter if os.waitpid(pid, 0)[1] == 0 else None
-
-    def serve(self, broken, limit):
-        """Forks the process that forks a run for each order, and watches it. Returns in the runs alone, with
-        the size of their job. What a run finds in its memory does not depend on those before it: the loop
-        that forks is made of C functions, which count nothing, and give back in order what they take."""
-        told, self.tell = os.pipe()
-        if os.fork():
-            self.watch(told, broken, limit)
-        os.close(told)
-        self.pid = os.getpid()
-        self.call("prctl", 1, signal.SIGKILL)
-        orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)        # until the caller is gone
-        ordered = compress(repeat(self.tell), chain([1, 1], orders))      # two to warm up, without a job
-        births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))             # until this is the run
-        born = compress(ordered, map(os.write, repeat(self.tell), births))
-        ends = starmap(_NEWS.pack, starmap(os.wait, repeat(())))
-        if self.alone and not self.seccomp:           # what a run left behind: all but this and process 1
-            ends = compress(ends, zip(starmap(self.libc.kill, repeat((-1, signal.SIGKILL)))))
-        deque(map(os.write, born, ends), 0)
-        if os.getpid() == self.pid:
-            os._exit(0)
-        return self.enter()
-
-    def watch(self, told, broken, limit):
-        """Tells the caller how each run ended, and kills those that are late. All times are milliseconds. At
-        its limit, a run that had less than that of a core's time, but some, waits for a core, and gets more,
-        up to 25 times its limit. One that had none sleeps, and is late."""
-        os.close(self.tell)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)         # what a run leaves behind leaves no trace
-        poller = select.poll()
-        poller.register(told, select.POLLIN)
-        poller.register(_LINE, 0)                     # only its end is of interest
-        for _ in range(4):                            # births and ends, to warm up
-            os.read(told, _NEWS.size)
-        os.write(_LINE, json.dumps(broken).encode())
-        while news := os.read(told, _NEWS.size):      # until the caller is gone, or the process that forks
-            start, (pid, _) = time.monotonic_ns(), _NEWS.unpack(news)
-            late, used, waited, wait = False, 0, 0, limit
-            while not (late or (ready := poller.poll(wait))):
-                waited, before = waited + wait, used
-                with suppress(OSError):               # it ends just now, or this is no Linux
-                    used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6      # of that process
-                late = used >= limit or used - before < wait / 100 or waited > 25 * limit
-                wait = max(limit - used, 10)
-            if late:
-                self.call("kill", pid, signal.SIGKILL)
-                ready = poller.poll(10_000)           # without seccomp, a run can stop the one that forks
-            if not ready or _LINE in dict(ready):
-                break
-            _, status = _NEWS.unpack(os.read(told, _NEWS.size))
-            if not (self.alone or self.seccomp):      # else it could start nothing, or it is ended already
-                self.call("kill", -pid, signal.SIGKILL)
-            os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
-        os._exit(0)
-
-    def enter(self):
-        """Puts up the walls of a run, which can only read its job and write its report from here on."""
+def _separate(layers):
+    """Goes on as process 1 of namespaces of its own: when it ends, the kernel kills all that is left in them.
+    The process that called waits for that end. → whether the system grants them"""
+    alone = "namespaces" in layers and (              # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
+        _call("unshare", 0x68000000) or _call("unshare", 0x78000000))
+    if os.fork():
         os.close(_LINE)
-        os.close(self.tell)
-        if not (size := os.fstat(_JOB).st_size):      # to warm up
-            os._exit(0)
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-        if not self.alone:                            # else the end of process 1 is its end
-            os.setsid()
-            self.call("prctl", 1, signal.SIGKILL)     # PR_SET_PDEATHSIG
-        if os.getppid() != vars(self).pop("pid"):     # too late: it ended before
-            os._exit(1)
-        if self.seccomp and self.seccomp() == -1:
-            os._exit(1)
-        return size
+        os.wait()
+        os._exit(0)
+    return alone
+
+
+def _prepare(layers, alone, memory):
+    """Takes on the limits, and tries out the walls of the runs. → _filter(), and what the walls do not keep"""
+    hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []           # who has these may have the clock
+    with suppress(OSError), open("/proc/self/maps") as file:
+        for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
+            size = int(end, 16) - int(start, 16)
+            memory += size                            # the limit comes on top of what is in use
+            if hide and "[vvar" in name:
+                # From this data the vDSO, the kernel's code in this process, tells the time without a
+                # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
+                hidden.append(_call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
+    # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
+    for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534), ("prctl", 38, 1, 0, 0, 0),
+                 ("prctl", 4, 0), ("prctl", 1, SIGKILL)):
+        _call(*step)
+    if timeless := hidden != [] and all(hidden):      # else the vDSO would die of this
+        _call("prctl", 26, 2)                         # PR_SET_TSC: the processor's own clock, on x86
+    seccomp = _filter() if "seccomp" in layers and sys.platform == "linux" else None
+    for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
+                        (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
+        with suppress(OSError, ValueError):           # the system's own is lower
+            resource.setrlimit(what, (value, value))
+    gc.collect()
+    gc.freeze()                                       # collections in runs leave these pages alone
+    kept = {"reach the network, signal processes of this user, leave some behind": alone or seccomp,
+            "tell the time, and return other values later": seccomp and (timeless or not hide),
+            "use more memory than their limit, read and change files of this user": seccomp}
+    return seccomp, [promise for promise in kept if not kept[promise]]
+
+
+def _filter():
+    """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
+    column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
+    calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
+    words = _FILTER.format(machine, calls, futex).split()
+    code = struct.pack("HBBI" * (len(words) // 4), *map(partial(int, base=0), words))
+    buffer = ctypes.create_string_buffer(code)
+    head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
+    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, buffer)      # PR_SET_SECCOMP; it keeps the buffer
+    if not (pid := os.fork()):
+        os._exit(enter())
+    return enter if os.waitpid(pid, 0)[1] == 0 else None
+
+
+def _serve(alone, seccomp, broken, limit):
+    """Forks the process that forks a run for each order, and watches over it. Returns in the runs alone, with
+    the size of their job. What a run finds in its memory does not depend on those before it: the loop that
+    forks is made of C functions, which count nothing, and give back in order what they take."""
+    told, tell = os.pipe()
+    if os.fork():
+        os.close(tell)
+        _watch(told, alone or seccomp, broken, limit)
+    os.close(told)
+    _call("prctl", 1, SIGKILL)
+    parent = os.getpid()
+    orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)            # until the caller is gone
+    ordered = compress(repeat(tell), chain([1, 1], orders))               # two to warm up, without a job
+    births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))                 # until this is the run
+    born = compress(ordered, map(os.write, repeat(tell), births))
+    ends = starmap(_NEWS.pack, starmap(os.wait, repeat(())))
+    if alone and not seccomp:                         # what a run left behind: all but this and process 1
+        ends = compress(ends, zip(starmap(_LIBC.kill, repeat((-1, SIGKILL)))))
+    deque(map(os.write, born, ends), 0)
+    size = os.fstat(_JOB).st_size
+    if os.getpid() == parent or not size:
+        os._exit(0)
+    os.close(_LINE)
+    os.close(tell)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if not alone:                                     # else the end of process 1 is its end
+        os.setsid()
+        _call("prctl", 1, SIGKILL)                    # PR_SET_PDEATHSIG
+    if os.getppid() != parent:                        # too late: it ended before
+        os._exit(1)
+    if seccomp and seccomp() == -1:
+        os._exit(1)
+    return size
+
+
+def _watch(told, bound, broken, limit):
+    """Tells the caller how each run ended, and kills those that are late. All times are milliseconds. At its
+    limit, a run that had less than that of a core's time, but some, waits for a core, and gets more, up to 25
+    times its limit. One that had none sleeps, and is late."""
+    signal(SIGCHLD, SIG_IGN)                          # what a run leaves behind leaves no trace
+    poller = poll()
+    poller.register(told, POLLIN)
+    poller.register(_LINE, 0)                         # only its end is of interest
+    for _ in range(4):                                # births and ends, to warm up
+        os.read(told, _NEWS.size)
+    os.write(_LINE, json.dumps(broken).encode())
+    while news := os.read(told, _NEWS.size):          # until the caller is gone, or the process that forks
+        start, (pid, _) = time.monotonic_ns(), _NEWS.unpack(news)
+        late, used, waited, wait = False, 0, 0, limit
+        while not (late or (ready := poller.poll(wait))):
+            waited, before = waited + wait, used
+            with suppress(OSError):                   # it ends just now, or this is no Linux
+                used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of that process
+            late = used >= limit or used - before < wait / 100 or waited > 25 * limit
+            wait = max(limit - used, 10)
+        if late:
+            _call("kill", pid, SIGKILL)
+            ready = poller.poll(10_000)               # without seccomp, a run can stop the one that forks
+        if not ready or _LINE in dict(ready):
+            break
+        _, status = _NEWS.unpack(os.read(told, _NEWS.size))
+        if not bound:                                 # what the run started would live on
+            _call("kill", -pid, SIGKILL)
+        os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
+    os._exit(0)
 
 
 # Names by which programs walk out of their namespace.
@@ -742,14 +736,14 @@ def _work(config):
     ALLOWED = frozenset(allowed)
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # where the caller ignores it, no wait works
+    signal(SIGINT, SIG_IGN)
+    signal(SIGCHLD, SIG_DFL)     # where the caller ignores it, no wait works
     null = os.open(os.devnull, os.O_RDWR)
     for place in range(3):                            # the standard streams came as _JOB, _LINE, _REPORT
         os.dup2(place, _JOB + place)
         os.dup2(null, place)
     os.closerange(_REPORT + 1, 100)                   # null; and libraries keep files of their own open
-    run, zygote = _Run(seed, "guards" in layers), _Zygote(layers)
-    zygote.separate()                                 # goes on in a new process
-    broken = zygote.prepare(int(memory_mb * 2 ** 20))
-    run.live(zygote.serve(broken, 1 + int(1000 * timeout)))       # goes on in the runs
+    run = _Run(seed, "guards" in layers)
+    alone = _separate(layers)                         # goes on in a new process
+    seccomp, broken = _prepare(layers, alone, int(memory_mb * 2 ** 20))
+    run.live(_serve(alone, seccomp, broken, 1 + int(1000 * timeout)))     # goes on in the runs
