@@ -3,28 +3,26 @@
     with Executor(timeout=5.0) as executor:
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
-Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh process for
-each run, waits for its end, and kills what it left behind. Job and report pass between caller and run through
-files in memory; the zygote never sees them, so nothing of one job is in the process of another. The caller
-never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them itself,
-and refuses a report of any other form. The worst that a program can do by forging its report is to "return" a
-value, and a `call`, of its choice.
+Each worker is a lean interpreter with every allowed module loaded. It forks a fresh process for each run, and
+a second process watches the clock. Job and report pass between caller and run through files in memory. The
+caller never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them
+itself, and refuses a report of any other form. A forged report can only "return" a value, or a `call`.
 
-What stands between a run and everything else:
-
-  fresh processes   one for each run, and for each input that is code: they find and spoil nothing of others
-  the clock         is watched from outside: 'timeout'. Waiting for a core does not count
-  rlimits           memory ('memory'), processes, the size of the report
-  seccomp           a run computes, gets memory, reads its job and writes its report. Nothing else: no files,
-                    programs, network, threads, signals, ptrace, shared memory, clock, process ids, entropy
-  namespaces        of processes, network, shared memory: a second wall, where the system grants it
-  three hash seeds  and other addresses, in which a valid task must return one value: 'nondeterministic'
-  guards            on imports and names: 'unsafe'. They make refusals readable; they are Python, and no wall
-
-Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
-memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. docs/sandbox.md says what happens to each kind of attack, and has the small print. The caller needs
-512 KiB of stack. Not for several threads at once; not for Windows.
+Covered:
+  other runs        each run is a fresh process, and so is each input that is code. None can see or change another
+  loops and sleep   'timeout', by a clock outside the run. Waiting for a core does not count
+  memory, forks     'memory', by rlimits; they also bound the size of the report
+  the system        seccomp leaves a run its own memory, its job and its report. It has no files, programs, network,
+                    threads, signals, ptrace, shared memory, clock, process ids or entropy of the system
+  the network etc.  closed a second time by namespaces, where the system grants them
+  chance            a valid task returns one value under three hash seeds, at other addresses
+  bad names         imports and names that no task needs are 'unsafe'. This is Python code, and only a message
+Not covered:
+  bugs of the kernel, and side channels of the hardware
+  machine code, which finds random bits and the core in the processor, and the number of its thread in memory
+  programs that differ rarely, or agree by chance under the three seeds: addresses differ from worker to worker
+docs/sandbox.md says what happens to each kind of attack, and has the small print. The caller needs 512 KiB of
+stack. Not for several threads at once, and not for Windows.
 """
 
 import ast
@@ -404,13 +402,14 @@ class _Worker:
 
     def start(self, *job):
         """Has a run forked for a job."""
+        if not self.promises:                         # it died, and the end of its line will say so
+            return
         for file, data in (self.job, marshal.dumps(job)), (self.report, b""):
             file.seek(0)
             file.truncate()                           # no run reads what another wrote
             file.write(data)
-        if self.promises:
-            with suppress(ConnectionError):           # it died, and the end of its line will say so
-                self.line.send(b"1")
+        with suppress(ConnectionError):
+            self.line.send(b"1")
 
     def kill(self):
         """Ends the worker, and with it its runs."""
@@ -738,11 +737,10 @@ def _work(config):
     os.environ.clear()
     signal(SIGINT, SIG_IGN)
     signal(SIGCHLD, SIG_DFL)     # where the caller ignores it, no wait works
-    null = os.open(os.devnull, os.O_RDWR)
     for place in range(3):                            # the standard streams came as _JOB, _LINE, _REPORT
         os.dup2(place, _JOB + place)
-        os.dup2(null, place)
-    os.closerange(_REPORT + 1, 100)                   # null; and libraries keep files of their own open
+        os.dup2(os.open(os.devnull, os.O_RDWR), place)
+    os.closerange(_REPORT + 1, 100)                   # and what libraries keep open, as libffi its file
     run = _Run(seed, "guards" in layers)
     alone = _separate(layers)                         # goes on in a new process
     seccomp, broken = _prepare(layers, alone, int(memory_mb * 2 ** 20))
