@@ -4,25 +4,25 @@
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
 Each worker is a lean interpreter with every allowed module loaded. It forks a fresh process for each run, and
-a second process watches the clock. Job and report pass between caller and run through files in memory. The
-caller never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them
-itself, and refuses a report of any other form. A forged report can only "return" a value, or a `call`.
+another process watches the clock. The caller never evaluates, compiles or unpickles what a model wrote: it
+reads canonical literals, compares them itself, and refuses any other report. The worst that a program can do
+by forging its report is to "return" a value, and a `call`, of its choice.
 
 Covered:
-  other runs        each run is a fresh process, and so is each input that is code. None can see or change another
-  loops and sleep   'timeout', by a clock outside the run. Waiting for a core does not count
-  memory, forks     'memory', by rlimits; they also bound the size of the report
-  the system        seccomp leaves a run its own memory, its job and its report. It has no files, programs, network,
-                    threads, signals, ptrace, shared memory, clock, process ids or entropy of the system
-  the network etc.  closed a second time by namespaces, where the system grants them
-  chance            a valid task returns one value under three hash seeds, at other addresses
-  bad names         imports and names that no task needs are 'unsafe'. This is Python code, and only a message
+  other runs      each run is a fresh process, and so is each input that is code: none sees or changes another
+  loops, sleep    'timeout', by a clock outside the run. Waiting for a core does not count
+  memory, forks   rlimits: 'memory'. They also bound the size of the report
+  the system      seccomp leaves a run its own memory, its job and its report. No files, programs, network,
+                  threads, signals, ptrace, shared memory, clock, process ids, entropy of the system.
+                  Namespaces close network, processes and shared memory again, where the system grants them
+  chance          a valid task returns one value under three hash seeds, at other addresses
+  bad names       imports and names that no task needs are 'unsafe'. These guards are Python, only a message
 Not covered:
   bugs of the kernel, and side channels of the hardware
-  machine code, which finds random bits and the core in the processor, and the number of its thread in memory
-  programs that differ rarely, or agree by chance under the three seeds: addresses differ from worker to worker
-docs/sandbox.md says what happens to each kind of attack, and has the small print. The caller needs 512 KiB of
-stack. Not for several threads at once, and not for Windows.
+  machine code: it finds random bits and the core in the processor, and the number of its thread in memory
+  programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
+docs/sandbox.md has each kind of attack, and the small print. The caller needs 512 KiB of stack. Not for
+several threads at once, and not for Windows.
 """
 
 import ast
@@ -31,7 +31,6 @@ import ctypes
 import gc
 import inspect
 import json
-import keyword
 import marshal
 import os
 import re
@@ -45,6 +44,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, compress, repeat, starmap
+from keyword import iskeyword
 from select import POLLIN, poll
 from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGKILL, signal
 from types import FunctionType, ModuleType
@@ -55,13 +55,10 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = """collections.abc html.entities html.parser json.decoder encodings.ascii encodings.base64_codec
-    encodings.big5 encodings.cp437 encodings.cp1251 encodings.cp1252 encodings.euc_jp encodings.gbk
-    encodings.hex_codec encodings.idna encodings.iso8859_2 encodings.iso8859_15 encodings.koi8_r
-    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.shift_jis
-    encodings.unicode_escape encodings.utf_7 encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be
-    encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le""".split()
-
+_PRELOADED = "collections.abc html.entities html.parser json.decoder".split() + [
+    f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
+    iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
+    utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
 
@@ -145,9 +142,8 @@ def _write(value, depth, room, ordered):
     if value is None or kind is bool or kind is int:
         text = repr(value)
     elif (kind is float or kind is complex) and value == value:
-        if kind is complex:
-            value += 0j                               # -0j has no literal
-        text = repr(value if ordered else value + 0.0).replace("inf", "1e309")
+        value += 0j if kind is complex else -0.0 if ordered else 0.0      # -0.0 adds nothing
+        text = repr(value).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
@@ -155,8 +151,7 @@ def _write(value, depth, room, ordered):
     elif depth >= MAX_DEPTH:
         raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
     else:
-        def write(item):
-            return _write(item, depth + 1, room, ordered)
+        write = partial(_write, depth=depth + 1, room=room, ordered=ordered)
         flat = kind in (list, tuple, set)
         room[0] -= (2 if flat else 4) * (len(value) or 1)
         parts = [*map(write, value)] if flat else [
@@ -188,8 +183,7 @@ def _describe(error):
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-# What a run is for: a literal; an input that is code; a program and its input.
-_LITERAL, _INPUT, _PROGRAM = range(3)
+_LITERAL, _INPUT, _PROGRAM = range(3)  # what a run is for: a literal; an input that is code; a program
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
 _NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
@@ -221,12 +215,11 @@ class Executor(AbstractContextManager):
                  _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
-        if not (min(self._size, memory_mb, max_text) >= 1 and 0 < timeout <= 1e6 and memory_mb <= 1e9):
-            raise ValueError("workers, memory_mb and max_text must be at least 1, timeout above 0 and at most "
-                             "1e6 s, memory_mb at most 1e9")
+        if not (min(self._size, memory_mb, max_text) >= 1 and memory_mb <= 1e9 and 0 < timeout <= 1e6):
+            raise ValueError("workers, max_text: at least 1; memory_mb: 1 to 1e9; timeout: above 0, to 1e6")
         self._timeout, self._max_text = timeout, max_text
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
-        self._idle = defaultdict(list)    # workers, by seed
+        self._idle = defaultdict(list)                # workers, by seed
         with ExitStack() as failure:
             failure.enter_context(self)               # closed, unless all goes well
             first = self._idle[_SEEDS[0]]
@@ -239,18 +232,16 @@ class Executor(AbstractContextManager):
                               + "; ".join(weak), RuntimeWarning, stacklevel=2)
             failure.pop_all()
 
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
+    def close(self, *exception):
         """Ends the workers and all that they run. May be called again; nothing else may."""
         while self._idle:
             for worker in self._idle.popitem()[1]:
                 worker.kill()
 
+    __exit__ = close
+
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
-
         An input is what stands between the parentheses of a call: positional and keyword arguments. All but
         literals is evaluated once, in a process of its own that does not know the program, which meets values
         only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
@@ -333,7 +324,7 @@ class Executor(AbstractContextManager):
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
             try:
-                return self._reported(report, purpose, spent, seconds)
+                return self._reported(report, purpose, spent, seconds, self._max_text)
             except (ValueError, TypeError, RecursionError):
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
@@ -343,9 +334,8 @@ class Executor(AbstractContextManager):
             status, error = "killed", f"its process {end}"
         return Execution(status, "", error, seconds)
 
-    def _reported(self, report, purpose, spent, seconds):
+    def _reported(self, report, purpose, spent, seconds, limit):
         """The Execution of a report. ValueError, or TypeError, for one that no honest run writes."""
-        limit = self._max_text
         mark, status, error, call, output = report.decode().split("\0")
         if mark != _Run.mark or status not in _STATUSES:
             raise ValueError                          # this is none
@@ -361,17 +351,13 @@ class Executor(AbstractContextManager):
         value = parse_literal(output, limit)
         if literal(value, limit) != output:
             raise ValueError                          # equal outputs have equal texts
-        if purpose == _INPUT:
-            output = _arguments(*value, limit)
+        if purpose == _INPUT:                         # as one who gives these values as literals writes them
+            args, kwargs = value
+            named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
+            if not all(str.isidentifier(each) and each.isascii() and not iskeyword(each) for each in kwargs):
+                named = [f"**{literal(kwargs, limit)}"]
+            output = ", ".join([literal(value, limit) for value in args] + named)
         return Execution(status, output, "", seconds, call)
-
-
-def _arguments(args, kwargs, limit):
-    """The text between the parentheses of a call: what somebody writes who gives these values as literals."""
-    named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
-    if not all(str.isidentifier(name) and name.isascii() and not keyword.iskeyword(name) for name in kwargs):
-        named = [f"**{literal(kwargs, limit)}"]
-    return ", ".join([literal(value, limit) for value in args] + named)
 
 
 class _Worker:
@@ -385,12 +371,12 @@ class _Worker:
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        with line:                                    # of the caller's environment, what some interpreters need
-            self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE, json.dumps([*config, seed])],
-                stdin=self.job, stdout=line, stderr=self.report, cwd="/", start_new_session=True,
-                env={"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
-                     "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")})
+        argv = [sys.executable, *"-s -S -B -X utf8 -c".split(), _BOOT, _HERE, json.dumps([*config, seed])]
+        environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
+                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}  # some interpreters need it
+        with line:
+            self.process = subprocess.Popen(argv, stdin=self.job, stdout=line, stderr=self.report, cwd="/",
+                                            env=environment, start_new_session=True)
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
@@ -398,7 +384,7 @@ class _Worker:
             return self.line.recv(4096)
         return b""
 
-    promises = cached_property(receive)     # the first: what this system does not let it keep
+    promises = cached_property(receive)               # the first: what this system does not let it keep
 
     def start(self, *job):
         """Has a run forked for a job."""
@@ -414,11 +400,11 @@ class _Worker:
     def kill(self):
         """Ends the worker, and with it its runs."""
         if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
-            with suppress(OSError):        # SHUT_WR: ends a zygote that outlives its parent
+            with suppress(OSError):                   # SHUT_WR: ends those that outlive their parent
                 self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
-            while self.receive():                     # until the end of the zygote
+            while self.receive():                     # until all of it has ended
                 pass
         for each in (self.line, self.job, self.report):
             each.close()
@@ -427,17 +413,16 @@ class _Worker:
 # -- The worker's side: a watcher, a process that puts up the walls and forks, and the runs ------------
 
 _LIBC = ctypes.CDLL(None)
-_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, so that no run knows it by them
+_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, for no run to know it by them
 _MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
 # System calls open to a run, on x86-64 and arm64. All others fail with EPERM, or end it.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
-# Code for the kernel's BPF: operation, what to skip if equal, and if not, operand. It looks at the machine, at
-# the call, at the operation of futex, and at both halves of its timeout. Open are WAKE, WAIT and WAIT_BITSET, if
-# private (else they reach every process that has the same file in memory), without a timeout, which would tell
-# the time. The other operations write the number of the process.
+# For the kernel's BPF: operation, what to skip if equal, and if not, operand. It looks at the machine, the
+# call, the operation of futex, and both halves of its timeout. WAKE, WAIT and WAIT_BITSET are open: private,
+# else they reach all that have the same file in memory; without timeout, which is a clock. Others write ids.
 _FILTER = """0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  0x20 0 0 0  {}  0x15 0 10 {}
     0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137
     0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  6 0 0 0x7FFF0000  6 0 0 0x50001"""
@@ -448,32 +433,27 @@ def _call(name, *arguments):
     return getattr(_LIBC, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
 
-def _separate(layers):
-    """Goes on as process 1 of namespaces of its own: when it ends, the kernel kills all that is left in them.
-    The process that called waits for that end. → whether the system grants them"""
+def _prepare(layers, memory):
+    """Goes on as process 1 of its own namespaces, with whose end the kernel kills all in them. The process
+    that called waits for it. Takes on limits, and tries out the walls. → those, and what they do not keep"""
     alone = "namespaces" in layers and (              # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
         _call("unshare", 0x68000000) or _call("unshare", 0x78000000))
     if os.fork():
         os.close(_LINE)
         os.wait()
         os._exit(0)
-    return alone
-
-
-def _prepare(layers, alone, memory):
-    """Takes on the limits, and tries out the walls of the runs. → _filter(), and what the walls do not keep"""
     hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []           # who has these may have the clock
     with suppress(OSError), open("/proc/self/maps") as file:
         for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
             size = int(end, 16) - int(start, 16)
             memory += size                            # the limit comes on top of what is in use
             if hide and "[vvar" in name:
-                # From this data the vDSO, the kernel's code in this process, tells the time without a
-                # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
+                # From this data the vDSO, the kernel's code in this process, tells the time without a system
+                # call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
                 hidden.append(_call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
     # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
-    for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534), ("prctl", 38, 1, 0, 0, 0),
-                 ("prctl", 4, 0), ("prctl", 1, SIGKILL)):
+    for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534),
+                 ("prctl", 38, 1, 0, 0, 0), ("prctl", 4, 0), ("prctl", 1, SIGKILL)):
         _call(*step)
     if timeless := hidden != [] and all(hidden):      # else the vDSO would die of this
         _call("prctl", 26, 2)                         # PR_SET_TSC: the processor's own clock, on x86
@@ -487,27 +467,26 @@ def _prepare(layers, alone, memory):
     kept = {"reach the network, signal processes of this user, leave some behind": alone or seccomp,
             "tell the time, and return other values later": seccomp and (timeless or not hide),
             "use more memory than their limit, read and change files of this user": seccomp}
-    return seccomp, [promise for promise in kept if not kept[promise]]
+    return alone, seccomp, [promise for promise in kept if not kept[promise]]
 
 
 def _filter():
     """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
     column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
     calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
-    words = _FILTER.format(machine, calls, futex).split()
-    code = struct.pack("HBBI" * (len(words) // 4), *map(partial(int, base=0), words))
-    buffer = ctypes.create_string_buffer(code)
-    head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
-    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, buffer)      # PR_SET_SECCOMP; it keeps the buffer
+    words = [int(word, 0) for word in _FILTER.format(machine, calls, futex).split()]
+    code = ctypes.create_string_buffer(struct.pack("HBBI" * (len(words) // 4), *words))
+    head = struct.pack("HxxxxxxQ", len(words) // 4, ctypes.addressof(code))
+    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, code)        # PR_SET_SECCOMP; code stays
     if not (pid := os.fork()):
         os._exit(enter())
     return enter if os.waitpid(pid, 0)[1] == 0 else None
 
 
 def _serve(alone, seccomp, broken, limit):
-    """Forks the process that forks a run for each order, and watches over it. Returns in the runs alone, with
-    the size of their job. What a run finds in its memory does not depend on those before it: the loop that
-    forks is made of C functions, which count nothing, and give back in order what they take."""
+    """Forks the process that forks a run for each order, and watches. Returns in the runs alone, with the
+    size of their job. Their memory does not depend on those before them: the loop is made of C functions,
+    which count nothing, and give back in order what they take."""
     told, tell = os.pipe()
     if os.fork():
         os.close(tell)
@@ -523,8 +502,7 @@ def _serve(alone, seccomp, broken, limit):
     if alone and not seccomp:                         # what a run left behind: all but this and process 1
         ends = compress(ends, zip(starmap(_LIBC.kill, repeat((-1, SIGKILL)))))
     deque(map(os.write, born, ends), 0)
-    size = os.fstat(_JOB).st_size
-    if os.getpid() == parent or not size:
+    if os.getpid() == parent or not (size := os.fstat(_JOB).st_size):
         os._exit(0)
     os.close(_LINE)
     os.close(tell)
@@ -532,9 +510,7 @@ def _serve(alone, seccomp, broken, limit):
     if not alone:                                     # else the end of process 1 is its end
         os.setsid()
         _call("prctl", 1, SIGKILL)                    # PR_SET_PDEATHSIG
-    if os.getppid() != parent:                        # too late: it ended before
-        os._exit(1)
-    if seccomp and seccomp() == -1:
+    if os.getppid() != parent or seccomp and seccomp() == -1:             # too late, or no wall
         os._exit(1)
     return size
 
@@ -580,33 +556,30 @@ _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: impor
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
-# Annotations may name what is not there, and are no part of a call.
-_LAZILY = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
+_LAZILY = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}   # they may name what is missing
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
 
 class _Run:
     """What happens in the forked process. Made before the fork, where it is cheaper; each run has a copy."""
-
     file, mark = _REPORT, "report"                    # the same for all: no run can tell its worker by them
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
         # What the interpreter's own C code imports later, by the import statement of the program.
-        self.lazy = ["_pylong"] if ALLOWED.isdisjoint(("time", "datetime")) else ["_pylong", "_strptime", "time"]
+        self.lazy = {"_pylong", *(() if ALLOWED.isdisjoint(("time", "datetime")) else ("_strptime", "time"))}
         for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
-            with suppress(ImportError):    # not in this version of Python
+            with suppress(ImportError):               # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
-        # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
-        # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
+        # By the seed: `random`, for statistics; addresses, also where the system does not randomize them; ids:
+        # the first, and the step to the next, below 0 under one of the seeds.
         sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in [*range(480)] * (seed % 24)]
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
-        # `failure` is what an exception means now: 'error' while the program runs.
-        self.guarded, self.failure, self.about = guarded, "syntax", ""
+        self.guarded, self.failure, self.about = guarded, "syntax", ""    # failure: what exceptions mean now
         if guarded:
             self.builtins["__import__"] = self.load
             sys.addaudithook(self.audit)
@@ -742,6 +715,5 @@ def _work(config):
         os.dup2(os.open(os.devnull, os.O_RDWR), place)
     os.closerange(_REPORT + 1, 100)                   # and what libraries keep open, as libffi its file
     run = _Run(seed, "guards" in layers)
-    alone = _separate(layers)                         # goes on in a new process
-    seccomp, broken = _prepare(layers, alone, int(memory_mb * 2 ** 20))
-    run.live(_serve(alone, seccomp, broken, 1 + int(1000 * timeout)))     # goes on in the runs
+    walls = _prepare(layers, int(memory_mb * 2 ** 20))                    # goes on in a new process
+    run.live(_serve(*walls, 1 + int(1000 * timeout)))                     # goes on in the runs

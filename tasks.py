@@ -498,7 +498,7 @@ def _anatomy(program):
                 if isinstance(getattr(node, "body", None), list):
                     node.body = [statement for statement in node.body if not (
                         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))]
-                if isinstance(node, ast.JoinedStr):  # an f-string; Python 3.12 has empty texts between its values
+                if isinstance(node, ast.JoinedStr):  # f""; Python 3.12 has empty texts in between
                     node.values = [value for value in node.values if getattr(value, "value", None) != ""]
             lines += map(_entry, level)
             pairs = [(type(node), child) for node in level for child in ast.iter_child_nodes(node)]
