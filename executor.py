@@ -573,8 +573,8 @@ class _Run:
             with suppress(ImportError):               # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
-        # By the seed: `random`, for statistics; addresses, also where the system does not randomize them; ids:
-        # the first, and the step to the next, below 0 under one of the seeds.
+        # By the seed: `random`, for statistics; addresses, also where the system does not randomize them;
+        # ids: the first, and the step to the next, below 0 under one of the seeds.
         sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in [*range(480)] * (seed % 24)]
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
