@@ -404,8 +404,7 @@ class _Worker:
                 self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
-            while self.receive():                     # until all of it has ended
-                pass
+            [*iter(self.receive, b"")]                # until all of it has ended
         for each in (self.line, self.job, self.report):
             each.close()
 
@@ -494,6 +493,7 @@ def _serve(alone, seccomp, broken, limit):
     os.close(told)
     _call("prctl", 1, SIGKILL)
     parent = os.getpid()
+    list(range(10 ** 6, 10 ** 6 + 9))                 # leaves room for large process ids; small need none
     orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)            # until the caller is gone
     ordered = compress(repeat(tell), chain([1, 1], orders))               # two to warm up, without a job
     births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))                 # until this is the run
@@ -556,7 +556,7 @@ _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: impor
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
-_LAZILY = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}   # they may name what is missing
+_LAZILY = {"annotation_format": 3} if sys.version_info >= (3, 14) else {}   # they may name what is missing
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
@@ -580,12 +580,12 @@ class _Run:
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
         self.guarded, self.failure, self.about = guarded, "syntax", ""    # failure: what exceptions mean now
-        if guarded:
-            self.builtins["__import__"] = self.load
-            sys.addaudithook(self.audit)
+        self.builtins |= {"__import__": self.load} if guarded else {}
 
     def live(self, size):
         """The life of a run: reads its job, does it, reports its result or its failure, and ends."""
+        if self.guarded:                              # not earlier: it would count the forks
+            sys.addaudithook(self.audit)
         try:
             purpose, *texts = marshal.loads(os.pread(_JOB, size, 0))      # which the caller wrote
             os.close(_JOB)
