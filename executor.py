@@ -55,7 +55,7 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = "collections.abc html.entities html.parser json.decoder".split() + [
+_PRELOADED = "annotationlib collections.abc html.entities html.parser json.decoder tokenize".split() + [
     f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
     iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
     utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
