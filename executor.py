@@ -3,49 +3,50 @@
     with Executor(timeout=5.0) as executor:
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
-Each worker is a *zygote*: a lean interpreter with every allowed module loaded. It forks a fresh process for
-each run, waits for its end, and kills what it left behind. Job and report pass between caller and run through
-files in memory; the zygote never sees them, so nothing of one job is in the process of another. The caller
-never evaluates, compiles or unpickles what a model wrote. It reads canonical literals, compares them itself,
-and refuses a report of any other form. The worst that a program can do by forging its report is to "return" a
-value, and a `call`, of its choice.
+Each worker is a lean interpreter with every allowed module loaded. It forks a fresh process for each run, and
+another process watches the clock. The caller never evaluates, compiles or unpickles what a model wrote: it
+reads canonical literals, compares them itself, and refuses any other report. The worst that a program can do
+by forging its report is to "return" a value, and a `call`, of its choice.
 
-What stands between a run and everything else:
-
-  fresh processes   one for each run, and for each input that is code: they find and spoil nothing of others
-  the clock         is watched from outside: 'timeout'. Waiting for a core does not count
-  rlimits           memory ('memory'), processes, the size of the report
-  seccomp           a run computes, gets memory, reads its job and writes its report. Nothing else: no files,
-                    programs, network, threads, signals, ptrace, shared memory, clock, process ids, entropy
-  namespaces        of processes, network, shared memory: a second wall, where the system grants it
-  three hash seeds  and other addresses, in which a valid task must return one value: 'nondeterministic'
-  guards            on imports and names: 'unsafe'. They make refusals readable; they are Python, and no wall
-
-Not covered: bugs of the kernel, side channels of the hardware, machine code that reads what fork leaves in
-memory (the thread's id), and programs whose nondeterminism shows rarely or agrees by chance under all three
-seeds. docs/sandbox.md says what happens to each kind of attack, and has the small print. The caller needs
-512 KiB of stack. Not for several threads at once; not for Windows.
+Covered:
+  other runs      each run is a fresh process, and so is each input that is code: none sees or changes another
+  loops, sleep    'timeout', by a clock outside the run. Waiting for a core does not count
+  memory, forks   rlimits: 'memory'. They also bound the size of the report
+  the system      seccomp leaves a run its own memory, its job and its report. No files, programs, network,
+                  threads, signals, ptrace, shared memory, clock, process ids, entropy of the system.
+                  Namespaces close network, processes and shared memory again, where the system grants them
+  chance          a valid task returns one value under three hash seeds, at other addresses
+  bad names       imports and names that no task needs are 'unsafe'. These guards are Python, only a message
+Not covered:
+  bugs of the kernel, and side channels of the hardware
+  machine code: it finds random bits and the core in the processor, and the number of its thread in memory
+  programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
+docs/sandbox.md has each kind of attack, and the small print. The caller needs 512 KiB of stack. Not for
+several threads at once, and not for Windows.
 """
 
 import ast
 import builtins
-import collections
-import contextlib
 import ctypes
-import functools
 import gc
+import inspect
 import json
 import marshal
 import os
 import re
 import resource
-import select
-import signal
 import struct
 import sys
 import time
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, compress, repeat, starmap
+from keyword import iskeyword
+from select import POLLIN, poll
+from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGKILL, signal
 from types import FunctionType, ModuleType
 
 # Modules that a program may import. They compute, and have no files, network, processes, threads or clocks.
@@ -54,11 +55,10 @@ ALLOWED = frozenset("""
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
 # What these load only when it is needed, which a run cannot.
-_PRELOADED = "collections.abc html.entities html.parser json.decoder".split() + [
+_PRELOADED = "annotationlib collections.abc html.entities html.parser json.decoder tokenize".split() + [
     f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
     iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
     utf_8_sig utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le""".split()]
-
 MAX_TEXT = 100_000     # characters in a program, an input, or an output
 MAX_DEPTH = 80         # brackets within brackets in a literal
 
@@ -89,7 +89,7 @@ class Execution:
 
 # -- Values and their texts -------------------------------------------------------------------------
 
-_CONTAINERS = (list, tuple, set, dict, collections.Counter, collections.defaultdict, collections.OrderedDict)
+_CONTAINERS = (list, tuple, set, dict, Counter, defaultdict, OrderedDict)
 _name = type.__dict__["__name__"].__get__              # of a class, without asking its metaclass
 
 
@@ -142,7 +142,8 @@ def _write(value, depth, room, ordered):
     if value is None or kind is bool or kind is int:
         text = repr(value)
     elif (kind is float or kind is complex) and value == value:
-        text = repr(value + 0 if kind is complex or not ordered else value).replace("inf", "1e309")
+        value += 0j if kind is complex else -0.0 if ordered else 0.0      # -0.0 adds nothing
+        text = repr(value).replace("inf", "1e309")
     elif kind is str or kind is bytes:
         text = repr(value) if len(value) <= room[0] else value
     elif not any(kind is each for each in _CONTAINERS):               # `in` would ask a metaclass
@@ -150,8 +151,7 @@ def _write(value, depth, room, ordered):
     elif depth >= MAX_DEPTH:
         raise ValueError(f"more than {MAX_DEPTH} levels deep, or contains itself")
     else:
-        def write(item):
-            return _write(item, depth + 1, room, ordered)
+        write = partial(_write, depth=depth + 1, room=room, ordered=ordered)
         flat = kind in (list, tuple, set)
         room[0] -= (2 if flat else 4) * (len(value) or 1)
         parts = [*map(write, value)] if flat else [
@@ -183,11 +183,10 @@ def _describe(error):
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-# What a run is for: a literal; an input that is code; a program and its input; a program and such values.
-_LITERAL, _INPUT, _PROGRAM, _VALUES = range(4)
+_LITERAL, _INPUT, _PROGRAM = range(3)  # what a run is for: a literal; an input that is code; a program
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
-_ORDER = struct.Struct("=II")          # milliseconds, bytes of the job
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
+_NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
 _STATUSES = "ok syntax error unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
 # Its builtins are a copy, out of reach of programs that change `print.__self__`.
@@ -200,7 +199,7 @@ _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|Fals
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
 
 
-class Executor(contextlib.AbstractContextManager):
+class Executor(AbstractContextManager):
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
     close(). Warns once, at the start, if this system denies the sandbox a wall.
 
@@ -216,12 +215,12 @@ class Executor(contextlib.AbstractContextManager):
                  _layers=("namespaces", "seccomp", "guards")):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         self._size = cores if workers is None else workers
-        if not (self._size >= 1 and 0 < timeout <= 1e6 and memory_mb >= 1):
-            raise ValueError("workers and memory_mb must be at least 1, timeout above 0 and at most 1e6 s")
+        if not (min(self._size, memory_mb, max_text) >= 1 and memory_mb <= 1e9 and 0 < timeout <= 1e6):
+            raise ValueError("workers, max_text: at least 1; memory_mb: 1 to 1e9; timeout: above 0, to 1e6")
         self._timeout, self._max_text = timeout, max_text
-        self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text]
-        self._idle = collections.defaultdict(list)    # workers, by seed
-        with contextlib.ExitStack() as failure:
+        self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
+        self._idle = defaultdict(list)                # workers, by seed
+        with ExitStack() as failure:
             failure.enter_context(self)               # closed, unless all goes well
             first = self._idle[_SEEDS[0]]
             for _ in range(self._size):
@@ -233,18 +232,16 @@ class Executor(contextlib.AbstractContextManager):
                               + "; ".join(weak), RuntimeWarning, stacklevel=2)
             failure.pop_all()
 
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
+    def close(self, *exception):
         """Ends the workers and all that they run. May be called again; nothing else may."""
         while self._idle:
             for worker in self._idle.popitem()[1]:
                 worker.kill()
 
+    __exit__ = close
+
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
-
         An input is what stands between the parentheses of a call: positional and keyword arguments. All but
         literals is evaluated once, in a process of its own that does not know the program, which meets values
         only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
@@ -277,12 +274,12 @@ class Executor(contextlib.AbstractContextManager):
         if not self._idle:
             raise RuntimeError("this Executor is closed")
         jobs = [(program, text) for program, text in jobs]
-        if not all(type(text) is str for job in jobs for text in job):
+        if not all(type(program) is type(text) is str for program, text in jobs):
             raise TypeError("a job is a pair of str: program, input")
         too_long = Execution("syntax", "", f"over {self._max_text} characters", 0.0)
         results = [too_long if max(map(len, job)) > self._max_text else None for job in jobs]
-        queue = collections.deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
-        busy, poller, idle = {}, select.poll(), self._idle[seed]
+        queue = deque((i, purpose, *job, 0.0) for i, job in enumerate(jobs) if not results[i])
+        busy, poller, idle = {}, poll(), self._idle[seed]
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
@@ -290,9 +287,9 @@ class Executor(contextlib.AbstractContextManager):
                         idle.pop().kill()
                     worker = idle.pop() if idle else _Worker(self._config, seed)
                     job = queue.popleft()
-                    poller.register(worker.line, select.POLLIN)
+                    poller.register(worker.line, POLLIN)
                     busy[worker.line.fileno()] = worker, job
-                    worker.start(self._timeout, *job[1:4])
+                    worker.start(*job[1:4])
                 for fd, _ in poller.poll():
                     worker, job = busy.pop(fd)
                     i, purpose, _, text, spent = job
@@ -306,11 +303,11 @@ class Executor(contextlib.AbstractContextManager):
                             queue.append(job)
                         results[i] = Execution("killed", "", "its worker died, twice", 0.0)
                         continue
-                    result = self._result(worker, spent, *_END.unpack(end))
+                    result = self._result(worker, purpose, spent, *_END.unpack(end))
                     if result.status == "expression":         # the input has to be evaluated first
                         queue.appendleft((i, _INPUT, _EVALUATE % text, "", result.seconds))
-                    elif result.ok and purpose == _INPUT:
-                        queue.appendleft((i, _VALUES, jobs[i][0], result.output, result.seconds))
+                    elif result.ok and purpose == _INPUT:     # and its values are the input now
+                        queue.appendleft((i, _PROGRAM, jobs[i][0], result.output, result.seconds))
                     else:
                         results[i] = result
         finally:                                      # Ctrl-C: no run goes on
@@ -318,8 +315,8 @@ class Executor(contextlib.AbstractContextManager):
                 worker.kill()
         return results
 
-    def _result(self, worker, spent, code, late, nanoseconds):
-        """The Execution that a run's report and its end amount to; believes nothing that it can check."""
+    def _result(self, worker, purpose, spent, code, late, nanoseconds):
+        """The Execution that a run's report and its end amount to."""
         worker.report.seek(0)
         report = b"" if late else worker.report.read()
         seconds = spent + nanoseconds / 1e9
@@ -327,24 +324,40 @@ class Executor(contextlib.AbstractContextManager):
             status, error = "timeout", f"no value within {self._timeout:g} s"
         elif report:
             try:
-                mark, status, error, call, output = report.decode().split("\0")
-                if mark != worker.mark or status not in _STATUSES or status == "expression" and spent \
-                        or status == "ok" and not (
-                        len(call) <= 2 * self._max_text and call.isprintable()
-                        and len(output) <= self._max_text and _LITERALS.fullmatch(output)
-                        and literal(parse_literal(output, self._max_text), self._max_text) == output):
-                    raise ValueError
-            except (ValueError, RecursionError):
+                return self._reported(report, purpose, spent, seconds, self._max_text)
+            except (ValueError, TypeError, RecursionError):
                 status, error = "unsafe", "forged its result, or wrote into the file of its result"
         elif code == _OUT_OF_MEMORY:
             status, error = "memory", "out of memory"
         else:
             end = f"died of signal {-code}" if code < 0 else f"ended without a result (exit status {code})"
             status, error = "killed", f"its process {end}"
-        if status == "ok":
-            return Execution(status, output, "", seconds, call)
-        line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
-        return Execution(status, "", line or status, seconds)
+        return Execution(status, "", error, seconds)
+
+    def _reported(self, report, purpose, spent, seconds, limit):
+        """The Execution of a report. ValueError, or TypeError, for one that no honest run writes."""
+        mark, status, error, call, output = report.decode().split("\0")
+        if mark != _Run.mark or status not in _STATUSES:
+            raise ValueError                          # this is none
+        if status == "expression" and spent:
+            raise ValueError                          # what was evaluated once would be evaluated for ever
+        if status != "ok":
+            line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
+            return Execution(status, "", line or status, seconds)
+        if len(call) > 2 * limit or not call.isprintable():
+            raise ValueError                          # it goes to the caller as it is
+        if len(output) > limit or not _LITERALS.fullmatch(output):
+            raise ValueError                          # it may be no literal, or take long to parse
+        value = parse_literal(output, limit)
+        if literal(value, limit) != output:
+            raise ValueError                          # equal outputs have equal texts
+        if purpose == _INPUT:                         # as one who gives these values as literals writes them
+            args, kwargs = value
+            named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
+            if not all(str.isidentifier(each) and each.isascii() and not iskeyword(each) for each in kwargs):
+                named = [f"**{literal(kwargs, limit)}"]
+            output = ", ".join([literal(value, limit) for value in args] + named)
+        return Execution(status, output, "", seconds, call)
 
 
 class _Worker:
@@ -356,191 +369,182 @@ class _Worker:
         import subprocess
         import tempfile
         make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
-        while (low := os.open(os.devnull, os.O_RDWR)) < 3:    # a closed stdin is not to be one of these files
-            pass
-        os.close(low)
         self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
-        files = [each.fileno() for each in (line, self.job, self.report)]
-        self.mark = os.urandom(16).hex()
-        # Nothing of the caller but what some interpreters need, and no site-packages.
+        argv = [sys.executable, *"-s -S -B -X utf8 -c".split(), _BOOT, _HERE, json.dumps([*config, seed])]
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
-                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+                       "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}  # some interpreters need it
         with line:
-            self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, _HERE,
-                 json.dumps([*config, seed, self.mark, *files])], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, pass_fds=files, cwd="/", env=environment, start_new_session=True)
+            self.process = subprocess.Popen(argv, stdin=self.job, stdout=line, stderr=self.report, cwd="/",
+                                            env=environment, start_new_session=True)
 
     def receive(self):
         """The next message of the worker; b"" if it died."""
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             return self.line.recv(4096)
         return b""
 
-    promises = functools.cached_property(receive)     # the first: what this system does not let it keep
+    promises = cached_property(receive)               # the first: what this system does not let it keep
 
-    def start(self, seconds, *job):
+    def start(self, *job):
         """Has a run forked for a job."""
-        data = marshal.dumps(job)
-        os.pwrite(self.job.fileno(), data, 0)         # the run reads no more than this
-        self.report.seek(0)
-        self.report.truncate()                        # no run reads what another wrote
-        if self.promises:
-            with contextlib.suppress(ConnectionError):    # it died, and the end of its line will say so
-                self.line.send(_ORDER.pack(1 + int(1000 * seconds), len(data)))
+        if not self.promises:                         # it died, and the end of its line will say so
+            return
+        for file, data in (self.job, marshal.dumps(job)), (self.report, b""):
+            file.seek(0)
+            file.truncate()                           # no run reads what another wrote
+            file.write(data)
+        with suppress(ConnectionError):
+            self.line.send(b"1")
 
     def kill(self):
         """Ends the worker, and with it its runs."""
         if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
-            with contextlib.suppress(OSError):        # SHUT_WR: ends a zygote that outlives its parent
+            with suppress(OSError):                   # SHUT_WR: ends those that outlive their parent
                 self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
-            while self.receive():                     # until the end of the zygote
-                pass
+            [*iter(self.receive, b"")]                # until all of it has ended
         for each in (self.line, self.job, self.report):
             each.close()
 
 
-# -- The worker's side: a zygote puts up the walls, forks the runs, watches the clock, and kills -----
+# -- The worker's side: a watcher, a process that puts up the walls and forks, and the runs ------------
 
-_MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}     # as audit calls it, column below
-# System calls open to a run, on x86-64 and arm64, beside three of futex. Everything else fails with EPERM.
+_LIBC = ctypes.CDLL(None)
+_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, for no run to know it by them
+_MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
+# System calls open to a run, on x86-64 and arm64. All others fail with EPERM, or end it.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
+# For the kernel's BPF: operation, what to skip if equal, and if not, operand. It looks at the machine, the
+# call, the operation of futex, and both halves of its timeout. WAKE, WAIT and WAIT_BITSET are open: private,
+# else they reach all that have the same file in memory; without timeout, which is a clock. Others write ids.
+_FILTER = """0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  0x20 0 0 0  {}  0x15 0 10 {}
+    0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137
+    0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  6 0 0 0x7FFF0000  6 0 0 0x50001"""
 
 
-class _Zygote:
-    def __init__(self, layers, line):
-        self.layers, self.line, self.libc = layers, line, ctypes.CDLL(None)
+def _call(name, *arguments):
+    """Whether a C function that a system may lack or refuse did what it is asked for."""
+    return getattr(_LIBC, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
-    def call(self, name, *arguments):
-        """Whether a C function that a system may lack or refuse did what it is asked for."""
-        return getattr(self.libc, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
-    def separate(self):
-        """Goes on as process 1 of namespaces of its own, where the system grants them: when it ends, the
-        kernel kills all that is left in them. The process that called waits for that end."""
-        self.alone = "namespaces" in self.layers and (        # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
-            self.call("unshare", 0x68000000) or self.call("unshare", 0x78000000))
-        if os.fork():
-            os.close(self.line)
-            os.wait()
-            os._exit(0)
+def _prepare(layers, memory):
+    """Goes on as process 1 of its own namespaces, with whose end the kernel kills all in them. The process
+    that called waits for it. Takes on limits, and tries out the walls. → those, and what they do not keep"""
+    alone = "namespaces" in layers and (              # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
+        _call("unshare", 0x68000000) or _call("unshare", 0x78000000))
+    if os.fork():
+        os.close(_LINE)
+        os.wait()
+        os._exit(0)
+    hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []           # who has these may have the clock
+    with suppress(OSError), open("/proc/self/maps") as file:
+        for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
+            size = int(end, 16) - int(start, 16)
+            memory += size                            # the limit comes on top of what is in use
+            if hide and "[vvar" in name:
+                # From this data the vDSO, the kernel's code in this process, tells the time without a system
+                # call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
+                hidden.append(_call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
+    # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
+    for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534),
+                 ("prctl", 38, 1, 0, 0, 0), ("prctl", 4, 0), ("prctl", 1, SIGKILL)):
+        _call(*step)
+    if timeless := hidden != [] and all(hidden):      # else the vDSO would die of this
+        _call("prctl", 26, 2)                         # PR_SET_TSC: the processor's own clock, on x86
+    seccomp = _filter() if "seccomp" in layers and sys.platform == "linux" else None
+    for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
+                        (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
+        with suppress(OSError, ValueError):           # the system's own is lower
+            resource.setrlimit(what, (value, value))
+    gc.collect()
+    gc.freeze()                                       # collections in runs leave these pages alone
+    kept = {"reach the network, signal processes of this user, leave some behind": alone or seccomp,
+            "tell the time, and return other values later": seccomp and (timeless or not hide),
+            "use more memory than their limit, read and change files of this user": seccomp}
+    return alone, seccomp, [promise for promise in kept if not kept[promise]]
 
-    def prepare(self, memory):
-        """Takes on the limits, tries out the walls of the runs, and tells what they do not keep."""
-        self.pid = os.getpid()
-        os.dup2(1, 2)
-        hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []       # who has these may have the clock
-        with contextlib.suppress(OSError), open("/proc/self/maps") as file:
-            for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
-                size = int(end, 16) - int(start, 16)
-                memory += size                        # the limit comes on top of what is in use
-                if hide and "[vvar" in name:
-                    # From this data the vDSO, the kernel's code in this process, tells the time without a
-                    # system call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
-                    hidden.append(self.call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
-        for step, value in ((os.setgroups, []), (os.setgid, 65534), (os.setuid, 65534)):
-            with contextlib.suppress(OSError):        # root becomes nobody; others may not
-                step(value)
-        # PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG, _TSC (the clock of x86)
-        for arguments in [(38, 1, 0, 0, 0), (4, 0), (1, signal.SIGKILL)] + [(26, 2)] * hide:
-            self.call("prctl", *arguments)
-        self.seccomp = self.filter() if "seccomp" in self.layers and sys.platform == "linux" else None
-        for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
-                            (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
-            with contextlib.suppress(OSError, ValueError, OverflowError):     # the system's own is lower
-                resource.setrlimit(what, (value, value))
-        gc.collect()
-        gc.freeze()                                   # collections in runs leave these pages alone
-        apart, timeless = self.alone or self.seccomp, self.seccomp and (not hide or hidden and all(hidden))
-        kept = {"reach the network, signal processes of this user, leave some behind": apart,
-                "tell the time, and return other values later": timeless,
-                "use more memory than their limit, read and change files of this user": self.seccomp}
-        os.write(self.line, json.dumps([promise for promise in kept if not kept[promise]]).encode())
 
-    def filter(self):
-        """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
-        machine, column = _MACHINES.get(os.uname().machine, (0, 1))
-        allow, refuse = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)        # EPERM
-        code = [(0x20, 0, 0, 4), (0x15, 1, 0, machine), refuse, (0x20, 0, 0, 0)]
-        for number in _SYSCALLS.split()[column::3]:
-            code += (0x15, 0, 1, int(number)), allow  # if it is not this one, go on after the next line
-        # futex: only WAIT, WAKE and WAIT_BITSET; others write the process id, which counts runs
-        code += ((0x15, 0, 6, (0, 202, 98)[column]), (0x20, 0, 0, 24), (0x54, 0, 0, 0x7F), (0x15, 1, 0, 9),
-                 (0x25, 1, 0, 1), allow, refuse)
-        code = b"".join(struct.pack("HBBI", *each) for each in [*code, refuse])
-        self.code = ctypes.create_string_buffer(code)
-        head = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self.code))
-        enter = functools.partial(self.libc.prctl, 22, ctypes.c_long(2), head)        # PR_SET_SECCOMP
-        if not (pid := os.fork()):
-            os._exit(enter())
-        return enter if os.waitpid(pid, 0)[1] == 0 else None
+def _filter():
+    """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
+    column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
+    calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
+    words = [int(word, 0) for word in _FILTER.format(machine, calls, futex).split()]
+    code = ctypes.create_string_buffer(struct.pack("HBBI" * (len(words) // 4), *words))
+    head = struct.pack("HxxxxxxQ", len(words) // 4, ctypes.addressof(code))
+    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, code)        # PR_SET_SECCOMP; code stays
+    if not (pid := os.fork()):
+        os._exit(enter())
+    return enter if os.waitpid(pid, 0)[1] == 0 else None
 
-    def serve(self):
-        """Forks a run for each order. Returns in the runs alone, with the size of their job."""
-        while True:
-            if not (order := os.read(self.line, _ORDER.size)):
-                os._exit(0)                           # the caller is gone
-            limit, size = _ORDER.unpack(order)
-            alive, held = os.pipe()                   # the run holds it open
-            start = time.monotonic_ns()
-            if not (pid := os.fork()):
-                self.enter()
-                return size
-            os.close(held)
-            late = self.watch(pid, alive, limit)
-            os.close(alive)
-            code = self.sweep(pid)
-            os.write(self.line, _END.pack(code, late, time.monotonic_ns() - start))
 
-    def watch(self, pid, alive, limit):
-        """Waits for the end of a run, or for its limit. True if it is late. All times are milliseconds. A run
-        that had less than its limit of a core's time, but some, waits for a core, and gets more, up to 25
-        times its limit. One that had none sleeps, and is late."""
-        poller = select.poll()
-        poller.register(alive, 0)                     # only their end is of interest
-        poller.register(self.line, 0)
-        used, waited, wait = 0, 0, limit
-        while not (ready := dict(poller.poll(wait))):
+def _serve(alone, seccomp, broken, limit):
+    """Forks the process that forks a run for each order, and watches. Returns in the runs alone, with the
+    size of their job. Their memory does not depend on those before them: the loop is made of C functions,
+    which count nothing, and give back in order what they take."""
+    told, tell = os.pipe()
+    if os.fork():
+        os.close(tell)
+        _watch(told, alone or seccomp, broken, limit)
+    os.close(told)
+    _call("prctl", 1, SIGKILL)
+    parent = os.getpid()
+    list(range(10 ** 6, 10 ** 6 + 9))                 # leaves room for large process ids; small need none
+    orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)            # until the caller is gone
+    ordered = compress(repeat(tell), chain([1, 1], orders))               # two to warm up, without a job
+    births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))                 # until this is the run
+    born = compress(ordered, map(os.write, repeat(tell), births))
+    ends = starmap(_NEWS.pack, starmap(os.wait, repeat(())))
+    if alone and not seccomp:                         # what a run left behind: all but this and process 1
+        ends = compress(ends, zip(starmap(_LIBC.kill, repeat((-1, SIGKILL)))))
+    deque(map(os.write, born, ends), 0)
+    if os.getpid() == parent or not (size := os.fstat(_JOB).st_size):
+        os._exit(0)
+    os.close(_LINE)
+    os.close(tell)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if not alone:                                     # else the end of process 1 is its end
+        os.setsid()
+        _call("prctl", 1, SIGKILL)                    # PR_SET_PDEATHSIG
+    if os.getppid() != parent or seccomp and seccomp() == -1:             # too late, or no wall
+        os._exit(1)
+    return size
+
+
+def _watch(told, bound, broken, limit):
+    """Tells the caller how each run ended, and kills those that are late. All times are milliseconds. At its
+    limit, a run that had less than that of a core's time, but some, waits for a core, and gets more, up to 25
+    times its limit. One that had none sleeps, and is late."""
+    signal(SIGCHLD, SIG_IGN)                          # what a run leaves behind leaves no trace
+    poller = poll()
+    poller.register(told, POLLIN)
+    poller.register(_LINE, 0)                         # only its end is of interest
+    for _ in range(4):                                # births and ends, to warm up
+        os.read(told, _NEWS.size)
+    os.write(_LINE, json.dumps(broken).encode())
+    while news := os.read(told, _NEWS.size):          # until the caller is gone, or the process that forks
+        start, (pid, _) = time.monotonic_ns(), _NEWS.unpack(news)
+        late, used, waited, wait = False, 0, 0, limit
+        while not (late or (ready := poller.poll(wait))):
             waited, before = waited + wait, used
-            try:
-                used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of this process, on Linux
-            except OSError:                           # it ends just now, or this is another system
-                return True
-            if used >= limit or used - before < wait / 100 or waited > 25 * limit:
-                return True
+            with suppress(OSError):                   # it ends just now, or this is no Linux
+                used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of that process
+            late = used >= limit or used - before < wait / 100 or waited > 25 * limit
             wait = max(limit - used, 10)
-        if self.line in ready:                        # the caller is gone
-            self.sweep(pid)
-            os._exit(0)
-        return False
-
-    def sweep(self, pid):
-        """Kills the run and all that it started. → its exit status"""
-        os.kill(pid, signal.SIGKILL)
-        code = os.waitpid(pid, 0)[1]
-        if not self.seccomp:                          # else it could start nothing
-            with contextlib.suppress(OSError):        # there is none left
-                os.kill(-1 if self.alone else -pid, signal.SIGKILL)
-                while True:
-                    os.waitpid(-1, 0)
-        return os.waitstatus_to_exitcode(code)
-
-    def enter(self):
-        """Puts up the walls of a run, which can only read its job and write its report from here on."""
-        gc.collect()                                  # its counters tell how many runs there were
-        os.close(self.line)
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-        if not self.alone:                            # else the end of the zygote is its end
-            os.setsid()
-            self.call("prctl", 1, signal.SIGKILL)     # PR_SET_PDEATHSIG
-        if os.getppid() != self.pid or self.seccomp and self.seccomp() == -1:     # too late, or no wall
-            os._exit(1)
+        if late:
+            _call("kill", pid, SIGKILL)
+            ready = poller.poll(10_000)               # without seccomp, a run can stop the one that forks
+        if not ready or _LINE in dict(ready):
+            break
+        _, status = _NEWS.unpack(os.read(told, _NEWS.size))
+        if not bound:                                 # what the run started would live on
+            _call("kill", -pid, SIGKILL)
+        os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
+    os._exit(0)
 
 
 # Names by which programs walk out of their namespace.
@@ -552,39 +556,39 @@ _NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: impor
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
+_LAZILY = {"annotation_format": 3} if sys.version_info >= (3, 14) else {}   # they may name what is missing
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
 _INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
 
 
 class _Run:
-    """What happens in the forked process. Made in the zygote, where it is cheaper; each run has a copy."""
+    """What happens in the forked process. Made before the fork, where it is cheaper; each run has a copy."""
+    file, mark = _REPORT, "report"                    # the same for all: no run can tell its worker by them
 
     def __init__(self, seed, guarded):
         os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
         # What the interpreter's own C code imports later, by the import statement of the program.
-        self.lazy = ["_pylong", *["_strptime", "time"] * (not ALLOWED.isdisjoint(("time", "datetime")))]
+        self.lazy = {"_pylong", *(() if ALLOWED.isdisjoint(("time", "datetime")) else ("_strptime", "time"))}
         for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
-            with contextlib.suppress(ImportError):    # not in this version of Python
+            with suppress(ImportError):               # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
-        # What is random depends on the seed alone: `random`, for statistics; addresses, also where the system
-        # does not randomize them; ids: the first, and the step to the next, below 0 under one of the seeds.
+        # By the seed: `random`, for statistics; addresses, also where the system does not randomize them;
+        # ids: the first, and the step to the next, below 0 under one of the seeds.
         sys.modules["random"].seed(seed)
-        self.ballast = [(object(), bytes(size)) for size in range(480) for _ in range(seed % 24)]
+        self.ballast = [(object(), bytes(size)) for size in [*range(480)] * (seed % 24)]
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
-        # `failure` is what an exception means now: 'error' while the program runs.
-        self.guarded, self.failure, self.about = guarded, "syntax", ""
-        if guarded:
-            self.builtins["__import__"] = self.load
-            sys.addaudithook(self.audit)
+        self.guarded, self.failure, self.about = guarded, "syntax", ""    # failure: what exceptions mean now
+        self.builtins |= {"__import__": self.load} if guarded else {}
 
-    def live(self, mark, job, file, size):
+    def live(self, size):
         """The life of a run: reads its job, does it, reports its result or its failure, and ends."""
-        self.file, self.mark = file, mark
+        if self.guarded:                              # not earlier: it would count the forks
+            sys.addaudithook(self.audit)
         try:
-            purpose, *texts = marshal.loads(os.pread(job, size, 0))       # which the caller wrote
-            os.close(job)
+            purpose, *texts = marshal.loads(os.pread(_JOB, size, 0))      # which the caller wrote
+            os.close(_JOB)
             try:
                 if purpose == _LITERAL:
                     value, call = parse_literal(texts.pop(), MAX_TEXT), ""
@@ -622,23 +626,22 @@ class _Run:
             self.report("unsafe", f"attempted {event}")
 
     def arguments(self, text, purpose):
-        """(args, kwargs) of an input of literals, or of one that was evaluated. Any other has to be evaluated
-        apart from the program, and all that is done here is to report that."""
+        """(args, kwargs) of an input of literals. Any other has to be evaluated apart from the program, and
+        all that is done here is to report that."""
         self.about = "input: "
-        if purpose == _VALUES:
-            args, kwargs = parse_literal(text, MAX_TEXT)
-        else:
-            call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
-            if not isinstance(getattr(call, "func", None), ast.Name):  # f, at the start, is all of it
-                raise SyntaxError("not the arguments of one call")
-            self.failure = "error"                    # of {[]}
-            try:
-                args = [*map(ast.literal_eval, call.args)]
-                kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-                if None in kwargs or len(kwargs) < len(call.keywords):    # **{}, or x=1, x=2
-                    raise ValueError
-            except ValueError:
-                self.report("expression")
+        call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
+        if not isinstance(getattr(call, "func", None), ast.Name):         # f, at the start, is all of it
+            raise SyntaxError("not the arguments of one call")
+        self.failure = "error"                        # of {[]}
+        try:
+            args = [*map(ast.literal_eval, call.args)]
+            kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+            if len(kwargs) < len(call.keywords):      # x=1, x=2
+                raise ValueError
+            if None in kwargs:                        # **{}
+                kwargs, = kwargs.values()
+        except ValueError:
+            self.report("expression")
         self.failure = "unrepresentable"
         literal((args, kwargs), MAX_TEXT)
         self.failure, self.about = "syntax", "input: " if purpose == _INPUT else ""
@@ -664,8 +667,7 @@ class _Run:
 def _unsafe(tree):
     """What a program uses that no task may, or ''."""
     for node in ast.walk(tree):
-        imports = isinstance(node, (ast.Import, ast.ImportFrom))
-        modules = [alias.name for alias in node.names] if imports else []
+        modules = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
         if isinstance(node, ast.ImportFrom):          # what it takes from the module may be one
             modules = ["." if node.level else node.module, *sys.stdlib_module_names.intersection(modules)]
         for name in modules:
@@ -678,10 +680,10 @@ def _unsafe(tree):
 
 
 def _bound(f, args, kwargs):
-    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number
-    of them, or is no plain function, names do not count; else no honest report gives one call two texts."""
+    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number of
+    them, or has no signature, names do not count; else no honest report gives one call two texts."""
     places, values, named = (), {}, False
-    if type(f) is FunctionType:
+    if type(f) is FunctionType and not (f.__code__.co_flags & 12 and hasattr(f, "__wrapped__")):
         # These may be of classes of the program's own, whose code has run before that of f is looked at.
         defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
         options = {name: options[name] for name in options if type(name) is str}
@@ -689,21 +691,29 @@ def _bound(f, args, kwargs):
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
         values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
+    else:                                             # decorated, a class, partial, an object: as Python says
+        with suppress(TypeError, ValueError):
+            bound = inspect.signature(f, **_LAZILY).bind(*args, **kwargs)
+            bound.apply_defaults()
+            args, kwargs, named = (), bound.arguments, True
     values |= dict(zip([*places, *range(len(args))], args)) | kwargs
     return ", ".join(sorted((f"{name}=" if named else "") + (_key(value, 2 * MAX_TEXT) or "?")
                             for name, value in values.items()))[:2 * MAX_TEXT]       # "?": a default
 
 
 def _work(config):
-    """The life of a worker's process, of its zygote, and of the runs that it forks."""
+    """The life of a worker's processes: one that waits, the watcher, the one that forks, and the runs."""
     global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
-    memory_mb, layers, allowed, MAX_TEXT, seed, mark, line, *files = json.loads(config)
+    memory_mb, layers, allowed, MAX_TEXT, timeout, seed = json.loads(config)
     ALLOWED = frozenset(allowed)
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # where the caller ignores it, no wait works
-    run, zygote = _Run(seed, "guards" in layers), _Zygote(layers, line)
-    zygote.separate()                                 # goes on in a new process
-    zygote.prepare(memory_mb << 20)
-    run.live(mark, *files, zygote.serve())           # goes on in the runs
+    signal(SIGINT, SIG_IGN)
+    signal(SIGCHLD, SIG_DFL)     # where the caller ignores it, no wait works
+    for place in range(3):                            # the standard streams came as _JOB, _LINE, _REPORT
+        os.dup2(place, _JOB + place)
+        os.dup2(os.open(os.devnull, os.O_RDWR), place)
+    os.closerange(_REPORT + 1, 100)                   # and what libraries keep open, as libffi its file
+    run = _Run(seed, "guards" in layers)
+    walls = _prepare(layers, int(memory_mb * 2 ** 20))                    # goes on in a new process
+    run.live(_serve(*walls, 1 + int(1000 * timeout)))                     # goes on in the runs

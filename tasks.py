@@ -471,6 +471,18 @@ BRANCHES = {ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert
 CHAINS = {ast.comprehension, ast.BoolOp}  # each child after the second is one more branch
 
 
+def _entry(node):
+    """A node's line in the dump of a tree: its type, and its fields but for empty ones, since each version of
+    Python adds some. A child is a star there, and has a line of its own, on the next level."""
+    line = type(node).__name__
+    for name, value in ast.iter_fields(node):
+        if value or name == "value":  # of a constant, which may be 0, '' or None
+            items = value if isinstance(value, list) else [value]
+            parts = ["*" if isinstance(item, ast.AST) else ascii(item) for item in items]
+            line += f" {name}={','.join(parts)}"
+    return line + "\n"
+
+
 @lru_cache(maxsize=4096)
 def _anatomy(program):
     """What a program's syntax tree shows, in linear time; edges: {(node type, child type): count}.
@@ -478,25 +490,29 @@ def _anatomy(program):
     Docstrings and other bare constants do nothing and are left out. Level by level, not recursive, since
     model text is deep by accident; text that is too deep, or does not parse, has itself as fingerprint.
     """
-    depth, edges = 0, Counter()
+    depth, edges, lines = 0, Counter(), []
     try:
-        level = [tree := ast.parse(program)]
+        level = [ast.parse(program)]
         while level:
             for node in level:
                 if isinstance(getattr(node, "body", None), list):
                     node.body = [statement for statement in node.body if not (
                         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))]
+                if isinstance(node, ast.JoinedStr):  # f""; Python 3.12 has empty texts in between
+                    node.values = [value for value in node.values if getattr(value, "value", None) != ""]
+            lines += map(_entry, level)
             pairs = [(type(node), child) for node in level for child in ast.iter_child_nodes(node)]
             edges.update((parent, type(child)) for parent, child in pairs)
             level, depth = [child for _, child in pairs], depth + 1
-        text = ast.dump(tree) if depth <= NESTING_LIMIT else program
+        text = "".join(lines) if depth <= NESTING_LIMIT else program
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         text, depth = program, NESTING_LIMIT + 1
     return Anatomy(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16], depth, edges)
 
 
 def fingerprint(program):
-    """A hash of the syntax tree: blind to layout, comments and docstrings, not to names or numbers."""
+    """A hash of the syntax tree: blind to layout, comments and docstrings, not to names or numbers. It is the
+    same under every version of Python that parses the program, so that a buffer may move to another one."""
     return _anatomy(program).fingerprint
 
 
@@ -597,6 +613,8 @@ class TaskBuffer:
         for kind, rows in state["tasks"].items():
             self.tasks[kind] = [Task.from_dict(row) for row in rows]
         self.seen = set(state["seen"])
+        for tasks in (EXAMPLES, *self.tasks.values()):  # earlier versions of this code had other fingerprints
+            self.seen.update(fingerprint(task.program) for task in tasks)
 
     def _triplets(self):
         triplets = []

@@ -236,6 +236,57 @@ def test_fingerprint_sees_structure_only():
     assert base != fingerprint("def f(y):\n    return y + 1")
 
 
+KNOWN = {                       # written under Python 3.11; each later version has added fields to the tree
+    "def f(x):\n    return x + 1": "f5c19f81edec82fa",
+    "def f(a, *b, c=None, **d) -> int:\n    \"doc\"\n    return f\"{a!r:>{c}}\" + \"\u00e9\" * 2 if b else {**d, 1: 0, 2: False, 3: \"\"}":
+        "f04bc08da4ffd40c",
+    "class A(object):\n    x: int = 0\n\nasync def g():\n    async with a as b, c:\n        yield 0j\n\ndef f(x):\n    match x:\n"
+    "        case [1, *_] | {\"a\": None}:\n            return lambda: (yield)\n        case None | False:\n            global y\n"
+    "            from . import z\n            return [i async for i in x if i]": "020cb9048a2eb998",
+}
+
+
+@pytest.mark.parametrize("program", KNOWN)
+def test_fingerprints_are_the_same_under_every_version_of_python(program):
+    assert fingerprint(program) == KNOWN[program]
+
+
+def test_fingerprints_tell_constants_and_fields_apart():
+    """What is empty is left out of them, and these differ in something that is empty, or looks alike."""
+    values = ["0", "0.0", "0j", "False", "None", "''", "b''", "1", "True", "1.0", "'1'", "...", "()", "[]", "{}", "f''", "u''", "'x=0'"]
+    programs = [f"def f(x):\n    return {value}" for value in values] + [
+        "def f(x):\n    return", "def f(x):\n    yield", "def f(x):\n    yield None", "def f(*x):\n    return", "def f(**x):\n    return",
+        "def f(x, /):\n    return", "def f(*, x):\n    return", "def f(x=None):\n    return", "def f(*, x=None):\n    return",
+        "async def f(x):\n    return", "from a import x", "from .a import x", "from . import x", "import x", "import x as a", "global x",
+        "x: a", "(x): a", "x: a = None", "{**x}", "{x: x}", "{x}", "[x for x in x]", "[x for x in x if x]",
+        "match x:\n    case None: a", "match x:\n    case False: a", "match x:\n    case 0: a", "match x:\n    case _: a", "match x:\n    case a: a"]
+    assert len({fingerprint(program) for program in programs}) == len(programs)
+
+
+def test_a_restored_buffer_knows_its_programs_whoever_wrote_it():
+    """Earlier versions of this code had fingerprints that were others under each version of Python."""
+    buffer = TaskBuffer(5, random.Random(3))
+    for n in range(3):
+        buffer.add(Task("deduction", program(n), "1", "1"))
+    state = json.loads(json.dumps(buffer.state())) | {"seen": ["0123456789abcdef"]}
+    twin = TaskBuffer(5, random.Random(0))
+    twin.restore(state)
+    assert twin.seen == buffer.seen | {"0123456789abcdef"}
+    assert all(twin.is_repeat(Task("abduction", program(n) + "  # again", "2")) for n in range(3))
+    assert not twin.is_repeat(Task("abduction", program(4), "2"))
+
+
+@pytest.mark.parametrize("inputs", [("5", "5, 2"), ("5", "5, y=2"), ("5, 2", "y=2, x=5"), ("5", "x=int('5')")])
+@pytest.mark.parametrize("head", ["from functools import lru_cache\n@lru_cache\ndef f(x, y=2):\n    return x ** y",
+                                  "from functools import wraps\ndef w(g):\n    @wraps(g)\n    def h(*a, **k):\n        return g(*a, **k)\n    return h\n"
+                                  "@w\ndef f(x, y=2):\n    return x ** y"])
+def test_an_induction_task_does_not_hide_a_call_that_it_shows(executor, head, inputs):
+    task = Task("induction", head, inputs=inputs, message="m")
+    assert KINDS["induction"].complete(task, executor.run(KINDS["induction"].runs(task))) is None
+    more = replace(task, inputs=(*inputs, "3"))
+    assert KINDS["induction"].complete(more, executor.run(KINDS["induction"].runs(more))).inputs == (inputs[0], "3")
+
+
 def test_edit_distance_orders_programs_as_a_person_would():
     base = "def f(x):\n    return x + 1"
     assert edit_distance(base, base) == 0
