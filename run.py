@@ -17,6 +17,7 @@ import pickle
 import platform
 import random
 import re
+import resource
 import shutil
 import statistics
 import sys
@@ -259,7 +260,7 @@ class Follower:
         return False
 
     def record(self, *arguments):
-        """Rank 0 does it. Likewise for the methods below."""
+        """Left to rank 0, like the methods named below."""
 
     append = show = draw = close = abandon = record
 
@@ -478,6 +479,41 @@ def layout(rows, markdown):
         rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
         lines.insert(1, f"| {' | '.join(rule)} |")
     return "\n".join(lines)
+
+
+def step_metrics(proposals, solutions, cfg):
+    """The metrics of a step that follow from its rollouts."""
+    metrics = {}
+    for kind in cfg.types:
+        new = [r for r in proposals if r.type == kind]
+        solved = [r for r in solutions if r.type == kind]
+        tried = new if cfg.samples else []
+        metrics |= {
+            f"propose/{kind}/valid": average(r.verdict is Verdict.VALID for r in new),
+            f"propose/{kind}/reward": average(r.reward for r in new),
+            f"propose/{kind}/learnable": average(r.solve_rate not in (None, 0, 1) for r in tried),
+            f"propose/{kind}/solve_rate": average(r.solve_rate for r in new),
+            f"response_tokens/propose/{kind}": average(len(r.response_ids) for r in new),
+            f"solve/{kind}/accuracy": average(r.verdict is Verdict.CORRECT for r in solved),
+            f"solve/{kind}/reward": average(r.reward for r in solved),
+            f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
+            f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
+    metrics["truncated"] = average(r.truncated for r in proposals + solutions)
+    for name in ("unique_ast", "edit_distance", "complexity", "answers", "trivial"):
+        metrics[f"diversity/{name}"] = average(r.traits.get(name) for r in proposals)
+    return metrics
+
+
+def cost(rollouts, clock):
+    """Seconds by phase, sampled tokens a second, and the most memory held: in this step, on a CPU so far."""
+    memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    metrics = {f"seconds/{phase}": round(clock[phase], 3)
+               for phase in ("generate", "execute", "update", "total")}
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    return metrics | {"tokens_per_second": round(tokens / clock["generate"], 1),
+                      "memory_gb": round(memory / 2 ** 30, 3)}
 
 
 def heldout_table(metrics, name):

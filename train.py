@@ -7,7 +7,6 @@ Read `train` first: it is Algorithm 1 of the paper (Zhao et al. 2025, arXiv 2505
 import argparse
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -26,8 +25,8 @@ from executor import Executor
 from model import SHIPPED, check_lengths, describe, load_policy
 from parallel import say
 from rewards import Verdict, set_advantages, set_rewards
-from run import (Follower, Run, State, average, flag, mean_score, pick_samples, printable_output, screen,
-                 seeding_figures, why_none_is_valid)
+from run import (Follower, Run, State, cost, flag, mean_score, pick_samples, printable_output, screen,
+                 seeding_figures, step_metrics, why_none_is_valid)
 from sampling import Sampler
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
@@ -292,41 +291,6 @@ def measure(actor, heldout):
 
 def sizes(buffer):
     return {f"buffer/{kind}": len(tasks) for kind, tasks in buffer.tasks.items()}
-
-
-def step_metrics(proposals, solutions, cfg):
-    """The metrics of a step that follow from its rollouts."""
-    metrics = {}
-    for kind in cfg.types:
-        new = [r for r in proposals if r.type == kind]
-        solved = [r for r in solutions if r.type == kind]
-        tried = new if cfg.samples else []
-        metrics |= {
-            f"propose/{kind}/valid": average(r.verdict is Verdict.VALID for r in new),
-            f"propose/{kind}/reward": average(r.reward for r in new),
-            f"propose/{kind}/learnable": average(r.solve_rate not in (None, 0, 1) for r in tried),
-            f"propose/{kind}/solve_rate": average(r.solve_rate for r in new),
-            f"response_tokens/propose/{kind}": average(len(r.response_ids) for r in new),
-            f"solve/{kind}/accuracy": average(r.verdict is Verdict.CORRECT for r in solved),
-            f"solve/{kind}/reward": average(r.reward for r in solved),
-            f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
-            f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
-    metrics["truncated"] = average(r.truncated for r in proposals + solutions)
-    for name in ("unique_ast", "edit_distance", "complexity", "answers", "trivial"):
-        metrics[f"diversity/{name}"] = average(r.traits.get(name) for r in proposals)
-    return metrics
-
-
-def cost(rollouts, clock):
-    """Seconds by phase, sampled tokens a second, and the most memory held: in this step, on a CPU so far."""
-    memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    metrics = {f"seconds/{phase}": round(clock[phase], 3)
-               for phase in ("generate", "execute", "update", "total")}
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    return metrics | {"tokens_per_second": round(tokens / clock["generate"], 1),
-                      "memory_gb": round(memory / 2 ** 30, 3)}
 
 
 # --- the command line -------------------------------------------------------------------------------

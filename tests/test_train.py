@@ -354,7 +354,7 @@ def test_the_figures_of_a_step_are_those_of_its_rollouts():
                  made("propose", Verdict.VALID, 3, 0.0), made("propose", Verdict.MALFORMED, 6, -1.0)]
     solutions = [made("solve", Verdict.CORRECT, 2, 1.0), made("solve", Verdict.WRONG, 4, -0.5),
                  made("solve", Verdict.MALFORMED, 6, -1.0), made("solve", Verdict.TRUNCATED, 8, -1.0)]
-    assert train.step_metrics(proposals, solutions, train.Config(types=("deduction",))) == {
+    assert run_folder.step_metrics(proposals, solutions, train.Config(types=("deduction",))) == {
         "propose/deduction/valid": 0.75, "propose/deduction/reward": -0.125, "propose/deduction/learnable": 0.25,
         "propose/deduction/solve_rate": 0.75, "response_tokens/propose/deduction": 3, "solve/deduction/accuracy": 0.25,
         "solve/deduction/reward": -0.375, "solve/deduction/well_formed": 0.5, "response_tokens/solve/deduction": 5,
