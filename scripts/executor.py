@@ -99,7 +99,7 @@ def main():
         for workers in (1, 2):
             with Executor(workers=workers) as executor:
                 rows[f"Executor.{name}"].append(rate(getattr(executor, name), jobs(500)))
-    for name, one, size in (("`python -c` for each run", interpreter, 20), ("a pool that stays dirty", dirty, 2000)):
+    for name, one, size in (("`python -c` for each run", interpreter, 20), ("a pool that reuses its processes", dirty, 2000)):
         rows[name] = []
         for workers in (1, 2):
             with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
