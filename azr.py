@@ -1,20 +1,21 @@
 """One policy, two roles: it proposes tasks, solves them, and is updated with TRR++.
 
-    Actor         the policy at work; its `self_play` is Algorithm 1 up to the rewards
-    accept        repeats out, the rest into the buffer
+    Actor         samples and judges; its `self_play` is Algorithm 1 up to the rewards
+    accept        drops duplicates and puts the rest into the buffer
     trr_update    one clipped policy-gradient step over all rollouts of a step
     policy_loss   equation 9, the place to change the loss
-    heldout_accuracy   what the policy has learned: greedy answers to tasks that it never trained on
+    heldout_accuracy   accuracy of greedy answers to tasks that are never trained on
 
-What other trainers have and this one leaves out, as the paper does:
+Left out, compared with other trainers, because the paper does:
 
 1. No KL term and no reference model.
-2. One update a step, so the policy that is trained is the one that sampled, and the ratio of PPO is 1.
+2. One update a step, so that the trained policy is the one that sampled, and the ratio of PPO is 1.
 3. No value network: advantages compare responses of one role and type (six groups).
 4. The loss is the mean over all response tokens of the step, not over responses.
 
 Tensors carry their axes as a suffix: N response tokens of all rows laid end to end, R responses. Token ids
-are stored when they are sampled and never made again from text: what is trained is exactly what was sampled.
+are stored when they are sampled and never recomputed from text, so that the trained tokens are exactly the
+sampled ones.
 """
 
 import contextlib
@@ -37,13 +38,13 @@ from tasks import (KINDS, ZERO_TRIPLET, Task, UsageError, complexity, edit_dista
                    parse_proposal, propose_prompt, solve_prompt, within_limits)
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, and few rows of unequal length are padded
+CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, since the few unequal rows are padded
 
 
 # --- self-play --------------------------------------------------------------------------------------
 
 class Actor:
-    """The policy at work: it samples responses, and the sandbox runs what they wrote, both at the same time.
+    """Samples responses with the policy while the sandbox runs the programs of earlier ones.
 
     sampler: a `sampling.Sampler`, or another class with its methods. clock: seconds by phase, "generate" in
     the sampler and "execute" waiting for the sandbox.
@@ -51,7 +52,7 @@ class Actor:
 
     def __init__(self, policy, sampler, executor, cfg):
         self.policy, self.sampler, self.executor, self.cfg = policy, sampler, executor, cfg
-        self.sandbox = ThreadPoolExecutor(1)  # one thread: an Executor is not for several at once
+        self.sandbox = ThreadPoolExecutor(1)  # one thread, because an Executor does not support several
         self.clock = Counter()
 
     def self_play(self, buffer):
@@ -60,9 +61,9 @@ class Actor:
         PROPOSE: for each type B new tasks, given K tasks from the buffer; those that are valid and new join
         the buffer, and are tried n times. SOLVE: for each type B tasks, this step's new ones first.
 
-        Nobody waits for the longest response: a proposal is run as soon as it has ended, and the tries and
-        the solution of its task join while other proposals are still being written. A proposal that brings
-        no new task gives its place among the solutions to a task from the buffer.
+        No rollout waits for the longest response. A proposal is run as soon as it has ended, and tries and
+        solution of its task join while other proposals are still being sampled. A proposal that brings no
+        new task is replaced by a task from the buffer, so that there are always B solutions of each type.
         """
         cfg = self.cfg
         proposals = self.proposal_requests(buffer, cfg.types)
@@ -124,8 +125,8 @@ class Actor:
         return requests
 
     def _play_alone(self, waiting, temperature):
-        """`play` of one rank. What ended in a segment is run while the next one is sampled, and is settled at
-        the end of that: so the order of all random numbers depends on tokens alone, never on the clock."""
+        """`play` of one rank. Rollouts that ended in a segment are run while the next one is sampled, and are
+        settled at its end. So the order of random numbers depends on tokens and not on the clock."""
         running = None
         while waiting or running:
             stream = self.sampler.stream(waiting, self.cfg.max_response, temperature)
@@ -140,7 +141,7 @@ class Actor:
                     yield settled
                 if ended:
                     running = _Trial(self, ended)
-                    yield running.malformed  # they wait for no run
+                    yield running.malformed  # they need no run
 
     @contextlib.contextmanager
     def timed(self, phase):
@@ -165,14 +166,14 @@ class Actor:
             references = buffer.references(cfg.references)
         else:
             program = buffer.program()
-            if cfg.frame == "examples":  # the long question shows no references beside a given program
+            if cfg.frame == "examples":  # the long question shows no references with a given program
                 references = buffer.references(cfg.references, kind)
         while True:
             question = propose_prompt(kind, references, program, cfg.inputs, cfg.frame)
             prompt_ids = self.policy.encode(question)
             if len(prompt_ids) <= cfg.max_prompt:
                 break
-            if references:  # a long reference leaves, never half of it
+            if references:  # references are dropped, never cut
                 references.pop()
             elif program and program != ZERO_TRIPLET.program:
                 program = ZERO_TRIPLET.program
@@ -194,8 +195,8 @@ class Actor:
 
 
 class _Trial:
-    """Sampled rollouts while the sandbox runs what they wrote. Texts are parsed and tokenized here, and only
-    the runs are left to the other thread, because a tokenizer is not for several threads."""
+    """Sampled rollouts while the sandbox runs their programs. Texts are parsed and tokenized here, and only
+    the runs happen in the other thread, because a tokenizer does not support several threads."""
 
     def __init__(self, actor, rollouts):
         self.policy, self.cfg = actor.policy, actor.cfg
@@ -232,7 +233,7 @@ class _Trial:
         return [rollout for rollout, _ in self.drafts + self.answers]
 
     def completed(self, draft, runs):
-        """Make a well-formed proposal a task by its runs. → (Task or None, Verdict, reason)"""
+        """Turn a well-formed proposal into a task by its runs. → (Task or None, Verdict, reason)"""
         task = KINDS[draft.type].complete(draft, runs)
         if task is None:
             verdict, reason = blame(runs, Verdict.INVALID)
@@ -253,12 +254,12 @@ class _Trial:
 
 
 def accept(proposals, buffer, cfg, types=None, limit=math.inf):
-    """Put the valid proposals into the buffer, and mark repeats as such. → [Task], the new ones
+    """Put valid proposals into the buffer, and mark duplicates. → [Task], the new ones
 
     types: the types that a task joins (None: its own; seeds are shared). limit: most new tasks.
 
-    Not in the paper (--no-dedup): a program that was seen before earns nothing and is not stored. Without
-    this the proposer finds that repeating one learnable program pays best.
+    Deduplication is not in the paper (--no-dedup): a duplicate program gets no reward and is not stored.
+    Otherwise the proposer learns to repeat one learnable program, because that pays best.
     """
     new = []
     for proposal in proposals:
@@ -295,8 +296,8 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
 
     The loss is `policy_loss` minus cfg.entropy_coef times the mean entropy. The batch is split into
     micro-batches of at most `micro_tokens` tokens (padding counted; None: cfg.micro_tokens), and each is
-    divided by the whole batch's token count, so the split changes neither loss nor gradient. Out of GPU
-    memory: the micro-batch halves and the step is done again. No sample is dropped.
+    divided by the token count of the full batch, so that the split changes neither loss nor gradient. If GPU
+    memory runs out, the micro-batch is halved and the step is repeated. No sample is dropped.
 
     Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm), sampler_gap, and
     micro_tokens, halved if memory ran out. sampler_gap is the mean absolute difference, in nats over all
@@ -336,7 +337,7 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
     if math.isfinite(norm):
         optimizer.step()
         metrics["grad_norm"] = norm
-    else:  # fp16 can overflow; one step lost is better than all weights
+    else:  # fp16 can overflow, and NaN would destroy all weights
         warnings.warn("the gradient is not finite: this update is skipped")
     optimizer.zero_grad(set_to_none=True)
     policy.causal.eval()
@@ -430,7 +431,7 @@ def _shared_rows(rollouts, budget):
     for rollout in rollouts:
         prompt = tuple(rollout.prompt_ids)
         if len(prompt) < len(rollout.response_ids):
-            # beside long responses the columns that the mask hides cost more than a short prompt
+            # with long responses the masked columns cost more than reading a short prompt again
             rows.append([rollout])
             continue
         row = open_rows.get(prompt)
@@ -446,7 +447,7 @@ def _row_tokens(row):
 
 
 def fit_micro_tokens(policy, cfg, memory=None):
-    """Tokens of a micro-batch that memory holds, at most cfg.micro_tokens. → int
+    """Tokens of a micro-batch that fit into memory, at most cfg.micro_tokens. → int
 
     memory: bytes of the card; None: this machine's. Bytes are a fit to scripts/memory.py, of which 2.2e9 are
     for CUDA, gradients and AdamW. On a CPU a third of the free memory bounds it, and CPU_TOKENS, because
@@ -516,7 +517,7 @@ def _heldout_rows(source):
 
 @contextlib.contextmanager
 def reaching_the_hub():
-    """The library `datasets`, slow to import; what it and the network raise inside becomes an OSError."""
+    """Yields the library `datasets` (slow to import). Errors of it or of the network become an OSError."""
     import datasets
     from huggingface_hub.utils import httpx
     try:
@@ -526,7 +527,7 @@ def reaching_the_hub():
 
 
 def _parts(row):
-    """A row of CRUXEval is a task of each type that a triplet can be; any other is one task."""
+    """The tasks of a row: one of each triplet type for a row of CRUXEval, otherwise the row itself."""
     if "code" not in row:
         return [row]
     return [{"split": "cruxeval", "type": kind, "program": row["code"], **row}

@@ -3,13 +3,13 @@
     with Executor(timeout=5.0) as executor:
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
-Each worker is a lean interpreter with every allowed module loaded. It forks a fresh process for each run, and
-another process watches the clock. The caller never evaluates, compiles or unpickles what a model wrote: it
-reads canonical literals, compares them itself, and refuses any other report. The worst that a program can do
-by forging its report is to "return" a value, and a `call`, of its choice.
+Each worker is a small interpreter with every allowed module loaded. It forks a fresh process for each run,
+and another process watches the clock. The caller never evaluates, compiles or unpickles text from a model: it
+reads canonical literals, compares them itself, and refuses any other report. By forging its report, a program
+can at worst "return" a value, and a `call`, of its choice.
 
 Covered:
-  other runs      each run is a fresh process, and so is each input that is code: none sees or changes another
+  other runs      a fresh process for each run and each input that is code: none can see or affect another
   loops, sleep    'timeout', by a clock outside the run. Waiting for a core does not count
   memory, forks   rlimits: 'memory'. They also bound the size of the report
   the system      seccomp leaves a run its own memory, its job and its report. No files, programs, network,
@@ -21,8 +21,8 @@ Not covered:
   bugs of the kernel, and side channels of the hardware
   machine code: it finds random bits and the core in the processor, and the number of its thread in memory
   programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
-docs/sandbox.md has each kind of attack, and the small print. The caller needs 512 KiB of stack. Not for
-several threads at once, and not for Windows.
+docs/sandbox.md has each kind of attack, and the details. The caller needs 512 KiB of stack. An Executor
+does not support several threads at once, nor Windows.
 """
 
 import ast
@@ -54,7 +54,7 @@ ALLOWED = frozenset("""
     __future__ abc array base64 binascii bisect cmath collections contextlib copy dataclasses decimal difflib
     enum fractions functools graphlib heapq html itertools json keyword math numbers operator pprint re
     reprlib statistics string struct textwrap types typing unicodedata""".split())
-# What these load only when it is needed, which a run cannot.
+# Modules that these load lazily. A run cannot load any, because it cannot open files.
 _PRELOADED = "annotationlib collections.abc html.entities html.parser json.decoder tokenize".split() + [
     f"encodings.{name}" for name in """ascii base64_codec big5 cp437 cp1251 cp1252 euc_jp gbk hex_codec idna
     iso8859_2 iso8859_15 koi8_r latin_1 punycode raw_unicode_escape rot_13 shift_jis unicode_escape utf_7
@@ -65,7 +65,7 @@ MAX_DEPTH = 80         # brackets within brackets in a literal
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of one run. `status` is 'ok', or why there is no value:
+    """Outcome of one run. `status` is 'ok', or the reason why there is no value:
 
     'syntax'           the program or the input does not parse
     'error'            it raised an exception, or has no function f
@@ -183,7 +183,7 @@ def _describe(error):
 # all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
 _SEEDS = (24, 267, 331)
 _OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
-_LITERAL, _INPUT, _PROGRAM = range(3)  # what a run is for: a literal; an input that is code; a program
+_LITERAL, _INPUT, _PROGRAM = range(3)  # purpose of a run: a literal, an input that is code, a program
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
 _NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
@@ -201,13 +201,13 @@ _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|Fals
 
 class Executor(AbstractContextManager):
     """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
-    close(). Warns once, at the start, if this system denies the sandbox a wall.
+    close(). Warns once, at the start, if a layer of the sandbox is not available on this system.
 
-    timeout    seconds of one run, also of one that evaluates an input, from its own start. At its limit it
-               goes on while it waits for a core: a busy machine gives the same verdicts
+    timeout    seconds of one run, also of one that evaluates an input, from its own start. Time spent waiting
+               for a core does not count, so that a busy machine gives the same verdicts
     memory_mb  memory of one run, on top of the interpreter's
-    allow      modules that programs may import beside ALLOWED; only the walls of the system hold back what
-               these can do, and time or datetime open the clock
+    allow      modules that programs may import in addition to ALLOWED. Only seccomp and namespaces limit what
+               these can do. For example, time and datetime give access to the clock
     max_text   characters in a program, an input, or an output
     """
 
@@ -228,12 +228,12 @@ class Executor(AbstractContextManager):
             if not all([worker.promises for worker in first]):
                 raise RuntimeError("a sandbox worker did not start")
             if weak := json.loads(first[0].promises):
-                warnings.warn("this system denies the sandbox some of its walls; programs could: "
+                warnings.warn("some sandbox layers are not available on this system; untrusted code could: "
                               + "; ".join(weak), RuntimeWarning, stacklevel=2)
             failure.pop_all()
 
     def close(self, *exception):
-        """Ends the workers and all that they run. May be called again; nothing else may."""
+        """End the workers and their runs. Afterwards, only close() may be called again."""
         while self._idle:
             for worker in self._idle.popitem()[1]:
                 worker.kill()

@@ -1,8 +1,8 @@
 """The policy: load a causal language model, frame its prompts, and take the logprobs of its responses.
 
-    load_policy        base model (4-bit on a GPU) + LoRA, with a check that this code reads it right
-    save_policy        what was trained, as a folder for others to load
-    describe           one line on what is trained, and in which precision the rest is held
+    load_policy        base model (4-bit on a GPU) + LoRA, checked against transformers
+    save_policy        the trained weights, as a folder for other programs to load
+    describe           one line on the trained weights and the precision of the rest
     check_lengths      whether prompt and response fit into the model's context
     Policy.encode      a question as token ids
     response_logprobs  the forward pass of the update
@@ -52,8 +52,8 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "gemma": "google"}
-# All that transformers, peft and safetensors raise for a wrong name, a damaged file, a missing package, or a
-# model that they, or we, cannot run
+# What transformers, peft and safetensors raise for a wrong name, a damaged file, a missing package, or a
+# model that is not supported
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
                   AssertionError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -95,7 +95,7 @@ class Policy:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def encode_text(self, text):
-        """A text without a chat template as token ids, for the model to go on with."""
+        """A text as token ids, without a chat template, for the model to continue."""
         ids = self.tokenizer(text).input_ids
         while ids and ids[-1] in self.end_ids:  # some tokenizers append their end token to every text
             ids.pop()
@@ -122,7 +122,7 @@ class Policy:
         return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
 
     def trainable(self):
-        """{name: parameter} of all that the update changes."""
+        """{name: parameter} of the trained weights."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
@@ -146,21 +146,21 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     `resolve_model`). quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA.
     dtype: 'bf16', 'fp16', 'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, alpha twice the rank;
     0 trains every weight that a text runs through. adapter: a PEFT folder to start from instead of fresh LoRA
-    weights. trained=False saves memory where only answers are wanted. frame: a model with a chat template
+    weights. trained=False saves memory for inference. frame: a model with a chat template
     uses it for the frame "long" alone. date: "YYYY-MM-DD" for chat templates that write today's date, so that
     a run has one; None: today.
-    Raises UsageError if the model cannot be had, fails `check_policy`, or the choices do not fit together.
+    Raises UsageError if the model is not available, fails `check_policy`, or options contradict each other.
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # their matrices are too small for more
+        torch.set_num_threads(1)  # because their matrices are too small for more threads
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":  # that of this rank
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"{device} is no device that torch can use here, with {torch.cuda.device_count()} "
-                         "GPUs; give --device cuda:0 or cpu, or start fewer ranks") from error
+        raise UsageError(f"torch cannot use device {device!r} ({torch.cuda.device_count()} GPUs visible); "
+                         "use --device cpu or cuda:0, or launch fewer processes") from error
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)  # where graphs are captured and memory is counted
@@ -213,8 +213,8 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
 def turn_end(tokenizer):
     """The token with which a chat template closes the model's turn. → id, or None if there is none
 
-    Base models need it as well. By their files Qwen's end with <|endoftext|>, but behind an answer they write
-    the <|im_end|> of their template. A closing that is ordinary text is no token.
+    Base models need it as well. For example, the files of Qwen's name <|endoftext|>, but after an answer they
+    write the <|im_end|> of their template. A closing that is ordinary text is no token.
     """
     if not tokenizer.chat_template:
         return None
@@ -249,12 +249,12 @@ def _load_base(name, dtype, in_4bit, device):
     tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
     if tokens > vocabulary:
         raise UsageError(f"the tokenizer of {name!r} has {tokens} tokens and its model {vocabulary}: they "
-                         "belong to two models; give a folder with both from one")
+                         "belong to different models; give a folder with a matching pair")
     for module in model.modules():
         if device.type == "cpu" and hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would pack its weights for inference, and take them for unpacked ones in training
             module.support_avx512bf16_for_cpu = False
-        # with dropout or noise in a router, what trains would not be the policy that samples
+        # with dropout or noise in a router, the trained policy would not be the one that samples
         for attribute, value in [*vars(module).items()]:
             if isinstance(value, float) and ("drop" in attribute or isinstance(module, torch.nn.Dropout)):
                 setattr(module, attribute, 0.0)
@@ -272,7 +272,7 @@ def _from_pretrained(source, dtype, in_4bit, device):
     """The model of a folder or of the hub, as the class that its checkpoint names. → transformers model"""
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
-        raise UsageError(f"{source} reads with an encoder; only models that go on with a text can be trained")
+        raise UsageError(f"{source} has an encoder; only causal language models can be trained")
     quantized = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     if in_4bit and quantized != "bitsandbytes":
         raise UsageError(f"{source} is quantized already ({quantized}): use --quantize none")
@@ -296,7 +296,7 @@ def _from_pretrained(source, dtype, in_4bit, device):
 def read_gguf(path, dtype, device="cpu"):
     """A GGUF file, with its weights unpacked to `dtype`. → (tokenizer, transformers model)
 
-    transformers reads it, but for three things that are put right here.
+    transformers reads it, and three of its errors are corrected here.
     """
     # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
     # and everywhere a mark of it that makes the saved model one that is quantized.
@@ -346,7 +346,7 @@ def _loading(action, advice=""):
         raise UsageError(f"cannot {action}: {reason.rstrip('.')}. {advice}".rstrip(". ")) from error
 
 
-# --- what is trained --------------------------------------------------------------------------------
+# --- trained weights --------------------------------------------------------------------------------
 
 @torch.no_grad()
 def _modules_of_text(model, tokenizer):

@@ -1,9 +1,9 @@
 """Several processes, one policy: torchrun --nproc-per-node 4 train.py
 
-Each process, a *rank*, holds the whole policy, the same buffers, and the same random numbers for all that is
-chosen. They differ in what each samples and judges (`spread`), in its part of the gradient (`sum_gradients`),
-and in that rank 0 alone writes. With a single process, every function here does nothing. All communication
-uses gloo, also in the tests.
+Each process, a *rank*, holds the complete policy, the same buffers, and the same random state for choosing
+tasks. Each samples and judges its own share (`spread`) and computes its part of the gradient
+(`sum_gradients`). Only rank 0 writes files. With a single process, every function here does nothing. All
+communication uses gloo, also in the tests.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-PATIENCE = timedelta(minutes=30)  # how long ranks wait for the slowest; one that hangs ends all after this
+PATIENCE = timedelta(minutes=30)  # ranks wait this long for the slowest one, and then all end
 
 
 class RankError(OSError):
-    """A rank is lost, or is no longer what the others are."""
+    """A rank is lost, or its weights differ from the others'."""
 
 
 @contextlib.contextmanager
 def joined():
-    """In this context the processes that torchrun has started are the ranks of one run."""
+    """Context in which the processes started by torchrun are the ranks of one run."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
@@ -44,13 +44,13 @@ def ranks():
 
 
 def say(text):
-    """Rank 0 says it on standard error, above the progress bar."""
+    """Print on standard error, above the progress bar. Only rank 0 prints."""
     if rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 def workers():
-    """Sandbox workers of this rank, which shares the cores with others; None, for all cores, if alone."""
+    """Sandbox workers of this rank, which shares the cores with others. None (all cores) for one process."""
     return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks() > 1 else None
 
 
@@ -61,7 +61,10 @@ def seed_sampling(rng):
 
 
 def share(rollouts, group=id):
-    """This rank's: groups of the same group(rollout), dealt by tokens, longest first, back and forth."""
+    """The rollouts of this rank. Those of the same group(rollout) stay together.
+
+    The groups are dealt out by their number of tokens, longest first, in alternating order of the ranks.
+    """
     groups = {}
     for rollout in rollouts:
         groups.setdefault(group(rollout), []).append(rollout)
@@ -75,7 +78,10 @@ def share(rollouts, group=id):
 
 
 def spread(requests, work):
-    """work(requests), which gives as many results for each, next to each other. → the same on every rank"""
+    """work(requests), divided among the ranks. → its results on every rank, in the order of the requests
+
+    work returns equally many results for each request, next to each other.
+    """
     if ranks() == 1:
         return work(requests)
     mine = share(requests)
@@ -107,7 +113,7 @@ def sum_gradients(parameters, figures):
 
 
 def gather(value):
-    """What each rank has, in their order, on every rank."""
+    """The value of each rank, in order, on every rank."""
     values = [value] * ranks()
     if ranks() > 1:
         _together(dist.all_gather_object, values, value)
@@ -115,12 +121,12 @@ def gather(value):
 
 
 def of_first(value):
-    """What rank 0 has, on every rank."""
+    """The value of rank 0, on every rank."""
     return gather(value)[0]
 
 
 def check_same(tensors):
-    """Raises RankError if the ranks' tensors are not equal to the bit, as those of one policy must be."""
+    """Raises RankError unless the tensors of all ranks are equal to the bit, as for one policy."""
     digest = hashlib.sha256()
     for tensor in tensors if ranks() > 1 else ():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -131,7 +137,7 @@ def check_same(tensors):
 
 
 def _together(collective, *values):
-    """What all ranks do at once. Raises RankError, which on rank 0 names those that did not come."""
+    """A collective operation. Raises RankError, which on rank 0 names the missing ranks."""
     try:
         dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)
         collective(*values)

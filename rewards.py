@@ -20,7 +20,7 @@ MALFORMED = -1.0   # not in the format that was asked for, also when cut off at 
 
 
 class Verdict(str, Enum):
-    """The outcome of a response; its value is the word in the logs."""
+    """Outcome of a response. The value is what appears in the logs."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -41,12 +41,12 @@ class Rollout:
     response_ids: list = field(default_factory=list)  # up to the end token, or the one that closes </answer>
     logps: list = field(default_factory=list)  # of each response token, in nats at temperature 1, as sampled
     response: str = ""              # the same as text
-    verdict: Verdict | None = None  # None until it was sampled and judged
+    verdict: Verdict | None = None  # None until the response is sampled and judged
     reason: str = ""                # for the verdict, such as "unsafe: imports os"
     task: Task | None = None        # the solver's task, or the valid task that was proposed
     program: str = ""               # the program that the proposer was given (induction only)
     references: list = field(default_factory=list)  # programs that the proposer was shown
-    repeat: bool = False            # a valid proposal whose program was seen before, and which is not stored
+    repeat: bool = False            # a valid proposal whose program is a duplicate, so that it is not stored
     solve_rate: float | None = None  # of a new task: share of its n tries that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
@@ -69,7 +69,7 @@ class Rollout:
 # --- verdicts ---------------------------------------------------------------------------------------
 
 def is_correct(tasks, answers, executor):
-    """Judge solver answers; the verdict needs no model and no trust in the text.
+    """Judge solver answers. The verdict needs no model and does not trust the text.
 
     tasks: [Task]; answers: [str or None], None for a malformed response. → [bool], in order.
 
@@ -91,7 +91,7 @@ def judge(tasks, answers, executor):
         checks.append([] if answer is None else KINDS[task.type].judge(task, answer))
     jobs = {}
     for check in checks:
-        jobs |= dict.fromkeys((program, text) for program, text, _ in check)  # tries often say the same
+        jobs |= dict.fromkeys((program, text) for program, text, _ in check)  # tries often have equal answers
     programs = [job for job in jobs if job[0] is not None]
     literals = [job for job in jobs if job[0] is None]
     runs = dict(zip(programs, executor.run(programs)))
@@ -112,7 +112,7 @@ def _verdict(compared):
 
 
 def blame(runs, verdict):
-    """(`verdict`, or UNSAFE if the sandbox refused a run; the error of the first run that failed, or '')"""
+    """A failure. → (`verdict`, or UNSAFE if the sandbox refused a run; the first error or '')"""
     failed = [run for run in runs if not run.ok]
     reason = f"{failed[0].status}: {failed[0].error}" if failed else ""
     refused = any(run.status == "unsafe" for run in failed)
@@ -244,7 +244,7 @@ def groups_of(rollouts, baseline):
 
 
 def shuffled(rewards, groups, rng):
-    """A control: the same rewards in each group, but no longer those of the responses."""
+    """A control: the rewards of each group, shuffled among its responses."""
     result = list(rewards)
     for group in dict.fromkeys(groups):
         places = [place for place, other in enumerate(groups) if other == group]

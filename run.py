@@ -1,6 +1,6 @@
-"""The run folder: what a run writes, and what a person sees of it.
+"""The run folder: logs, checkpoint, curves, alarms and flags.
 
-    Run            logs, the newest whole checkpoint, adapter, lock; resumes exactly
+    Run            logs, the newest complete checkpoint, adapter and lock
     snapshot, load the checkpoint
     alarms         figures that have left their bands
     screen         responses that a person should read
@@ -42,11 +42,11 @@ from tasks import UsageError
 # --- the folder -------------------------------------------------------------------------------------
 
 class Run:
-    """A run's folder: config, logs, the newest whole checkpoint, adapter, picture.
+    """The folder of a run: config, logs, the newest complete checkpoint, adapter and curves.
 
-    Logs are appended a line at a time; a checkpoint replaces the one before it in a single rename.
+    Logs are appended a line at a time. A checkpoint replaces the previous one in a single rename.
     A run that was killed therefore loses at most the steps since its checkpoint: `restore` cuts the
-    logs back to that step, and the steps are done again exactly as they were (shipped models, on a CPU).
+    logs back to that step, and the steps are repeated exactly (shipped models, on a CPU).
     """
 
     LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
@@ -59,7 +59,7 @@ class Run:
         self.was_killed = False
 
     def create(self, cfg):
-        """Make the folder and write config.json. Raises UsageError rather than touch what is there."""
+        """Make the folder and write config.json. Raises UsageError if the folder is not empty."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if os.listdir(self.folder):
@@ -108,14 +108,14 @@ class Run:
             self.lock.release()
 
     def abandon(self):
-        """Remove what a run that could not start has made."""
+        """Remove the files of a run that could not start."""
         if self.folder.is_dir() and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
 
     def restore(self, cfg, state):
         """Take up the checkpoint and cut the logs back to its step. → the step, or None if there is none.
 
-        Nothing is written before all has been read. Raises UsageError.
+        Nothing is written until everything has been read. Raises UsageError.
         """
         step, logs = None, {name: [] for name in self.LOGS}
         content = parallel.of_first(self.checkpoint.read_bytes() if self.checkpoint.exists() else None)
@@ -141,7 +141,7 @@ class Run:
         return step
 
     def keep_changes(self, cfg):
-        """Write config.json anew if --resume came with other values."""
+        """Write config.json again if --resume came with other values."""
         stored = read_config(self.folder, {})
         changes = {name: value for name, value in asdict(cfg).items()
                    if value != stored[name] and name != "types"}
@@ -209,7 +209,7 @@ class Run:
         replace_file(self.checkpoint, content.getbuffer())
 
     def export(self, policy):
-        """The policy as a PEFT folder, or as a whole model if all weights are trained."""
+        """Write the policy as a PEFT folder, or as a full model if all weights are trained."""
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
         save_policy(policy, fresh)
@@ -272,7 +272,7 @@ class Follower:
 
 @dataclass
 class State:
-    """Everything that the next step depends on."""
+    """All the state that the next step depends on."""
 
     policy: object
     sampler: object
@@ -287,7 +287,7 @@ SNAPSHOT = {"step": int, "lines": dict, "weights": dict, "optimizer": dict, "buf
 
 
 def snapshot(state):
-    """The state as tensors and plain values. All ranks take it together, and must be alike."""
+    """The state as tensors and plain values. All ranks call it together, and must have equal weights."""
     weights = state.policy.trainable()
     parallel.check_same(weights.values())
     return {"weights": weights, "optimizer": state.optimizer.state_dict(), "buffer": state.buffer.state(),
@@ -297,7 +297,7 @@ def snapshot(state):
 
 
 def load(content, state):
-    """Put a checkpoint into its place. → its step, and the lines of the logs up to it. Raises UsageError."""
+    """Load a checkpoint into the state. → its step, and the lines of each log up to it. Raises UsageError."""
     try:
         stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         checked(stored, SNAPSHOT)
@@ -330,7 +330,7 @@ def printable_output():
 # --- logs and files ---------------------------------------------------------------------------------
 
 def pick_samples(step, rollouts, policy):
-    """One rollout of each role and type, whole, drawn afresh each step, as rows of samples.jsonl."""
+    """One random rollout of each role and type, complete, as rows of samples.jsonl."""
     names = "role type response verdict reason reward advantage solve_rate truncated".split()
     chosen = {(r.role, r.type): r for r in random.Random(step).sample(rollouts, len(rollouts))}
     rows = []
@@ -387,7 +387,7 @@ def checked(row, kinds):
 
 
 def write_through(path, mode, content):
-    """Write to a file and wait for the disk, so that a power cut takes nothing that came before."""
+    """Write to a file and wait for the disk, so that a power cut loses nothing written before."""
     with open(path, mode) as file:
         file.write(content)
         file.flush()
@@ -395,7 +395,7 @@ def write_through(path, mode, content):
 
 
 def replace_file(path, content):
-    """Write a file so that at any moment either the old or the new content is there, whole."""
+    """Replace a file in one step, so that it holds the old or the new content, complete, at any moment."""
     fresh = path.with_name(path.name + ".new")
     try:
         write_through(fresh, "wb", content)
@@ -549,12 +549,12 @@ WHAT_TO_TRY = {
 
 
 def why_none_is_valid(drafts):
-    """The commonest reason why no proposal is a valid task, one such response in full, and what to try."""
+    """The most common reason why no proposal is valid, one such response in full, and advice."""
     (verdict, reason), count = Counter((r.verdict, r.reason) for r in drafts).most_common(1)[0]
     response = next(r.response for r in drafts if (r.verdict, r.reason) == (verdict, reason))
     shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in response)
     return (f"no valid task in {len(drafts)} proposals; {count} of them are {verdict.value} {reason}\n"
-            f"--- one whole response ---\n{shown}\n--- what to try ---\n{WHAT_TO_TRY[verdict]}")
+            f"--- one complete response ---\n{shown}\n--- what to try ---\n{WHAT_TO_TRY[verdict]}")
 
 
 PANELS = {  # title: the metrics that are drawn
@@ -593,7 +593,7 @@ HELDOUT_REPEATS = 2    # evaluations in a row, because the best of many is partl
 
 @dataclass(frozen=True)
 class Band:
-    """Bounds of a figure, the mean over the metrics that match, and what to try outside of them."""
+    """Bounds of a figure (the mean over the matching metrics), and advice for values outside of them."""
 
     metrics: str
     low: float
@@ -607,30 +607,30 @@ BANDS = {
     # healthy runs of the tiny model stay above 0.7 for 60 steps, as a median of ten
     "new programs": Band("diversity/unique_ast", 0.3, 1, "the proposer repeats itself: lower --lr, raise "
                          "--entropy-coef or --references, and leave out --no-dedup"),
-    # healthy runs stay above 0.3; below 0.1 fewer than 2 of 16 proposals teach anything
-    "learnable": Band("propose/.+/learnable", 0.1, 1, "nearly all tasks are solved always or never: lower "
+    # healthy runs stay above 0.3. Below 0.1, fewer than 2 of 16 proposals give the solver a signal
+    "learnable": Band("propose/.+/learnable", 0.1, 1, "nearly all tasks are always or never solved: lower "
                       "--lr, raise --samples or --references, or try --zero-learnability official"),
     # a base model that cannot write the format stays near 0
     "valid": Band("propose/.+/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's "
                   "samples, raise --max-response, or take a stronger --model"),
-    # 1 but for groups of equal rewards
+    # 1, except for groups of equal rewards
     "signal": Band("signal", 0.1, 1, "hardly any response has an advantage, so hardly anything is learned: "
                    "raise --batch or --samples, or take another --model"),
     # 0 in fp32; half precision, 4-bit weights and other kernels make it some hundredths
     "sampler gap": Band("sampler_gap", 0, 0.1, "", "sampling and training give different probabilities, so "
                         "the update is off-policy: try --quantize none, or report the model"),
-    # a truncated response earns nothing, whatever it says; healthy runs stay below 0.05
-    "truncated": Band("truncated", 0, 0.3, "", "truncated responses earn nothing: raise --max-response, or "
+    # a truncated response is malformed, whatever it says. Healthy runs stay below 0.05
+    "truncated": Band("truncated", 0, 0.3, "", "truncated responses are malformed: raise --max-response, or "
                       "lower --lr if they ramble"),
     # In a healthy run of the tiny model, entropy falls from 0.44 to 0.36.
     "entropy": Band("entropy", 0.1, 3, "the policy has stopped exploring: raise --entropy-coef or lower --lr",
-                    "the policy is dissolving into noise: lower --lr or --entropy-coef", relative=True),
+                    "the policy samples almost at random: lower --lr or --entropy-coef", relative=True),
     # As the tiny model learns to reason, its answers grow from 20 to 34 tokens.
     "response length": Band("response_tokens/solve/.+", 1 / 3, 3, "the solver has stopped working through "
                             "its answers: read its samples, lower --lr", "read the samples: this is fine if "
                             "the text makes sense and held-out accuracy rises; if not, lower --lr or "
                             "--max-response", relative=True)}
-HELDOUT_ADVICE = ("if training accuracy holds, read samples with reward 1 to see what the judge lets pass; "
+HELDOUT_ADVICE = ("if training accuracy holds, read samples with reward 1, as the judge may be lenient; "
                   "if it falls as well, the solver became worse: lower --lr or raise --batch")
 
 

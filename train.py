@@ -31,10 +31,10 @@ from sampling import Sampler
 from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 
 
-# --- every number that shapes a run ----------------------------------------------------------------
+# --- settings ----------------------------------------------------------------
 
 def setting(text, *presets, low=0, high=10 ** 6, choices=None):
-    """A field of Config. Presets: the tiny model on a CPU, a 3B model on a 24 GB card, the paper; or one."""
+    """A field of Config. presets: tiny model on a CPU, 3B model on a 24 GB card, the paper; or one value."""
     if len(presets) == 1:
         presets = presets * 3
     return field(default=presets[0], metadata={"text": text, "presets": presets, "range": (low, high),
@@ -43,7 +43,7 @@ def setting(text, *presets, low=0, high=10 ** 6, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """A run's settings. Command line, ranges and config.json follow from its fields. Raises UsageError."""
+    """The settings of a run. Command line and config.json are derived from its fields. Raises UsageError."""
 
     # the algorithm
     model: str = setting("tiny or tiny/longer (shipped), a folder, or a Hugging Face name (Qwen2.5-3B)",
@@ -52,38 +52,39 @@ class Config:
     steps: int = setting("updates", 60, 200, 500, low=1)
     batch: int = setting("B: proposals, and solutions, for each type in a step", 16, 16, 64, low=1)
     samples: int = setting("n: tries that estimate a new task's learnability", 4, 8, 8)
-    references: int = setting("K: tasks from the buffer that the proposer is shown; 0 shows none", 2, 6, 6)
-    inputs: int = setting("N: inputs of an induction task; half of them stay hidden", 6, 10, 10, low=2)
+    references: int = setting("K: tasks from the buffer that the proposer is shown (0 for none)", 2, 6, 6)
+    inputs: int = setting("N: inputs of an induction task, half of which stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
-    buffer: int = setting("tasks kept for each type; a full buffer evicts at random", 16384, low=2)
+    buffer: int = setting("tasks kept for each type (a full buffer evicts at random)", 16384, low=2)
     frame: str = setting("prompts: the long instruction, or worked examples, with the references among them",
                          "long", "examples", "long", choices=("long", "examples"))
-    max_prompt: int = setting("tokens of a prompt; references are dropped until it fits", 512, 4096, 6144,
+    max_prompt: int = setting("most tokens of a prompt (references are dropped to fit)", 512, 4096, 6144,
                               low=1)
-    max_response: int = setting("tokens of a response; longer ones are malformed", 96, 2048, 8096, low=1)
+    max_response: int = setting("most tokens of a response (longer ones are malformed)", 96, 2048, 8096,
+                                low=1)
 
     # the update
     lr: float = setting("learning rate of AdamW (paper: of full fine-tuning)", 1e-4, 2e-5, 1e-6, low=1e-12)
     lr_final: float = setting("final learning rate as a fraction of --lr (linear decay)", 1.0, low=1e-12)
-    lora_rank: int = setting("LoRA rank on all linear layers, alpha twice it; 0: all weights", 32, 32, 0)
+    lora_rank: int = setting("LoRA rank on all linear layers (alpha = 2 × rank); 0: all weights", 32, 32, 0)
     entropy_coef: float = setting("weight of the entropy bonus in the loss", 0.001)
     solve_weight: float = setting("λ of equation 3: weight of the solver's advantages", 1.0)
     train_on_estimates: bool = setting(
-        "also train the solver on the n tries of each new task; the paper does not", False, True, False)
-    baseline: str = setting("advantages against the mean of a role and type (paper), or of one task's tries",
+        "also train the solver on the n tries of each new task (the paper does not)", False, True, False)
+    baseline: str = setting("baseline of advantages: mean of a role and type (paper), or of a task's tries",
                             "group", choices=("group", "task"))
     train_proposer: bool = setting("train the proposer (with --no-train-proposer it still proposes, but gets "
                                    "no gradient)", True)
     shuffle_rewards: bool = setting("control: rewards are shuffled within each group", False)
     dedup: bool = setting("give duplicate programs zero reward and keep them out of the buffer",
                           True, True, False)
-    zero_learnability: str = setting("reward of tasks solved never or always: paper 0, official code -0.5",
+    zero_learnability: str = setting("reward for tasks never or always solved: paper 0, official code -0.5",
                                      "paper", choices=("paper", "official"))
     clip: float = setting("ε of PPO's clip; with one update a step the ratio is 1", 0.2)
     max_grad_norm: float = setting("gradients are scaled down to this norm", 1.0, low=1e-12)
 
-    # what is measured and kept
-    eval_every: int = setting("steps between held-out evaluations; 0: only before and after", 10, 20, 20)
+    # evaluation and checkpoints
+    eval_every: int = setting("steps between held-out evaluations (0: only before and after)", 10, 20, 20)
     save_every: int = setting("steps between checkpoints", 5, low=1)
     heldout: str = setting("held-out tasks: a JSONL file, 'tiny', or 'cruxeval' (downloaded from the Hub; "
                            "falls back to 'tiny')", "tiny", "cruxeval", "cruxeval")
@@ -97,11 +98,11 @@ class Config:
                                "first day", None)
     quantize: str = setting("4-bit base weights; auto: on a GPU, with LoRA", "auto",
                             choices=("auto", "4bit", "none"))
-    device: str | None = setting("cuda, cuda:1 or cpu; default: cuda where there is one", None)
+    device: str | None = setting("cuda, cuda:1 or cpu; default: cuda if available", None)
     workers: int | None = setting("sandbox workers; default: all cores", None, low=1, high=512)
     timeout: float = setting("seconds a sandboxed run may take", 5.0, 10.0, 10.0, low=0.01, high=3600)
-    generate_batch: int = setting("responses sampled at once; 0: as free memory allows", 0)
-    micro_tokens: int = setting("tokens of a micro-batch, with padding; changes memory, not results",
+    generate_batch: int = setting("responses sampled at once (0: as many as fit into memory)", 0)
+    micro_tokens: int = setting("tokens of a micro-batch, with padding (affects memory, not results)",
                                 4096, 8192, 16384, low=1)
 
     def __post_init__(self):
@@ -114,17 +115,17 @@ class Config:
                 raise UsageError(f"{flag(knob.name)} is {value}; it must be between {low} and {high}")
         if self.samples < 2 and self.train_proposer:
             raise UsageError(f"--samples is {self.samples}, but learnability needs at least 2 tries a task: "
-                             "one try is solved always or never (use --no-train-proposer to go without)")
+                             "a single try is solved either always or never (or use --no-train-proposer)")
         has_tries = self.train_on_estimates and self.samples > 1
         if self.batch < 2 and not has_tries:
-            raise UsageError(f"--batch is {self.batch}, but an advantage compares at least 2 responses of a "
-                             "role and type (or use --train-on-estimates)")
+            raise UsageError(f"--batch is {self.batch}, but an advantage needs at least 2 responses of each "
+                             "role and type to compare (or use --train-on-estimates)")
         if not set(self.types) <= KINDS.keys() or len(set(self.types)) < len(self.types):
             raise UsageError(f"--types is {','.join(self.types)}; give some of {','.join(KINDS)}, each once")
 
 
 TINY, CARD, PAPER = range(3)
-# what --resume may change: length, place, memory, speed and what is measured, but not the algorithm
+# what --resume may change: length, device, memory, speed and evaluation, but not the algorithm
 KEPT = "steps save_every heldout device workers generate_batch micro_tokens".split()
 
 
@@ -215,7 +216,7 @@ def train(cfg, run):
 
 
 def trained_rollouts(proposals, tries, solutions, cfg):
-    """Those that the update sees: of both roles, and the tries at new tasks if they are to train as well."""
+    """The rollouts of the update: of both roles and, with cfg.train_on_estimates, the tries at new tasks."""
     rollouts = []
     if cfg.train_proposer:
         rollouts += proposals
@@ -265,7 +266,7 @@ def seed_buffers(actor, buffer, cfg, run, stop_requests):
 # --- metrics ----------------------------------------------------------------------------------------
 
 def heldout_tasks(cfg, executor):
-    """{"": [Task]} of the first split to measure, and {"<split>/": [Task]} of others. Raises UsageError."""
+    """{"": [Task]} for the first split to measure, {"<split>/": [Task]} for others. Raises UsageError."""
     splits = load_heldout(cfg.heldout, cfg.heldout_limit, executor)
     default = "easy" if "easy" in splits else ",".join(splits)
     names = (cfg.heldout_splits or default).split(",")
@@ -297,7 +298,7 @@ def sizes(buffer):
 
 @contextmanager
 def interruptible():
-    """Yields a list that fills when Ctrl-C or SIGTERM asks for an end after this step; twice is at once."""
+    """Yields a list that is non-empty after Ctrl-C or SIGTERM. A second signal raises KeyboardInterrupt."""
     requests = []
 
     def handle(number, frame):
@@ -316,7 +317,7 @@ def interruptible():
 
 
 def parse(arguments):
-    """The command line → {name: value} of what was given."""
+    """Parse the command line. → {name: value} of the options that were given"""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawTextHelpFormatter, argument_default=argparse.SUPPRESS,
         description="Self-play training of a language model on Python reasoning tasks, from zero data.")
@@ -326,7 +327,7 @@ def parse(arguments):
     add("--resume", metavar="RUN", help=f"resume this run; the only other flags allowed are\n{kept}\n"
         "and --max-flags")
     add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
-        "(holds for this process; give it again with --resume)")
+        "(not saved: give it again with --resume)")
     add("--paper", action="store_true", help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         text = knob.metadata["text"] + defaults_text(knob)
@@ -351,12 +352,12 @@ def defaults_text(knob):
 
 
 def configure(given):
-    """What was given → (Config, Run). Raises UsageError for values that cannot work."""
+    """Check the options that were given. → (Config, Run). Raises UsageError for invalid values."""
     for name, value in given.items():
         if value == "":
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
         if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
-            raise UsageError(f"--resume goes on with the run's own values; drop {flag(name)}")
+            raise UsageError(f"--resume uses the settings of the run; drop {flag(name)}")
     max_flags = given.get("max_flags", sys.maxsize)
     if max_flags < 0:
         raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")

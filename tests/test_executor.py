@@ -1650,7 +1650,7 @@ def test_a_run_has_its_report_open_and_nothing_else(tmp_path, monkeypatch):
                                       ('"[vvar" in name', '"no such mapping" in name')], ids=["no /proc", "sealed", "other names"])
 def test_a_clock_that_cannot_be_hidden_is_told_and_no_more(tmp_path, monkeypatch, old, new):
     leaky(tmp_path, old, new, monkeypatch)
-    with pytest.warns(RuntimeWarning, match="programs could: tell the time, and return other values later$"):
+    with pytest.warns(RuntimeWarning, match="untrusted code could: tell the time, and return other values later$"):
         executor = Executor(workers=1, timeout=5, memory_mb=600)
     with executor:
         runs = executor.run([("def f(x): return x", "1"), ("def f(x): return x", "[0] * 2"), ("import os\ndef f(): return 1", ""),

@@ -570,7 +570,7 @@ def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp
     samples = log(run, "samples.jsonl")
     assert len(samples) == 20 and {row["step"] for row in samples} == {0}  # one of each type in each of ten rounds
     first, last = said.index("no valid task in 8 proposals; 8 of them are truncated"), said.index("train.py: none of 40")
-    assert first < said.index("--- one whole response ---") < said.index("a higher --max-response") < last
+    assert first < said.index("--- one complete response ---") < said.index("a higher --max-response") < last
     assert said[last:].count("\n") == 1 and str(run / "samples.jsonl") in said[last:] and "Traceback" not in said
     assert "40 sampled, 0% well formed, 0% valid, " in said and not (run / "checkpoint").exists()
 
