@@ -109,7 +109,8 @@ class Run:
 
     def abandon(self):
         """Remove what a run that could not start has made."""
-        if self.folder.is_dir() and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
+        # unlike Path.is_dir, this one raises nothing for a name that is too long
+        if os.path.isdir(self.folder) and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
 
     def restore(self, cfg, state):
