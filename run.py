@@ -33,7 +33,6 @@ import torch
 from matplotlib.figure import Figure
 
 import parallel
-from model import save_policy
 from parallel import say
 from rewards import Verdict
 from tasks import UsageError
@@ -211,6 +210,7 @@ class Run:
 
     def export(self, policy):
         """The policy as a PEFT folder, or as a whole model if all weights are trained."""
+        from model import save_policy  # slow to import, and eval.py --judge needs none of it
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
         save_policy(policy, fresh)
