@@ -142,7 +142,7 @@ def encode(policy, problem, template, think=None):
     if template == "chat":
         if not policy.chat:
             raise UsageError("--template chat: this model has no chat template; use azr or plain")
-        text = policy.chat_text(question, thinking=think is not False)
+        text = policy.chat_text(question, thinking=think)
         return policy.tokenizer(text, add_special_tokens=False).input_ids
     if template == "examples" and hasattr(problem, "task"):
         question = solve_prompt(problem.task, "examples")
@@ -345,7 +345,7 @@ def parse(arguments):
         help="azr: training's --frame long (default); examples: its --frame examples (default for such a "
              "run); plain: the question alone; chat: the model's template")
     add("--think", action=argparse.BooleanOptionalAction,
-        help="with --template chat: its switch enable_thinking, if it has one; default: --think")
+        help="with --template chat: its switch enable_thinking, if it has one; default: the template's own")
     add("--samples", type=number(1), default=1, help="answers to each task (1)")
     add("--temperature", type=number(0, 100, float),
         help="0 is greedy, the default for one sample; for more it is 1")

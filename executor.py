@@ -21,8 +21,8 @@ Not covered:
   bugs of the kernel, and side channels of the hardware
   machine code: it finds random bits and the core in the processor, and the number of its thread in memory
   programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
-docs/sandbox.md has each kind of attack, and the details. The caller needs 512 KiB of stack. An Executor
-does not support several threads at once, nor Windows.
+docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. Neither Windows nor several
+threads with one Executor are supported.
 """
 
 import ast
@@ -342,7 +342,8 @@ class Executor(AbstractContextManager):
         if status == "expression" and spent:
             raise ValueError                          # what was evaluated once would be evaluated for ever
         if status != "ok":
-            line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))[:300]
+            line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))
+            line = re.sub("0x[0-9a-f]{8,}", "0x...", line)[:300]    # addresses differ by process
             return Execution(status, "", line or status, seconds)
         if len(call) > 2 * limit or not call.isprintable():
             raise ValueError                          # it goes to the caller as it is

@@ -33,7 +33,6 @@ import torch
 from matplotlib.figure import Figure
 
 import parallel
-from model import save_policy
 from parallel import say
 from rewards import Verdict
 from tasks import UsageError
@@ -109,7 +108,8 @@ class Run:
 
     def abandon(self):
         """Remove the files of a run that could not start."""
-        if self.folder.is_dir() and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
+        # unlike Path.is_dir, this one raises nothing for a name that is too long
+        if os.path.isdir(self.folder) and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
 
     def restore(self, cfg, state):
@@ -210,6 +210,7 @@ class Run:
 
     def export(self, policy):
         """Write the policy as a PEFT folder, or as a full model if all weights are trained."""
+        from model import save_policy  # slow to import, and eval.py --judge needs none of it
         name = "model" if policy.model is policy.causal else "adapter"
         fresh, final = self.folder / f"{name}.new", self.folder / name
         save_policy(policy, fresh)

@@ -1,4 +1,4 @@
-"""Controls and variants for docs/evidence.md: train.py with one part of the proposer's side replaced.
+"""Controls and variants for docs/evidence-details.md: train.py with one part of the proposer's side replaced.
 
     python scripts/controls.py --tasks grammar --follow RUN --no-train-proposer …   # the rest goes to train.py
     python scripts/controls.py --tasks lengths --follow RUN --no-train-proposer …

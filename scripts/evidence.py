@@ -1,9 +1,9 @@
-"""docs/evidence.md's runs, tables and pictures: does self-play go past its base? Does it pay to train the proposer?
+"""Runs, tables and pictures of docs/evidence-details.md: does self-play go past its base? Does it pay to train the proposer?
 
     python scripts/evidence.py                    # every run, one after the other: hours
     python scripts/evidence.py --only self-play   # some rows of the table
     python scripts/evidence.py --jobs 2           # two runs at a time
-    python scripts/evidence.py --draw             # only tables and pictures, from docs/evidence/*.jsonl
+    python scripts/evidence.py --draw             # only tables and pictures, from docs/evidence.zip
 
 A run that is complete is not done again; one that was stopped goes on. The rows "another base" first make that base from
 nothing with `tiny/make.py` (half an hour each). The rows "scarce (0)", "(1)" and "(2)" are the second question, each from a
@@ -12,8 +12,8 @@ base that seldom proposes what is hard for it; the row with "proposer not traine
 Each run is `train.py`, or `scripts/controls.py` where a control replaces a part of it, with the flags that are printed; then
 `eval.py` answers the held-out tasks of both splits, greedy, and the harder split eight times at temperature 1 (of the second
 question's models only the latter). A control that follows a run needs it complete. Differences are paired by task, and
-their standard errors are over tasks. What is kept of a run in docs/evidence/ is what the tables and
-pictures need: of its metrics, solve rates and answers.
+their standard errors are over tasks. docs/evidence.zip keeps of each run what the tables and pictures need of its metrics,
+solve rates and answers: one file of JSON lines a run.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -32,6 +33,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import filelock
 import matplotlib
 import numpy
 
@@ -47,7 +49,7 @@ from tasks import TASK_TYPES, fingerprint
 from train import Config
 
 MAKING = defaultdict(Lock)  # of two jobs on one base, one makes it
-KEPT = ROOT / "docs" / "evidence"
+ARCHIVE = ROOT / "docs" / "evidence.zip"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
           "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
@@ -156,6 +158,30 @@ def slug(name, seed):
     return f"{name.translate(str.maketrans(' ', '-', '(),'))}-{seed}"
 
 
+def kept_file(name):
+    """The file of rows of a run or a base in docs/evidence.zip. It need not exist."""
+    return zipfile.Path(ARCHIVE, f"{name}.jsonl")
+
+
+def write_kept(name, rows):
+    """Add a file of rows to docs/evidence.zip, or replace it.
+
+    A new archive is written and then renamed, so that a process that is killed loses nothing of the old one. Equal
+    rows give equal bytes, because names are sorted and every file has the same date.
+    """
+    with filelock.FileLock(ROOT / "runs" / "evidence.lock"):  # other jobs and processes write their runs
+        files = {}
+        if ARCHIVE.exists():
+            with zipfile.ZipFile(ARCHIVE) as archive:
+                files = {entry: archive.read(entry) for entry in archive.namelist()}
+        files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        part = ARCHIVE.with_suffix(".part")
+        with zipfile.ZipFile(part, "w") as archive:
+            for entry in sorted(files):  # a ZipInfo without a date is of 1980
+                archive.writestr(zipfile.ZipInfo(entry), files[entry], zipfile.ZIP_DEFLATED, compresslevel=9)
+        part.replace(ARCHIVE)
+
+
 def rows_of(path):
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a last line may be cut
     return [json.loads(line) for line in lines]
@@ -180,7 +206,7 @@ def answer(model, folder, base, out):
 
 
 def do(name, seed, out):
-    """One run, its answers, and its file in docs/evidence/."""
+    """One run, its answers, and its rows in docs/evidence.zip."""
     folder, base = out / slug(name, seed), ROWS[name].base
     do_base(base, out)
     if not (folder / "evidence").exists():
@@ -193,12 +219,12 @@ def do(name, seed, out):
     keep(name, seed, folder, heldout_of(base, out))
 
 
-def kept_base(base):
-    return KEPT / f"{'base' if base == BASE else base.removesuffix('/longer')}.jsonl"
+def base_slug(base):
+    return "base" if base == BASE else base.removesuffix("/longer")
 
 
 def do_base(base, out):
-    """Make a base that is not shipped; what each base answers is kept in docs/evidence/."""
+    """Make a base that is not shipped; what each base answers is kept in docs/evidence.zip."""
     with MAKING[base]:
         if base != BASE and not (out / base).exists():
             kind, seed = base.removesuffix("/longer").split("-")
@@ -207,15 +233,14 @@ def do_base(base, out):
             else:
                 source = TINY if seed == "0" else do_base(f"base-{seed}/longer", out).parent
                 call("tiny/make.py", "--seed", seed, "--out", source, "--scarce", out / base)
-        folder, kept = TINY / "longer" if base == BASE else out / base, kept_base(base)
-        answer(folder, out / f"{kept.stem}-answers", base, out)
+        folder, answers = TINY / "longer" if base == BASE else out / base, out / f"{base_slug(base)}-answers"
+        answer(folder, answers, base, out)
         statements = {split: {kind: "".join(str(statements_of(task.program)) for task in tasks if task.type == kind)
                               for kind in TASK_TYPES} for split, tasks in load_heldout(heldout_of(base, out)).items()}
-        row = {"answers": answers_of(out / f"{kept.stem}-answers"), "statements": statements}
+        row = {"answers": answers_of(answers), "statements": statements}
         if scarce(base):
-            row["thoughts"] = thoughts_of(out / f"{kept.stem}-answers", heldout_of(base, out))
-        KEPT.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(row) + "\n")
+            row["thoughts"] = thoughts_of(answers, heldout_of(base, out))
+        write_kept(base_slug(base), [row])
     return folder
 
 
@@ -224,7 +249,7 @@ def statements_of(program):
 
 
 def keep(name, seed, folder, heldout):
-    """docs/evidence/<run>.jsonl: a line a step; the last one says what the trained model answered right, and which of the
+    """The rows of a run in docs/evidence.zip: a line a step; the last one says what the trained model answered right, and which of the
     harder tasks' programs the run proposed itself (which then do not count)."""
     lengths, rates = defaultdict(list), defaultdict(Counter)
     for task in rows_of(folder / "tasks.jsonl"):
@@ -249,8 +274,7 @@ def keep(name, seed, folder, heldout):
                             if fingerprint(task.program) in proposed] for kind in TASK_TYPES}})
     if scarce(ROWS[name].base):
         rows[-1]["thoughts"] = thoughts_of(folder / "evidence", heldout)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    (KEPT / f"{slug(name, seed)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_kept(slug(name, seed), rows)
 
 
 def answers_of(folder):
@@ -327,14 +351,16 @@ def gain(pairs, measure):
 
 def kept_runs():
     """{row: {seed: [kept line]}}"""
-    runs = {name: {seed: rows_of(KEPT / f"{slug(name, seed)}.jsonl") for seed in row.seeds} for name, row in ROWS.items()}
-    return {name: kept for name, seeds in runs.items() if (kept := {seed: rows for seed, rows in seeds.items() if rows})}
+    runs = {name: {seed: rows_of(kept_file(slug(name, seed))) for seed in row.seeds} for name, row in ROWS.items()}
+    complete = {name: {seed: rows for seed, rows in seeds.items() if rows} for name, seeds in runs.items()}
+    return {name: seeds for name, seeds in complete.items() if seeds}
 
 
 def write_tables(mark, tables):
-    """Put the tables into docs/evidence.md between two marks."""
+    """Put the tables into docs/evidence-details.md between two marks."""
     text = "\n\n".join(layout(lines, True) for lines in tables)
-    page, mark, end = ROOT / "docs" / "evidence.md", f"<!-- {mark}: written by scripts/evidence.py -->\n", f"<!-- end of {mark} -->"
+    page, end = ROOT / "docs" / "evidence-details.md", f"<!-- end of {mark} -->"
+    mark = f"<!-- {mark}: written by scripts/evidence.py -->\n"
     top, begin, rest = page.read_text().partition(mark)
     page.write_text(f"{top}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
     print(text)
@@ -343,10 +369,10 @@ def write_tables(mark, tables):
 def self_play_tables(runs):
     """Is the base surpassed? The rows on shipped bases, and on others made like them."""
     runs = {name: seeds for name, seeds in runs.items() if not scarce(ROWS[name].base)}
-    bases = {name: rows_of(kept_base(ROWS[name].base))[-1:] for name in runs}
+    bases = {name: rows_of(kept_file(base_slug(ROWS[name].base)))[-1:] for name in runs}
     ends = {name: [rows[-1] for rows in seeds.values()] for name, seeds in runs.items()}
     if "self-play" not in runs:
-        raise SystemExit("docs/evidence/ holds no run of self-play yet: python scripts/evidence.py --only self-play")
+        raise SystemExit("docs/evidence.zip holds no run of self-play yet: python scripts/evidence.py --only self-play")
     ours, names = ends["self-play"], list(measures(bases["self-play"][0]["answers"]))
 
     def levels(label, row):
@@ -522,7 +548,7 @@ def proposer_table(runs):
     table = [["", *(f"{n}, greedy" for n in range(1, 7)), "4–6, sampled", "4–6, pass@8", *PROPOSED]]
     for base, pairs in pairs_of(runs).items():
         trained, untrained = zip(*pairs.values())
-        table.append(levels(f"base {base}", trained[:1], rows_of(kept_base(f"scarce-{base}")), measured=0))
+        table.append(levels(f"base {base}", trained[:1], rows_of(kept_file(f"scarce-{base}")), measured=0))
         table.append(levels(f"proposer trained, mean of {len(pairs)}", trained, [rows[-1] for rows in trained]))
         table.append(levels(f"not trained, mean of {len(pairs)}", untrained, [rows[-1] for rows in untrained]))
         table += [gaps(f"trained − not, seed {seed}", [pair]) for seed, pair in pairs.items()]
@@ -543,7 +569,7 @@ def controls_table(runs):
     """What each base gains with other tasks, rewards and settings; differences are paired by seed and task."""
     measured, tables = ("hard, sampled", "hard, pass@8"), []
     for number in pairs_of(runs):
-        trained, base = runs[f"scarce ({number})"], rows_of(kept_base(f"scarce-{number}"))
+        trained, base = runs[f"scarce ({number})"], rows_of(kept_file(f"scarce-{number}"))
         labels = {f"scarce ({number})": "proposer trained", f"scarce, proposer not trained ({number})": "not trained, 270 steps"}
         labels |= {name: name.removeprefix("scarce, ").rpartition(" (")[0] for name, row in CONTROLS.items() if row.base == f"scarce-{number}"}
         lines = [[f"from base {number}, 140 steps", "seeds", "sampled − base", "pass@8 − base", "sampled − trained", "pass@8 − trained",

@@ -294,6 +294,7 @@ def stop_in_the_second_benchmark(monkeypatch, error):
         return generate(self, prompts, *how)
 
     monkeypatch.setattr(Sampler, "generate", stop)
+    monkeypatch.setattr("model.check_policy", lambda *_: None)  # which samples, too
     return asked
 
 
@@ -334,7 +335,8 @@ def test_a_full_disk_takes_no_finished_benchmark(two_benchmarks, tmp_path):
 def test_an_evaluation_killed_in_its_second_benchmark_keeps_the_first(two_benchmarks, tmp_path, capsys, monkeypatch):
     whole = tmp_path / "whole"
     assert e.main([*two_benchmarks[:-1], str(whole)]) == 0
-    code = """import os, signal, sys, eval
+    code = """import os, signal, sys, eval, model
+model.check_policy = lambda *_: None  # which samples, too
 from sampling import Sampler
 generate = Sampler.generate
 def die(self, prompts, *how):
@@ -536,6 +538,7 @@ def test_a_model_and_its_base_are_asked_by_one_template_and_quantized_alike(poli
         return generate(self, prompts, *how)
 
     monkeypatch.setattr(Sampler, "generate", look)
+    monkeypatch.setattr("model.check_policy", lambda *_: None)  # which samples, too
     shown = {}
     for frame in ("long", "examples"):
         (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"frame": frame}))

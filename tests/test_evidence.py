@@ -1,11 +1,13 @@
-"""docs/evidence.md: its figures by hand, and that its tables are what scripts/evidence.py makes of the kept runs."""
+"""scripts/evidence.py: its figures by hand, its archive, and that docs/evidence-details.md has the tables of the kept runs."""
 
 import json
 import random
 import re
 import statistics
 import sys
+import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -104,18 +106,60 @@ def test_two_runs_are_compared_when_both_have_spent_the_same():
     assert list(steps) == [0, 1]  # the other run never spent what two steps of this one did
 
 
-def test_the_tables_of_the_pages_are_those_of_the_kept_runs(tmp_path, monkeypatch):
-    pages = {name: (ROOT / name).read_text() for name in ["docs/evidence.md"]}
+def test_the_tables_of_the_page_are_those_of_the_kept_runs(tmp_path, monkeypatch):
+    name = "docs/evidence-details.md"
+    text = (ROOT / name).read_text()
     (tmp_path / "docs").mkdir()
-    for name, text in pages.items():
-        (tmp_path / name).write_text(re.sub(r"(?s)(<!-- \w+: [^\n]*\n).*?(<!-- end)", r"\1\2", text))
+    emptied, tables = re.subn(r"(?s)(<!-- \w+: [^\n]*\n).*?(<!-- end)", r"\1\2", text)
+    assert tables == 3
+    (tmp_path / name).write_text(emptied)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     runs = evidence.kept_runs()
     evidence.self_play_tables(runs)
     evidence.proposer_table(runs)
     evidence.controls_table(runs)
-    for name, text in pages.items():
-        assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"
+    assert (tmp_path / name).read_text() == text, "run python scripts/evidence.py --draw"
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "ARCHIVE", tmp_path / "evidence.zip")
+    return tmp_path / "evidence.zip"
+
+
+def test_each_run_adds_its_rows_to_the_archive_and_keeps_the_others(archive):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: evidence.write_kept(f"run-{n}", [{"step": n}, {"text": "é\n"}]), range(12)))
+    evidence.write_kept("run-3", [{"step": 30}])
+    kept = {n: evidence.rows_of(evidence.kept_file(f"run-{n}")) for n in range(12)}
+    assert kept == {n: [{"step": n}, {"text": "é\n"}] for n in range(12)} | {3: [{"step": 30}]}
+    assert evidence.rows_of(evidence.kept_file("run-12")) == []
+
+
+def test_equal_rows_make_equal_archives_in_any_order(archive):
+    found = []
+    for names in "ab", "ba":
+        archive.unlink(missing_ok=True)
+        for name in names:
+            evidence.write_kept(name, [{"name": name}])
+        found.append(archive.read_bytes())
+    assert found[0] == found[1]
+
+
+def test_a_kill_while_the_archive_is_written_loses_no_rows(archive, monkeypatch):
+    evidence.write_kept("a", [{"step": 1}])
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "writestr", fail)
+        with pytest.raises(KeyboardInterrupt):
+            evidence.write_kept("b", [{"step": 2}])
+    assert evidence.rows_of(evidence.kept_file("a")) == [{"step": 1}]
+    evidence.write_kept("b", [{"step": 2}])
+    assert [evidence.rows_of(evidence.kept_file(name)) for name in "ab"] == [[{"step": 1}], [{"step": 2}]]
 
 
 # --- scripts/controls.py

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -1730,3 +1731,11 @@ def test_it_works_with_closed_standard_streams(closed):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "ok1 ok[0, 0] ok3", done.stderr
 
+
+
+@pytest.mark.parametrize("job", [(None, "frozenset()"), ("def f(x):\n    raise ValueError(object())", "1"), ("def f(x):\n    return object().nothing", "1"),
+                                 ("class A: pass\ndef f(x):\n    raise KeyError(A(), A)", "1")])
+def test_errors_hold_no_address(executor, job):
+    program, text = job
+    result, = executor.read([text]) if program is None else executor.run([job])
+    assert not result.ok and result.error and not re.search("0x[0-9a-f]", result.error)
