@@ -64,7 +64,8 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
 AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
-SEGMENT = 8  # tokens between two looks at the batch, at least; 4 times as many where each captures a graph
+SEGMENT = 8         # tokens between two looks at the batch, at least
+GRAPH_SEGMENT = 64  # the same where each segment captures a CUDA graph of its own
 BLOCK = 128   # columns by which a cache grows: few sizes, so that memory is used again
 ROWS = 512    # sampled at once, at most
 torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's first choice, which plans anew for every length
@@ -392,7 +393,7 @@ class Sampler(AnySampler):
         policy.causal.eval()
         waiting.sort(key=lambda c: -len(c.prompt_ids))  # so that later ones fit in beside the longest
         free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
-        least = SEGMENT * 4 if graphs else SEGMENT
+        least = GRAPH_SEGMENT if graphs else SEGMENT
         while waiting or batch:
             busy = batch.completions if batch else []
             widest = max(len(c.prompt_ids) + len(c.response_ids) for c in [*busy, *waiting])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, Forked
 
+import azr
 import parallel
 import train as training
 
@@ -90,6 +91,7 @@ CHECKS = """
         hook.remove()
 
     # a greedy step, by requests that wait for each other: of one process too
+    azr.ranks = lambda: 2
     class Greedy(AnySampler):
         def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
             return [(ids, []) for ids, _ in Sampler(policy).generate(prompts, max_tokens, copies, 0)]
@@ -116,6 +118,7 @@ def said(random_model, tmp_path_factory):
         folder = tmp_path_factory.mktemp("alone")
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["", random_model, str(folder)])
+        patch.setattr(azr, "ranks", azr.ranks)  # CHECKS sets another
         exec(textwrap.dedent(SETUP) + code, {})
         found[1] = [json.loads((folder / "0.json").read_text())]
     for count in (2, 3):
