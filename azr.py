@@ -67,21 +67,24 @@ class Actor:
         """
         cfg = self.cfg
         proposals = self.proposal_requests(buffer, cfg.types)
-        batches = {kind: [] for kind in cfg.types}  # the tasks to solve, cfg.batch in the end
-        tries, solutions = [], []
+        batches = {kind: [] for kind in cfg.types}  # the tasks to solve, cfg.batch of each type in the end
+        tries, solutions, vacant = [], [], []
         waiting = [*proposals]
         for settled in self.play(waiting):
             written = [rollout for rollout in settled if rollout.role == "propose"]
             new = accept(written, buffer, cfg)
             for task in new:
                 batches[task.type].append(task)
-            drawn = []
-            for proposal in written:
-                if proposal.task is None:
-                    batch = batches[proposal.type]
-                    replacement = buffer.fill(proposal.type, batch, len(batch) + 1)[len(batch):]
-                    batch += replacement
-                    drawn += replacement
+            vacant += [proposal.type for proposal in written if proposal.task is None]
+            drawn, still_vacant = [], []
+            for kind in vacant:
+                batch = batches[kind]
+                replacement = buffer.fill(kind, batch, len(batch) + 1)[len(batch):]
+                batch += replacement
+                drawn += replacement
+                if not replacement:  # the buffer has no task of this type yet
+                    still_vacant.append(kind)
+            vacant = still_vacant
             new_tries = self.solver_requests(new, cfg.samples)
             new_solutions = self.solver_requests(new + drawn)
             tries += new_tries
