@@ -21,8 +21,7 @@ Not covered:
   bugs of the kernel, and side channels of the hardware
   machine code: it finds random bits and the core in the processor, and the number of its thread in memory
   programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
-docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. Neither Windows nor several
-threads with one Executor are supported.
+docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. Not for Windows, or two threads.
 """
 
 import ast
