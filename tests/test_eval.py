@@ -225,7 +225,7 @@ def test_what_fails_first_does_not_stand_in_the_way(random_model, data, tmp_path
                  "--max-response", "8", "--device", "cpu", "--model"]
     refused([*arguments, tmp_path / "no-such-model"], "cannot load the model", capsys, tmp_path)
     refused([*arguments, random_model, "--template", "chat"], "no chat template", capsys, tmp_path)
-    refused([*arguments, random_model, "--device", "abacus"], "abacus is no device", capsys, tmp_path)
+    refused([*arguments, random_model, "--device", "abacus"], "torch cannot use device 'abacus'", capsys, tmp_path)
     assert not (tmp_path / "out").exists()
     assert e.main([*map(str, arguments), random_model]) == 0
 

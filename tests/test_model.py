@@ -58,7 +58,7 @@ def test_a_model_that_does_not_fit_into_the_gpu_is_not_taken_for_a_wrong_name(ra
 def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(random_model, monkeypatch, device):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UsageError, match="cuda:3 is no device.* 0 GPUs; .*fewer ranks"):
+    with pytest.raises(UsageError, match="torch cannot use device .cuda:3. .0 GPUs visible.*fewer processes"):
         load_policy(random_model, device=device)
 
 
