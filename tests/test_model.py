@@ -340,7 +340,7 @@ def test_a_package_that_is_missing_is_named(random_model, monkeypatch):
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
     for size in (200, 256):  # less than its bytes, and without its end token
-        with pytest.raises(UsageError, match=rf"has 25[67] tokens and its model {size}: .* two models"):
+        with pytest.raises(UsageError, match=rf"has 25[67] tokens and its model {size}: .* different models"):
             load_policy(make_random_model(tmp_path, vocab_size=size, eos_token_id=None, pad_token_id=None), device="cpu")
 
 
