@@ -207,10 +207,11 @@ class _Trial:
         for rollout in rollouts:
             rollout.response = self.policy.text(rollout.response_ids)
             if rollout.role == "propose":
-                draft = parse_proposal(rollout.type, rollout.response, rollout.program, self.cfg.inputs)
-                parsed, group = draft, self.drafts
+                parsed = parse_proposal(rollout.type, rollout.response, rollout.program, self.cfg.inputs)
+                group = self.drafts
             else:
-                parsed, group = parse_answer(rollout.type, rollout.response), self.answers
+                parsed = parse_answer(rollout.type, rollout.response)
+                group = self.answers
             if parsed is None:
                 self.set_verdict(rollout, Verdict.MALFORMED, "")
                 self.malformed.append(rollout)
