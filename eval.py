@@ -102,7 +102,7 @@ def tables(results, markdown=False):
     columns, means, details = {}, {}, [["", "model", *DETAILS]]
     for column, scores in results.items():
         columns[column] = {name: figures["pass@k"][1] for name, figures in scores.items()}
-    if "trained" in results:
+    if {"base", "trained"} <= results.keys():
         base, trained = results["base"], results["trained"]
         columns["difference"] = {name: paired_difference(base[name]["correct"], trained[name]["correct"])
                                  for name in base}
@@ -336,6 +336,7 @@ def parse(arguments):
     add("--model", default="tiny", help="tiny (shipped, the default), a local folder or a Hugging Face name")
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
+    add("--only", choices=("base", "trained"), help="with --adapter or --run: measure one of the two models")
     add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io "
         "(in-distribution), code, math and all (of these three); names are " + ", ".join(BENCHMARKS))
     add("--data", help="a folder with the benchmarks' files; default: the Hugging Face hub")
@@ -377,11 +378,17 @@ def parse(arguments):
     elif options.run or options.adapter:
         options.columns = {"base": options.model,
                            "trained": options.model if options.adapter else f"{options.run}/model"}
+        if options.only:
+            options.columns = {options.only: options.columns[options.only]}
+        if options.only == "base":
+            options.adapter = None
     options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
     if options.temperature is None:
         options.temperature = 1.0 if options.samples > 1 else 0.0
     if options.samples > 1 and not options.temperature:
         raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
+    if options.only and not (options.run or options.adapter):
+        raise UsageError(f"--only {options.only} needs --run or --adapter")
     if options.think is not None and options.template != "chat":
         raise UsageError("--think and --no-think need --template chat")
     return options
@@ -391,6 +398,7 @@ def defaults_of(run):
     """{option: default} as the run was trained. Raises UsageError."""
     config = read_config(run, CONFIG)
     defaults = {name: config[name] for name in CONFIG}
+    defaults["dtype"] = config.get("dtype", "auto")  # older runs do not say
     if config.get("frame") == "examples":
         defaults["template"] = "examples"
     if (run / "adapter").is_dir():

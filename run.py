@@ -431,8 +431,8 @@ def mean_score(scores):
 def table(columns, title, means, markdown=False):
     """{column: {row: (accuracy, error)}} as text, in percent.
 
-    `means` adds a row for each {name: rows}. A cell without a figure is "–". The column called "difference"
-    is written with signs.
+    `means` adds a row for each {name: rows}. A cell without a figure is "–". A column with "difference" in
+    its name is written with signs.
 
     >>> base, trained = {"easy": (0.095, 0.021)}, {"easy": (0.755, 0.03), "hard": (0.105, 0.04)}
     >>> print(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]}))
@@ -448,7 +448,7 @@ def table(columns, title, means, markdown=False):
     for row, names in (members | means).items():
         cells = []
         for column, scores in columns.items():
-            sign = "+" if column == "difference" else ""
+            sign = "+" if "difference" in column else ""
             cells.append(_cell([scores.get(name) for name in names], sign))
         lines.append([row, *cells])
     return layout(lines, markdown)

@@ -98,6 +98,8 @@ class Config:
                                "first day", None)
     quantize: str = setting("4-bit base weights; auto: on a GPU, with LoRA", "auto",
                             choices=("auto", "4bit", "none"))
+    dtype: str = setting("of the weights; auto: bf16 or fp16 on a GPU, fp32 on a CPU", "auto",
+                         choices=("auto", "bf16", "fp16", "fp32"))
     device: str | None = setting("cuda, cuda:1 or cpu; default: cuda if available", None)
     workers: int | None = setting("sandbox workers; default: all cores", None, low=1, high=512)
     timeout: float = setting("seconds a sandboxed run may take", 5.0, 10.0, 10.0, low=0.01, high=3600)
@@ -139,7 +141,7 @@ def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, frame=cfg.frame,
+    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
                          date=cfg.date)
     check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
