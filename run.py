@@ -263,7 +263,7 @@ class Follower:
     def record(self, *arguments):
         """Left to rank 0, like the methods named below."""
 
-    append = show = draw = close = abandon = record
+    append = show = draw = close = abandon = write_config = record
 
     def resume_hint(self):
         return ""

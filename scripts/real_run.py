@@ -129,6 +129,7 @@ def draw(options, columns, path):
             if points:
                 left.plot(*zip(*points), styles[name], color=f"C{place}", label=f"{label}, {name}")
     left.set(xlabel="step", ylabel="share", ylim=(0, 1), title="In training (dotted: shuffled rewards)")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=7)
     models = [name for name in columns if "difference" not in name]
     for place, name in enumerate(models):

@@ -208,9 +208,9 @@ def test_the_columns_of_a_real_run_are_accuracies_and_paired_differences():
 
 
 def test_a_real_run_needs_a_run_that_exists(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         real_run.main(["--model", "tiny", "--minutes", "1", "--out", str(tmp_path / "out"), "--runs", "self-play,best"])
-    assert exit.value.code == 2 and "--runs is self-play,best" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--runs is self-play,best" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
