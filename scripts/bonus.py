@@ -1,8 +1,9 @@
 """How much of an update is the entropy bonus? And what does the bonus teach alone? (docs/evidence-details.md)
 
-    python scripts/bonus.py                                # train.py, and a table of the two parts of each update
-    python scripts/bonus.py --alone --seed 1 --out RUN     # the control: no reward, so the bonus is all there is
-    (other flags go to train.py)
+    python scripts/bonus.py           # train.py, and a table of the two parts of each update
+    python scripts/bonus.py --alone   # the control: no reward, so the bonus is all there is
+
+Other flags go to train.py. --entropy-coef is the paper's 0.001 here, unless it is given.
 
 The gradient of a step has two parts, that of the advantages and that of the bonus (--entropy-coef times the mean
 entropy). AdamW divides both by the same root of its second moment, weight by weight. The table has the norm of
@@ -114,6 +115,8 @@ def main(arguments=None):
         leave_alone()
     else:
         measure(rows)
+    if "--resume" not in rest:
+        rest = ["--entropy-coef", "0.001", *rest]
     code = train.main(rest)
     if rows:
         print(f"\n{table(rows)}")
