@@ -13,8 +13,10 @@ Each way runs in a process of its own, in a virtual environment with TRL and our
 CUDA). The ways take turns, and the first step of each is a warm-up that is left out. Seconds are medians of steps: "sampling"
 from token ids to token ids, "update" from the advantages to the end of the optimizer's step, "step" all. Ratios are of seconds
 per sampled token, to those of this code in the same round. On a busy machine --clock cpu holds better.
-On a CPU TRL 1.16 computes the logits of the prompts as well, in the update, and on a GPU only those of the completions: ratios
-of the update say nothing about a GPU.
+
+In the update TRL 1.16 computes logits of the completions on a GPU, but of the prompts as well on a CPU, so ratios of the update
+say nothing about a GPU. The cache of continuous batching is given the size that the work needs, because by default it takes
+half of the machine's memory, even where other processes use it.
 """
 
 import argparse
@@ -147,7 +149,6 @@ def trl(options, cfg, policy, questions, steps):
             learning_rate=cfg.lr, epsilon=cfg.clip, entropy_coef=cfg.entropy_coef, max_grad_norm=cfg.max_grad_norm,
             generation_kwargs={"suppress_tokens": sorted(policy.end_ids)} if options.full else None,
             use_transformers_continuous_batching=options.way == CONTINUOUS,
-            # by default the cache takes half of the machine's memory, whether or not other processes have left so much
             transformers_continuous_batching_config={"num_blocks": rows * math.ceil(longest / PAGE), "page_size": PAGE})
         trainer = Trainer(options.model, text_lengths, config, Dataset.from_dict({"prompt": texts}),
                           callbacks=[Turns()], peft_config=policy.model.peft_config["default"])
@@ -189,10 +190,10 @@ def end_reason(code, log):
     """Why a process ended, from its exit code and stderr: the first line of its last exception, if it wrote one."""
     if code < 0:
         return f"it was killed by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
-    before, traceback, last = log.rpartition("Traceback (most recent call last):\n")
+    _, traceback, last = log.rpartition("Traceback (most recent call last):\n")
     if traceback:
         return next(line for line in last.splitlines() if line and not line.startswith(" "))
-    return last.strip().splitlines()[-1]
+    return [f"it ended with code {code}", *last.strip().splitlines()][-1]
 
 
 def measure(python, options, flags):
