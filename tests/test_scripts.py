@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import bonus
 import gpu
 import memory
 import real_run
+import peer
 import reproduce
 from shapes import SHAPES, make_policy
 
@@ -94,6 +96,59 @@ def test_each_way_to_decode_gives_the_greedy_tokens_of_plain_generate(way):
     prompts = [[500] * 9, [600] * 30]
     responses = gpu.WAYS[way](policy, 3, prompts, 20, 2)
     assert len(responses) == 4 and all(0 < len(ids) <= 20 for ids in responses)
+
+
+# --- peer.py -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--model MODEL --micro-rows 5", "--micro-rows is 5; it must divide the 64 completions of a step"),
+    ("--model MODEL --prompts 31", "--prompts is 31; it must be between 1 and 30"),
+    ("--model MODEL --copies 1", "--copies is 1; it must be between 2 and 10000"),
+    ("--model MODEL/config.json", "give a folder with a config.json")])
+def test_sizes_that_do_not_go_together_are_one_line(tmp_path, capsys, flags, message):
+    (tmp_path / "config.json").write_text("{}")
+    assert peer.main(flags.replace("MODEL", str(tmp_path)).split()) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def step_of(sampling, update, tokens, prompt_tokens=900):
+    return {"sampling": sampling, "update": update, "step": sampling + update + 1, "tokens": tokens,
+            "prompt tokens": prompt_tokens, "trained weights": 10}
+
+
+def test_the_ratio_to_trl_is_of_seconds_a_token_in_the_same_round():
+    theirs = [step_of(4, 8, 200), step_of(9, 6, 100), step_of(6, 7, 100)]
+    ours = [step_of(1, 2, 100), step_of(2, 3, 100), step_of(2, 4, 200)]
+    results = {"TRL: generate": theirs, peer.CONTINUOUS: [], "this code": ours}
+    lines = peer.table(results, {peer.CONTINUOUS: "ValueError: no pages"}).splitlines()
+    head, _, generate, continuous, own = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    figures = dict(zip(head, generate))
+    assert figures["tokens"] == "100" and figures["sampling: s"] == "6.0" and figures["step: s"] == "14.0"
+    assert figures["sampling: s / 1,000 tokens"] == "60.0"  # of 20, 90 and 60
+    assert figures["sampling: ratio"] == "4.50"             # of 20 / 10, 90 / 20 and 60 / 10
+    assert figures["update: ratio"] == "2.00"               # of 40 / 20, 60 / 30 and 70 / 20
+    assert own[-3:] == ["1.00"] * 3
+    assert continuous[0] == "TRL: continuous batching did not run: ValueError: no pages" and set(continuous[1:]) == {"–"}
+
+
+@pytest.mark.parametrize("results, failures, message", [
+    ({"TRL: generate": [step_of(1, 1, 9, 901)], "this code": [step_of(1, 1, 9)]}, {}, "901 prompt tokens, this code 900"),
+    ({"TRL: generate": [step_of(1, 1, 9)], "this code": []}, {"this code": "MemoryError"}, "no step: MemoryError")])
+def test_no_table_without_a_comparison(results, failures, message):
+    with pytest.raises(peer.UsageError, match=message):
+        peer.table(results, failures)
+
+
+@pytest.mark.parametrize("source, reason", [
+    ("raise ValueError('one\\ntwo')", "ValueError: one"),
+    ("try: 1 / 0\nexcept ZeroDivisionError: raise ValueError('no cache')", "ValueError: no cache"),
+    ("import sys; sys.exit('no model')", "no model"),
+    ("import sys; sys.exit(3)", "it ended with code 3"),
+    ("import os; os.kill(os.getpid(), 9)", "it was killed by signal 9, perhaps for want of memory")])
+def test_the_reason_why_a_process_ended_is_one_line(source, reason):
+    done = subprocess.run([sys.executable, "-c", source], stderr=subprocess.PIPE, text=True)
+    assert peer.end_reason(done.returncode, done.stderr) == reason
 
 
 # --- reproduce.py ------------------------------------------------------------------------------------
