@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bonus
 import gpu
 import memory
-import real_run
 import peer
+import real_run
 import reproduce
 from shapes import SHAPES, make_policy
 
