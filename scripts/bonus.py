@@ -1,4 +1,4 @@
-"""How much of an update is the entropy bonus? And what does the bonus teach alone? (docs/evidence-details.md)
+"""How much of an update is the entropy bonus? And what does the bonus teach alone? (docs/evidence.md)
 
     python scripts/bonus.py           # train.py, and a table of the two parts of each update
     python scripts/bonus.py --alone   # the control: no reward, so the bonus is all there is
