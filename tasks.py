@@ -91,7 +91,7 @@ EXAMPLES = (
              "            load += bag\n    return load", "The car takes only so much.",
              "[12, 9, 6] → 18; [5] → 5; [20, 1] → 20; [25] → 0; [8, 8, 8] → 16"),
 )
-SOLVED = (EXAMPLES[3], EXAMPLES[9], EXAMPLES[6])  # those that a solver is shown, with Kind.thoughts
+SOLVED = EXAMPLES[:3]  # those that a solver is shown, with Kind.thoughts
 # Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them
 # help with the format. Where it has to be written, more of them made it invalid more often.
 SHOTS = 6
@@ -342,11 +342,10 @@ KINDS = {
     "deduction": Kind(
         remarks=_TRIPLET_REMARKS, remark=_TRIPLET_REMARK,
         propose_example=_TRIPLET_SHOT.replace("{aim}", "predict its output"),
-        thoughts=(  # it executes line by line
-            "kilos is 8, so price = 8 * 3 = 24. 24 > 20 is true, so price = 24 - 2 = 22. f returns 22.",
-            "load = 0. bag 12: 0 + 12 = 12 is at most 20, so load = 12. bag 9: 12 + 9 = 21 is more than 20, "
-            "so load stays 12. bag 6: 12 + 6 = 18 is at most 20, so load = 18. f returns 18.",
-            "name is 'ada', so name[0] is 'a'. 'a'.upper() is 'A'. 'A' + '.' is 'A.'. f returns 'A.'."),
+        thoughts=(  # it executes step by step
+            "135 // 60 is 2, because 2 * 60 = 120. 135 % 60 is 135 - 120 = 15. So f returns (2, 15).",
+            "13 < 13 is false, so f returns 'adult'.",
+            "max([4, 9, 6]) is 9. min([4, 9, 6]) is 4. 9 - 4 = 5. So f returns 5."),
         solve_example="""\
 ```python
 {program}
@@ -379,12 +378,12 @@ Give the returned value as a Python literal in one fenced block:
         remarks=_TRIPLET_REMARKS, remark=_TRIPLET_REMARK,
         propose_example=_TRIPLET_SHOT.replace("{aim}", "find an input from its output"),
         thoughts=(  # it searches, and checks what it has found
-            "f returns price. If 2 was taken off, price was 24 before, and 24 = 8 * 3, so kilos = 8. "
-            "Check f(8): price = 24, 24 > 20, so 24 - 2 = 22. That is right.",
-            "The bags that fit must add up to 18, for example 12 and 6. "
-            "Check f([12, 9, 6]): load = 12, then 12 + 9 = 21 does not fit, then 12 + 6 = 18. That is right.",
-            "The first letter in upper case must be 'A', so name starts with 'a', for example 'ada'. "
-            "Check f('ada'): 'a'.upper() is 'A', and 'A' + '.' is 'A.'. That is right."),
+            "minutes // 60 is 2 and minutes % 60 is 15, so minutes is 2 * 60 + 15 = 135. "
+            "Check f(135): 135 // 60 is 2 and 135 % 60 is 15. That is right.",
+            "f returns 'adult' if age < 13 is false, for example with 13. "
+            "Check f(13): 13 < 13 is false, so 'adult'. That is right.",
+            "max(prices) - min(prices) is 5, for example 9 - 4. "
+            "Check f([4, 9, 6]): max is 9, min is 4, and 9 - 4 = 5. That is right."),
         solve_example="""\
 ```python
 {program}
@@ -429,12 +428,12 @@ Give the input, as it would stand between the parentheses of the call f(...), in
             "Too heavy a bag, an exact fit, and a bag that is left out."),
         remark="The inputs differ in what f returns.",
         thoughts=(  # it compares the pairs
-            "2 gives 6 = 2 * 3. But 8 gives 22 = 8 * 3 - 2, and 7 gives 19 = 7 * 3 - 2. So it is 3 times the "
-            "number, and 2 less if that is large. 21 is large and 6 is not, so the border may be 20.",
-            "[5] gives 5, the sum. [12, 9, 6] gives 18 = 12 + 6, so 9 is left out, because 12 + 9 = 21. "
-            "[20, 1] gives 20, so 1 is left out. So a number is added while the sum stays at most 20.",
-            "'ada' gives 'A.', so it is the first letter in upper case and a dot. 'bob' gives 'B.' and "
-            "'carl' gives 'C.', which fits."),
+            "60 gives (1, 0) and 5 gives (0, 5), so the first is how often 60 fits, and the second what is "
+            "left. 135 gives (2, 15), and 135 = 2 * 60 + 15, which fits. So it is // 60 and % 60.",
+            "5 gives 'child', and 13 and 40 give 'adult'. So the border is between 5 and 13. 13 itself is "
+            "'adult', so it may be < 13.",
+            "[1, 2] gives 1 = 2 - 1. [4, 9, 6] gives 5 = 9 - 4, the largest minus the smallest. [7] gives "
+            "0 = 7 - 7, which fits."),
         propose_example="""\
 ```python
 {program}
