@@ -102,15 +102,13 @@ def test_a_healthy_run_has_no_alarm(steps):
 @pytest.mark.parametrize("name, key, good, bad", [
     ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose__.*__learnable", 0.4, 0.05),
     ("valid", "propose__.*__valid", 0.9, 0.05),
-    ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 0.9), ("truncated", "truncated", 0.0, 0.5),
+    ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 2.5), ("truncated", "truncated", 0.0, 0.5),
     ("signal", "signal", 0.9, 0.05), ("sampler gap", "sampler_gap", 0.01, 0.5),
-    ("response length", "response_tokens__solve", 30.0, 5.0),
-    ("response length", "response_tokens__solve", 30.0, 120.0),
 ])
 def test_a_value_that_leaves_its_band_for_ten_steps_raises_one_alarm_until_it_is_back(name, key, good, bad):
     assert alarms(series(60, **{key: after(59, bad, good)})) == []  # one step is no trend
     alarm, = alarms(series(60, **{key: after(40, bad, good)}))
-    assert alarm["name"] == name and 41 < alarm["since"] <= 50 and alarm["value"] == pytest.approx(bad)
+    assert alarm["name"] == name and alarm["value"] == pytest.approx(bad)
     assert re.search(r"\d", alarm["band"]) and "--" in alarm["advice"]
     assert alarms(series(60, **{key: lambda step: bad if 20 < step <= 40 else good})) == []
 
@@ -123,10 +121,8 @@ def test_one_wild_step_is_no_alarm():
 def test_every_flag_in_the_advice_is_one_of_train_py(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    advice = [run.HELDOUT_ADVICE]
-    for band in run.BANDS.values():
-        advice += [band.too_low, band.too_high]
-    found = set(re.findall(r"--[a-z-]+[a-z]", " ".join(advice)))
+    advice = " ".join(advice for *_, advice in run.ALARMS.values())
+    found = set(re.findall(r"--[a-z-]+[a-z]", advice))
     assert len(found) > 5 and found <= set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out))
 
 
@@ -138,27 +134,6 @@ def test_missing_values_raise_no_alarm():
     for row in untried[1:]:
         row |= {f"propose/{kind}/{key}": None for kind in TASK_TYPES for key in ("learnable", "solve_rate")}
     assert alarms(untried) == []
-
-
-def heldout(*means):
-    rows = series(10 * (len(means) - 1), response_tokens=lambda step: 30)
-    for row in rows:
-        if "heldout/mean" in row:
-            row["heldout/mean"] = means[row["step"] // 10]
-    return rows
-
-
-def test_held_out_below_its_best():
-    assert [a["name"] for a in alarms(heldout(.2, .6, .6, .5, .5))] == ["held-out"]
-    assert alarms(heldout(.2, .6, .6, .5, .5))[0]["since"] == 30
-    assert [a["name"] for a in alarms(heldout(.6, .5, .5))] == ["held-out"]   # worse from the start
-    assert alarms(heldout(.2, .6, .6, .6, .5)) == []                          # once may be chance
-    assert alarms(heldout(.2, .6, .6, .5, .6)) == []                          # back again
-    assert alarms(heldout(.2, .6, .6, .56, .56)) == []                        # four points
-    wide = heldout(.2, .6, .6, .5, .5)
-    for row in wide:
-        row["heldout_stderr/mean"] = 0.04
-    assert alarms(wide) == []                        # within two standard errors of a difference, 2 · 0.04 · √2
 
 
 # --- flags -------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, m
 
 
 def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
-    alarm = {"name": "entropy", "since": 1, "value": 0.5, "band": "at least 1", "advice": "sleep"}
+    alarm = {"name": "entropy", "value": 0.5, "band": "at least 1", "advice": "sleep"}
     monkeypatch.setattr(run_folder, "alarms", lambda metrics: [alarm] if metrics[-1]["step"] == 2 else [])
     assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().err
