@@ -428,7 +428,7 @@ def mean_score(scores):
     return sum(means) / len(means), math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
 
 
-def table(columns, title, means, markdown=False):
+def table(columns, title, means):
     """{column: {row: (accuracy, error)}} as text, in percent.
 
     `means` adds a row for each {name: rows}. A cell without a figure is "–". The column called "difference"
@@ -451,7 +451,7 @@ def table(columns, title, means, markdown=False):
             sign = "+" if column == "difference" else ""
             cells.append(_cell([scores.get(name) for name in names], sign))
         lines.append([row, *cells])
-    return layout(lines, markdown)
+    return layout(lines)
 
 
 def _cell(scores, sign):
@@ -461,24 +461,19 @@ def _cell(scores, sign):
     return f"{100 * mean:{sign}.1f} ± {100 * error:.1f}"
 
 
-def layout(rows, markdown):
-    """Rows of cells as a Markdown table, or as padded columns for a terminal. The first row is the head.
+def layout(rows):
+    """Rows of cells in padded columns. The first row is the head.
 
-    >>> print(layout([["flag", "runs"], ["--no-dedup", 2]], markdown=True))
-    | flag       | runs |
-    | ---------- | ---: |
-    | --no-dedup |    2 |
+    >>> print(layout([["flag", "runs"], ["--no-dedup", 2]]))
+    flag        runs
+    --no-dedup     2
     """
     rows = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += map(str.rjust, others, widths[1:])
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-        lines.insert(1, f"| {' | '.join(rule)} |")
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 

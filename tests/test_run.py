@@ -31,10 +31,7 @@ def test_tables_say_what_is_missing_and_sign_only_differences():
         ["accuracy, %", "base", "trained", "difference"], ["a", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"],
         ["b", "25.0 ± 4.0", "–", "–"], ["both", "37.5 ± 3.2", "–", "–"],
         ["first", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"]]
-    markdown = table(columns, "accuracy, %", means, markdown=True).split("\n")
-    assert markdown[1].split() == ["|", "-" * 11, *["|", "-" * 9 + ":"] * 2, "|", "-" * 10 + ":", "|"]
-    assert len({len(line) for line in markdown}) == 1 and markdown[-1].startswith("| first")
-    assert layout([["", "n"], ["x", 1000]], False) == "      n\nx  1000"
+    assert layout([["", "n"], ["x", 1000]]) == "      n\nx  1000"
 
 
 def test_the_curves_are_drawn_whatever_was_measured(tmp_path):
