@@ -50,8 +50,8 @@ class Run:
 
     LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
 
-    def __init__(self, folder, max_flags=sys.maxsize):
-        self.folder, self.max_flags = Path(folder), max_flags
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
         self.lines, self.alarms, self.metrics = {}, set(), []
@@ -196,10 +196,6 @@ class Run:
     def draw(self):
         draw_curves(self.metrics, self.folder / "curves.png")
 
-    def is_flagged(self):
-        """Whether there are more flags than --max-flags."""
-        return self.lines["flags.jsonl"] > self.max_flags
-
     def save(self, step, state):
         """Write the adapter for other programs to load, then the checkpoint."""
         self.export(state.policy)  # first: a kill in between leaves no finished run with an old adapter
@@ -225,21 +221,13 @@ class Run:
         return f"{state} with: python train.py --resume {self.folder}"
 
     def finish(self, stopped, heldout):
-        """Print how to resume, or held-out accuracy before and after. → exit code; 3 after too many flags"""
-        count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
-        step, command = self.metrics[-1]["step"], f"python train.py --resume {self.folder}"
-        if stopped and self.is_flagged():
-            print(f"stopped after step {step}: {count} flags; read {flags} first. Resume with: {command} "
-                  "--max-flags N")
-            return 3
+        """Print how to resume, or held-out accuracy before and after."""
         if stopped:
-            print(f"stopped after step {step}. Resume with: {command}")
-            return 0
+            print(f"stopped after step {self.metrics[-1]['step']}. {self.resume_hint()}")
+            return
         print(f"\n{heldout_table(self.metrics, heldout)}\n\nrun folder  {self.folder}\n"
-              f"picture     {self.folder}/curves.png\npage        python scripts/page.py {self.folder}")
-        if count:
-            print(f"flags       {count}, in {flags}")
-        return 0
+              f"picture     {self.folder}/curves.png\npage        python scripts/page.py {self.folder}\n"
+              f"flags       {self.lines['flags.jsonl']}, in {self.folder}/flags.jsonl")
 
 
 class Follower:
@@ -254,16 +242,10 @@ class Follower:
     def save(self, step, state):
         snapshot(state)  # all ranks check together that their weights are equal
 
-    def finish(self, stopped, heldout):
-        return 0
-
-    def is_flagged(self):
-        return False
-
     def record(self, *arguments):
         """Left to rank 0, like the methods named below."""
 
-    append = show = draw = close = abandon = record
+    append = show = draw = finish = close = abandon = record
 
     def resume_hint(self):
         return ""

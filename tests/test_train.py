@@ -211,7 +211,7 @@ def misuse(capsys, *arguments):
     (["--generate-batch", "-1"], "--generate-batch is -1"), (["--resume", ""], "--resume is empty"),
     (["--out", ""], "--out is empty"), (["--model", ""], "--model is empty"),
     (["--model", "tiny", "--quantize", "4bit", "--lora-rank", "0"], "4-bit"),
-    (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--max-flags", "-1"], "--max-flags is -1"), (["--lr-final", "0"], "--lr-final is 0.0"),
+    (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--lr-final", "0"], "--lr-final is 0.0"),
     (["--heldout", "/no/such/file"], "cannot read the held-out tasks"), (["--resume", "/no/such/run"], "not a run folder"),
     (["--device", "warp"], "--device"),
 ])
@@ -423,20 +423,17 @@ def test_ablations_run(tmp_path, capsys, flags):
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
 
 
-def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, monkeypatch):
+def test_flags_are_logged_counted_and_named_at_the_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(run_folder.RULES, "judge", re.compile("sorted"))  # the tiny model knows no worse word
     run = tmp_path / "run"
-    flags = [*SMALL, "--types", "deduction", "--save-every", "100", "--max-flags", "1", "--steps", "9", "--out", str(run)]
-    assert train.main(flags) == 3
-    done = log(run)[-1]["step"]
-    assert f"stopped after step {done}" in capsys.readouterr().out and 0 < done < 9
+    assert train.main([*SMALL, "--types", "deduction", "--steps", "2", "--out", str(run)]) == 0
     found = log(run, "flags.jsonl")
     assert len(found) > 1 and {f["rule"] for f in found} == {"judge"} and all("sorted" in f["context"] for f in found)
     assert [sum(f["step"] == row["step"] for f in found) for row in log(run)] == [row["flags"] for row in log(run)]
-    assert train.main(["--resume", str(run), "--max-flags", "100000", "--steps", str(done + 1)]) == 0
-    assert log(run)[-1]["step"] == done + 1 and "flags" in capsys.readouterr().out
+    assert f"flags       {len(found)}, in {run}/flags.jsonl" in capsys.readouterr().out
+    assert train.main(["--resume", str(run), "--steps", "3"]) == 0
     config = json.loads((run / "config.json").read_text())  # what was given with --resume holds from now on
-    assert config["steps"] == done + 1 and "versions" in config
+    assert config["steps"] == 3 and "versions" in config
 
 
 def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
