@@ -55,7 +55,6 @@ class Run:
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
         self.lines, self.alarms, self.metrics = {}, set(), []
-        self.was_killed = False
 
     def create(self, cfg):
         """Make the folder and write config.json. Raises UsageError if the folder is not empty."""
@@ -92,10 +91,8 @@ class Run:
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
 
-        The kernel drops the lock of a process that is killed. Its file then stays, which tells the next one.
+        The kernel drops the lock of a process that is killed. Its file then stays, and stops nobody.
         """
-        path = Path(self.lock.lock_file)
-        self.was_killed = path.exists()
         try:
             self.lock.acquire()
         except filelock.Timeout as error:
@@ -131,23 +128,11 @@ class Run:
             self.lines[name] = len(rows)
             replace_file(self.folder / name, as_lines(rows))
         self.metrics = logs["metrics.jsonl"]
-        self.keep_changes(cfg)
-        if self.was_killed:
-            say(f"the last process of this run was killed after step {step or 0}; if the system was out of "
-                "memory, lower --micro-tokens, --generate-batch or --workers")
+        self.write_config(cfg)  # --resume may have come with other values
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
-
-    def keep_changes(self, cfg):
-        """Write config.json again if --resume came with other values."""
-        stored = read_config(self.folder, {})
-        changes = {name: value for name, value in asdict(cfg).items()
-                   if value != stored[name] and name != "types"}
-        if changes:
-            self.write_config(cfg)
-            print("saved to config.json:", *(f"{flag(name)} {value}" for name, value in changes.items()))
 
     def read_log(self, name, step, count):
         """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
@@ -193,12 +178,13 @@ class Run:
             shown["ALARM"] = name
         bar.set_postfix(shown, refresh=False)
 
-    def draw(self):
-        draw_curves(self.metrics, self.folder / "curves.png")
-
     def save(self, step, state):
-        """Write the adapter for other programs to load, then the checkpoint."""
-        self.export(state.policy)  # first: a kill in between leaves no finished run with an old adapter
+        """Write curves.png and the adapter for other programs to load, then the checkpoint.
+
+        In this order a kill in between leaves no finished run with an old picture or adapter.
+        """
+        draw_curves(self.metrics, self.folder / "curves.png")
+        self.export(state.policy)
         self.checkpoint.parent.mkdir(exist_ok=True)
         content = io.BytesIO()
         torch.save({"step": step, "lines": self.lines, **snapshot(state)}, content)
@@ -245,7 +231,7 @@ class Follower:
     def record(self, *arguments):
         """Left to rank 0, like the methods named below."""
 
-    append = show = draw = finish = close = abandon = record
+    append = show = finish = close = abandon = record
 
     def resume_hint(self):
         return ""
@@ -265,7 +251,7 @@ class State:
 
 
 SNAPSHOT = {"step": int, "lines": dict, "weights": dict, "optimizer": dict, "buffer": dict,
-            "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list, "ranks": int,
+            "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list,
             "mean_tokens": float}  # what a checkpoint holds
 
 
@@ -275,8 +261,7 @@ def snapshot(state):
     parallel.check_same(weights.values())
     return {"weights": weights, "optimizer": state.optimizer.state_dict(), "buffer": state.buffer.state(),
             "python_rng": state.rng.getstate(), "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(), "ranks": parallel.ranks(),
-            "mean_tokens": state.sampler.mean_tokens}
+            "cuda_rng": torch.cuda.get_rng_state_all(), "mean_tokens": state.sampler.mean_tokens}
 
 
 def load(content, state):
@@ -293,9 +278,6 @@ def load(content, state):
         state.rng.setstate(stored["python_rng"])
         torch.set_rng_state(stored["torch_rng"])
         torch.cuda.set_rng_state_all(stored["cuda_rng"][:torch.cuda.device_count()])
-        if stored["ranks"] != parallel.ranks():
-            say(f"this run had {stored['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
-                "differ from an uninterrupted run")
         return stored["step"], stored["lines"]
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError,
             pickle.UnpicklingError) as error:
@@ -508,12 +490,10 @@ def heldout_table(metrics, name):
     return table(columns, title, {})
 
 
-def seeding_figures(drafts, seconds):
-    """The figures beside the bar of seeding. seconds: of sampling, on this rank."""
-    tokens = sum(len(r.response_ids) for r in drafts)
+def seeding_figures(drafts):
+    """The figures beside the bar of seeding."""
     return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
-            f"{average(r.verdict is Verdict.VALID for r in drafts):.0%} valid, "
-            f"{tokens / seconds:.0f} tokens/s")
+            f"{average(r.verdict is Verdict.VALID for r in drafts):.0%} valid")
 
 
 WHAT_TO_TRY = {

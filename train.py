@@ -206,12 +206,8 @@ def train(cfg, run):
             stop = any(parallel.gather(bool(stop_requests) and not last))
             if stop or last or step % cfg.save_every == 0:
                 run.save(step, state)
-            if stop or "heldout/mean" in metrics:
-                run.draw()
             if stop:
                 break
-    if done == cfg.steps:  # a kill may have come between the last checkpoint and the picture
-        run.draw()
     run.finish(stop, cfg.heldout)
 
 
@@ -248,7 +244,7 @@ def seed_buffers(actor, buffer, cfg, run, stop_requests):
                 bar.update(len(accept(fresh, buffer, cfg, kinds, missing)))
                 drafts += fresh
                 run.append("samples.jsonl", pick_samples(0, fresh, actor.policy))
-                bar.set_postfix_str(seeding_figures(drafts, actor.clock["generate"]))
+                bar.set_postfix_str(seeding_figures(drafts))
                 has_valid = any(draft.verdict is Verdict.VALID for draft in drafts)
                 if number == 2 and not has_valid:
                     say(why_none_is_valid(drafts))

@@ -270,11 +270,18 @@ def test_a_run_that_has_lost_its_checkpoint_keeps_its_logs(capsys, tmp_path, who
     assert contents(run) == before
 
 
-def test_a_picture_that_a_kill_prevented_is_made_by_resume(tmp_path, whole_run):
-    run = copy_of(whole_run.folder, tmp_path / "run")
-    (run / "curves.png").unlink()
-    assert train.main(["--resume", str(run)]) == 0
-    assert (run / "curves.png").exists()
+def test_whoever_has_a_checkpoint_has_its_picture_and_adapter(tmp_path, monkeypatch):
+    run, there = tmp_path / "run", []
+    replace = run_folder.replace_file
+
+    def watched(path, content):
+        if path.name == "state.pt":
+            there.append([(run / "curves.png").exists(), (run / "adapter" / "adapter_config.json").exists()])
+        replace(path, content)
+
+    monkeypatch.setattr(run_folder, "replace_file", watched)
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "1", "--out", str(run)]) == 0
+    assert there == [[True, True]] * 2
 
 
 def test_a_tokenizer_with_several_chat_templates_is_written_again_and_again(tmp_path, random_model):
@@ -473,9 +480,9 @@ def test_only_one_process_at_a_time_and_no_lock_outlives_it(capsys, tmp_path, wh
     assert "another process trains in" in misuse(capsys, "--resume", run)
     assert contents(run) == before
     first.lock.release()  # as the kernel does for a process that is killed: the file stays, the lock goes
+    assert (run / "lock").exists()
     assert train.main(["--resume", str(run)]) == 0
-    assert "was killed after step 6" in capsys.readouterr().err and not (run / "lock").exists()
-    assert train.main(["--resume", str(run)]) == 0 and "killed" not in capsys.readouterr().err
+    assert not (run / "lock").exists()
 
 
 @pytest.mark.parametrize("flags, says", [(["--steps", "0"], "--steps is 0"), (["--steps", "3"], "has done 6 steps already"),
@@ -487,12 +494,10 @@ def test_what_is_wrong_beside_resume_changes_nothing(capsys, tmp_path, whole_run
     assert contents(run) == before
 
 
-def test_knobs_of_memory_speed_and_place_may_change_and_are_kept_and_said(capsys, tmp_path, whole_run):
+def test_knobs_of_memory_speed_and_place_may_change_and_are_kept(tmp_path, whole_run):
     run = copy_of(whole_run.folder, tmp_path / "run")
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")  # for others: a resumed run never reads it
     assert train.main(["--resume", str(run), "--micro-tokens", "512", "--workers", "1", "--generate-batch", "8"]) == 0
-    out = capsys.readouterr().out
-    assert "saved to config.json: " in out and "--micro-tokens 512" in out and "--workers 1" in out
     config = json.loads((run / "config.json").read_text())
     assert (config["micro_tokens"], config["workers"], config["generate_batch"]) == (512, 1, 8)
 
@@ -569,7 +574,7 @@ def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp
     first, last = said.index("no valid task in 8 proposals; 8 of them are truncated"), said.index("train.py: none of 40")
     assert first < said.index("--- one complete response ---") < said.index("a higher --max-response") < last
     assert said[last:].count("\n") == 1 and str(run / "samples.jsonl") in said[last:] and "Traceback" not in said
-    assert "40 sampled, 0% well formed, 0% valid, " in said and not (run / "checkpoint").exists()
+    assert "40 sampled, 0% well formed, 0% valid" in said and not (run / "checkpoint").exists()
 
 
 def test_of_invalid_seeds_the_commonest_reason_is_named_with_a_whole_response():
