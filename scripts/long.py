@@ -25,7 +25,7 @@ RUNS = {
     "default": "",
     "no deduplication": "--no-dedup",
 }
-DIVERSITY = ("unique_ast", "edit_distance", "complexity", "answers", "trivial")
+DIVERSITY = ("unique_ast", "edit_distance", "trivial")
 
 
 def rows_of(path):

@@ -77,7 +77,7 @@ def series(steps, **changes):
         for kind in TASK_TYPES:
             row |= {f"propose/{kind}/learnable": 0.4, f"propose/{kind}/solve_rate": 0.5,
                     f"propose/{kind}/valid": 0.95, f"solve/{kind}/accuracy": 0.3 + 0.2 * grown,
-                    f"response_tokens/solve/{kind}": 15 + 27 * grown, "diversity/complexity": 1.5}
+                    f"response_tokens/solve/{kind}": 15 + 27 * grown}
         if step % 10 == 0:
             row |= {"heldout/mean": 0.63, "heldout_stderr/mean": 0.019}
         for key, value in changes.items():
