@@ -90,7 +90,7 @@ def tables(results):
     columns, means, details = {}, {}, [["", "model", "pass@k", *COUNTS, *MEANS]]
     for column, scores in results.items():
         columns[column] = {name: figures["pass@k"][1] for name, figures in scores.items()}
-    if "trained" in results:
+    if {"base", "trained"} <= results.keys():
         base, trained = results["base"], results["trained"]
         columns["difference"] = {name: paired_difference(base[name]["correct"], trained[name]["correct"])
                                  for name in base}
@@ -106,7 +106,7 @@ def tables(results):
             for key in (*COUNTS, *MEANS):
                 row.append("–" if figures[key] is None else round(figures[key], 3))
             details.append(row)
-    return f'{table(columns, "pass@1, %", means)}\n\n{layout(details)}'
+    return f'{layout(table(columns, "pass@1, %", means))}\n\n{layout(details)}'
 
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -148,8 +148,8 @@ def generate_answers(problems, options, out, settings):
                 continue  # done before
             if not policy:
                 policy = load_policy(
-                    model, options.quantize, 0, device=options.device, adapter=options.adapter, trained=False,
-                    frame="examples" if options.template == "examples" else "long")
+                    model, options.quantize, 0, options.dtype, options.device, options.adapter,
+                    trained=False, frame="examples" if options.template == "examples" else "long")
                 if column == "base" and options.adapter:
                     policy.model.base_model.disable_adapter_layers()
             answers[column, name] = sample(policy, column, name, tasks, options)
@@ -316,6 +316,7 @@ def parse(arguments):
     add("--model", default="tiny", help="tiny (shipped, the default), a local folder or a Hugging Face name")
     add("--adapter", help="a PEFT adapter folder: the trained model, beside its base")
     add("--run", help="a run folder of train.py: its model, before and after training")
+    add("--only", choices=("base", "trained"), help="with --adapter or --run: measure one of the two models")
     add("--benchmarks", help="names and groups with commas; groups are heldout (the default), io "
         "(in-distribution), code, math and all (of these three); names are " + ", ".join(BENCHMARKS))
     add("--data", help="a folder with the benchmarks' files; default: the Hugging Face hub")
@@ -337,6 +338,8 @@ def parse(arguments):
         "settings, so that the same command keeps the benchmarks that are finished")
     add("--quantize", choices="auto 4bit none".split(), default="auto", help="4-bit base weights; default: "
         "the run's, else auto: on a GPU, with an adapter")
+    add("--dtype", choices="auto bf16 fp16 fp32".split(), default="auto", help="of the weights; default: the "
+        "run's, else auto")
     add("--device", help="cuda, cuda:1 or cpu; default: cuda where there is one")
     add("--generate-batch", type=number(0), default=0, help="responses sampled at once; 0: as memory allows")
     add("--workers", type=number(1, 512), help="sandbox workers; default: all cores")
@@ -353,11 +356,17 @@ def parse(arguments):
     elif options.run or options.adapter:
         options.columns = {"base": options.model,
                            "trained": options.model if options.adapter else f"{options.run}/model"}
+        if options.only:
+            options.columns = {options.only: options.columns[options.only]}
+        if options.only == "base":
+            options.adapter = None
     options.max_response = options.max_response or (128 if options.model in ("tiny", "tiny/longer") else 4096)
     if options.temperature is None:
         options.temperature = 1.0 if options.samples > 1 else 0.0
     if options.samples > 1 and not options.temperature:
         raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
+    if options.only and not (options.run or options.adapter):
+        raise UsageError(f"--only {options.only} needs --run or --adapter")
     return options
 
 
@@ -365,6 +374,7 @@ def defaults_of(run):
     """{option: default} as the run was trained. Raises UsageError."""
     config = read_config(run, CONFIG)
     defaults = {name: config[name] for name in CONFIG}
+    defaults["dtype"] = config.get("dtype", "auto")  # older runs do not say
     if config.get("frame") == "examples":
         defaults["template"] = "examples"
     if (run / "adapter").is_dir():

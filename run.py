@@ -393,13 +393,13 @@ def mean_score(scores):
 
 
 def table(columns, title, means):
-    """{column: {row: (accuracy, error)}} as text, in percent.
+    """{column: {row: (accuracy, error)}} in percent, as rows of cells.
 
-    `means` adds a row for each {name: rows}. A cell without a figure is "–". The column called "difference"
-    is written with signs.
+    `means` adds a row for each {name: rows}. A cell without a figure is "–". A column with "difference" in
+    its name is written with signs.
 
     >>> base, trained = {"easy": (0.095, 0.021)}, {"easy": (0.755, 0.03), "hard": (0.105, 0.04)}
-    >>> print(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]}))
+    >>> print(layout(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]})))
     accuracy       base     trained
     easy      9.5 ± 2.1  75.5 ± 3.0
     hard              –  10.5 ± 4.0
@@ -412,10 +412,10 @@ def table(columns, title, means):
     for row, names in (members | means).items():
         cells = []
         for column, scores in columns.items():
-            sign = "+" if column == "difference" else ""
+            sign = "+" if "difference" in column else ""
             cells.append(_cell([scores.get(name) for name in names], sign))
         lines.append([row, *cells])
-    return layout(lines)
+    return lines
 
 
 def _cell(scores, sign):
@@ -487,7 +487,7 @@ def heldout_table(metrics, name):
             if group == "heldout" and key in row:  # a resumed run may measure other tasks
                 scores[rest] = row[key], row[f"heldout_stderr/{rest}"]
     title = "held-out accuracy" if name == "tiny" else f"held-out accuracy, {Path(name).name}"
-    return table(columns, title, {})
+    return layout(table(columns, title, {}))
 
 
 def seeding_figures(drafts):

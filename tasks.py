@@ -91,8 +91,7 @@ EXAMPLES = (
              "            load += bag\n    return load", "The car takes only so much.",
              "[12, 9, 6] → 18; [5] → 5; [20, 1] → 20; [25] → 0; [8, 8, 8] → 16"),
 )
-THOUGHTS = (  # of a solver, on the first of them
-    "f(135) is 135 // 60, 135 % 60.", "f(13) is 'adult', as 13 < 13 is false.", "f([4, 9, 6]) is 9 - 4.")
+SOLVED = (EXAMPLES[3], EXAMPLES[9], EXAMPLES[6])  # those that a solver is shown, with Kind.thoughts
 # Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them
 # help with the format. Where it has to be written, more of them made it invalid more often.
 SHOTS = 6
@@ -158,7 +157,8 @@ _TRIPLET_SHOT = """\
 Write a new function f and an input, so that one has to think to {aim}.
 
 ### Response
-<think>New.</think>
+<think>{remark}
+</think>
 <answer>
 ```python
 {program}
@@ -167,6 +167,19 @@ Write a new function f and an input, so that one has to think to {aim}.
 {input}
 ```
 </answer>"""
+
+_TRIPLET_REMARKS = (  # what makes each of EXAMPLES hard, and how its output was checked
+    "Two results from one number, by division and remainder. Checked: 135 // 60 = 2 and 135 % 60 = 15.",
+    "The border is the hard part: 13 < 13 is false. Checked: 'adult'.",
+    "It takes two passes over the list. Checked: 9 - 4 = 5.",
+    "The price changes only above a border. Checked: 8 * 3 = 24, and 24 - 2 = 22.",
+    "One has to keep the order of those that pass. Checked: 3 is dropped, [8, 5] stays.",
+    "The loop must be followed to its end. Checked: 1, 2, 4, 8.",
+    "Only the first letter counts. Checked: 'a' becomes 'A.'.",
+    "One cold day in the middle decides. Checked: -1 < 0, so 'ice'.",
+    "It wraps around at midnight. Checked: 20 + 8 = 28, and 28 - 24 = 4.",
+    "A bag that does not fit is left out, but a later one may fit. Checked: 12, then 12 + 6 = 18.")
+_TRIPLET_REMARK = "Checked: f({input}) is {output}."
 
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
@@ -181,10 +194,15 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
     if frame == "long" or not entry.propose_example:
         shown = "".join(_REFERENCE.format(**asdict(task)) for task in references)
         return entry.propose.format(references=shown, program=program, count=count)
-    earlier = [task for task in references if task.program != ZERO_TRIPLET.program]
+    own = [task for task in references if task.program != ZERO_TRIPLET.program]
     shots = SHOTS if entry.own_program else len(EXAMPLES)
-    earlier = [*EXAMPLES[:max(0, shots - len(earlier))], *earlier]
-    return _few_shot(entry.propose_example, map(_slots, earlier), {"program": program})
+    earlier = []
+    for example, remark in zip(EXAMPLES[:max(0, shots - len(own))], entry.remarks):
+        earlier.append(_slots(example) | {"remark": remark})
+    for task in own:
+        slots = _slots(task)
+        earlier.append(slots | {"remark": entry.remark.format(**slots)})
+    return _few_shot(entry.propose_example, earlier, {"program": program})
 
 
 def solve_prompt(task, frame="long"):
@@ -192,7 +210,7 @@ def solve_prompt(task, frame="long"):
     entry = KINDS[task.type]
     if frame == "long" or not entry.solve_example:
         return entry.solve.format(**_slots(task))
-    earlier = [_slots(example) | {"thought": thought} for example, thought in zip(EXAMPLES, THOUGHTS)]
+    earlier = [_slots(example) | {"thought": thought} for example, thought in zip(SOLVED, entry.thoughts)]
     return _few_shot(entry.solve_example, earlier, _slots(task))
 
 
@@ -311,15 +329,24 @@ class Kind:
     judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
     #                     without a program (None) the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
-    propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task, {calls}
-    solve_example: str = ""    # and {inputs} as lines; a solver's also {thought}. "": the long question
+    propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task,
+    solve_example: str = ""    # {calls}, {inputs} as lines, {remark} or {thought}. "": the long question
+    remarks: tuple = ()        # a proposer's thought in the example of each of EXAMPLES,
+    remark: str = ""           # and of a task of its own, with the same slots
+    thoughts: tuple = ()       # a solver's in the example of each of SOLVED
     own_program: bool = True   # a proposal brings its own program; if not, it is given one
     is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
 
 
 KINDS = {
     "deduction": Kind(
+        remarks=_TRIPLET_REMARKS, remark=_TRIPLET_REMARK,
         propose_example=_TRIPLET_SHOT.replace("{aim}", "predict its output"),
+        thoughts=(  # it executes line by line
+            "kilos is 8, so price = 8 * 3 = 24. 24 > 20 is true, so price = 24 - 2 = 22. f returns 22.",
+            "load = 0. bag 12: 0 + 12 = 12 is at most 20, so load = 12. bag 9: 12 + 9 = 21 is more than 20, "
+            "so load stays 12. bag 6: 12 + 6 = 18 is at most 20, so load = 18. f returns 18.",
+            "name is 'ada', so name[0] is 'a'. 'a'.upper() is 'A'. 'A' + '.' is 'A.'. f returns 'A.'."),
         solve_example="""\
 ```python
 {program}
@@ -327,7 +354,8 @@ KINDS = {
 What does f({input}) return?
 
 ### Response
-<think>{thought}</think>
+<think>{thought}
+</think>
 <answer>{output}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the input, and has to predict what the function returns."""),
@@ -348,7 +376,15 @@ Give the returned value as a Python literal in one fenced block:
         tag="output", hidden="output", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(None, answer, task.output)]),
     "abduction": Kind(
+        remarks=_TRIPLET_REMARKS, remark=_TRIPLET_REMARK,
         propose_example=_TRIPLET_SHOT.replace("{aim}", "find an input from its output"),
+        thoughts=(  # it searches, and checks what it has found
+            "f returns price. If 2 was taken off, price was 24 before, and 24 = 8 * 3, so kilos = 8. "
+            "Check f(8): price = 24, 24 > 20, so 24 - 2 = 22. That is right.",
+            "The bags that fit must add up to 18, for example 12 and 6. "
+            "Check f([12, 9, 6]): load = 12, then 12 + 9 = 21 does not fit, then 12 + 6 = 18. That is right.",
+            "The first letter in upper case must be 'A', so name starts with 'a', for example 'ada'. "
+            "Check f('ada'): 'a'.upper() is 'A', and 'A' + '.' is 'A.'. That is right."),
         solve_example="""\
 ```python
 {program}
@@ -356,7 +392,8 @@ Give the returned value as a Python literal in one fenced block:
 Find an input with which f returns {output}.
 
 ### Response
-<think>{thought}</think>
+<think>{thought}
+</think>
 <answer>{input}</answer>""",
         propose=_PROPOSE.replace("{what_the_solver_does}", """\
 The solver will see the function and the value that it returned, and has to find an input that gives \
@@ -379,6 +416,25 @@ Give the input, as it would stand between the parentheses of the call f(...), in
         tag="input", hidden="input", parse=parse_triplet, complete=complete_triplet, is_triplet=True,
         judge=lambda task, answer: [(task.program, answer, task.output)]),
     "induction": Kind(
+        remarks=(
+            "Full hours, less than an hour and nothing should be among them.",
+            "The border 13 and both sides of it should be among them.",
+            "A single price and equal prices are special.",
+            "Prices on both sides of 20 are needed, and 7 is close to it.",
+            "All, some and none should pass.",
+            "0 shows where it starts, the others how fast it grows.",
+            "Small and capital letters, short and long names.",
+            "Frost at the beginning, in the middle, at the end, and none.",
+            "Hours before and after midnight, and midnight itself.",
+            "Too heavy a bag, an exact fit, and a bag that is left out."),
+        remark="The inputs differ in what f returns.",
+        thoughts=(  # it compares the pairs
+            "2 gives 6 = 2 * 3. But 8 gives 22 = 8 * 3 - 2, and 7 gives 19 = 7 * 3 - 2. So it is 3 times the "
+            "number, and 2 less if that is large. 21 is large and 6 is not, so the border may be 20.",
+            "[5] gives 5, the sum. [12, 9, 6] gives 18 = 12 + 6, so 9 is left out, because 12 + 9 = 21. "
+            "[20, 1] gives 20, so 1 is left out. So a number is added while the sum stays at most 20.",
+            "'ada' gives 'A.', so it is the first letter in upper case and a dot. 'bob' gives 'B.' and "
+            "'carl' gives 'C.', which fits."),
         propose_example="""\
 ```python
 {program}
@@ -386,7 +442,8 @@ Give the input, as it would stand between the parentheses of the call f(...), in
 Write inputs for f, and a message that helps to find f.
 
 ### Response
-<think>New.</think>
+<think>{remark}
+</think>
 <answer>
 ```message
 {message}
@@ -399,7 +456,8 @@ Write inputs for f, and a message that helps to find f.
 {calls}{message} Write f.
 
 ### Response
-<think>{thought}</think>
+<think>{thought}
+</think>
 <answer>
 ```python
 {program}

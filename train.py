@@ -60,14 +60,15 @@ class Config:
                          "long", "examples", "long", choices=("long", "examples"))
     max_prompt: int = setting("most tokens of a prompt (references are dropped to fit)", 512, 4096, 6144,
                               low=1)
-    max_response: int = setting("most tokens of a response (longer ones are malformed)", 96, 2048, 8096,
-                                low=1)
+    max_response: int = setting("most tokens of a response (longer ones are malformed); 0: 512 below 2 "
+                                "billion weights, else 2048", 96, 0, 8096)
 
     # the update
     lr: float = setting("learning rate of AdamW (paper: of full fine-tuning)", 1e-4, 2e-5, 1e-6, low=1e-12)
     lr_final: float = setting("final learning rate as a fraction of --lr (linear decay)", 1.0, low=1e-12)
     lora_rank: int = setting("LoRA rank on all linear layers (alpha = 2 × rank); 0: all weights", 32, 32, 0)
-    entropy_coef: float = setting("weight of the entropy bonus in the loss", 0.001)
+    entropy_coef: float = setting("weight of the entropy bonus in the loss (the tiny model needs none)",
+                                  0.0, 0.0, 0.001)
     solve_weight: float = setting("λ of equation 3: weight of the solver's advantages", 1.0)
     train_on_estimates: bool = setting(
         "also train the solver on the n tries of each new task (the paper does not)", False, True, False)
@@ -98,6 +99,8 @@ class Config:
                                "first day", None)
     quantize: str = setting("4-bit base weights; auto: on a GPU, with LoRA", "auto",
                             choices=("auto", "4bit", "none"))
+    dtype: str = setting("of the weights; auto: bf16 or fp16 on a GPU, fp32 on a CPU", "auto",
+                         choices=("auto", "bf16", "fp16", "fp32"))
     device: str | None = setting("cuda, cuda:1 or cpu; default: cuda if available", None)
     workers: int | None = setting("sandbox workers; default: all cores", None, low=1, high=512)
     timeout: float = setting("seconds a sandboxed run may take", 5.0, 10.0, 10.0, low=0.01, high=3600)
@@ -139,8 +142,10 @@ def train(cfg, run):
     """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one."""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, device=cfg.device, frame=cfg.frame,
+    policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
                          date=cfg.date)
+    if not cfg.max_response:
+        cfg = replace(cfg, max_response=response_limit(policy.causal.num_parameters()))
     check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
@@ -209,6 +214,15 @@ def train(cfg, run):
             if stop:
                 break
     run.finish(stop, cfg.heldout)
+
+
+def response_limit(weights):
+    """The tokens of a response where --max-response is 0, for a model of so many weights.
+
+    A small model that does not end soon repeats itself until the limit: all right answers of
+    Qwen2.5-Coder-0.5B to CRUXEval were within 110 tokens, and a quarter of its answers never ended.
+    """
+    return 512 if weights < 2e9 else 2048
 
 
 def trained_rollouts(proposals, tries, solutions, cfg):

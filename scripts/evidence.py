@@ -53,7 +53,7 @@ MAKING = defaultdict(Lock)  # of two jobs on one base, one makes it
 ARCHIVE = ROOT / "docs" / "evidence.zip"
 BASE = "tiny/longer"
 RECIPE = (f"--model {BASE} --samples 8 --batch 16 --train-on-estimates --baseline task --lora-rank 0 --lr 3e-4 --lr-final 0.1 "
-          "--max-response 112 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
+          "--max-response 112 --entropy-coef 0.001 --steps 100 --eval-every 20 --heldout-splits easy,hard --workers 1").split()
 # a constant rate: so two runs can be compared at any step, and a run can go on later with more steps
 LONG = ("--max-response 160 --lr 1.5e-4 --lr-final 1 --eval-every 20 --heldout-splits 1,2,3,4,5,6")
 

@@ -214,7 +214,7 @@ def main(arguments=None):
     add("--length", type=int, default=1024, help="tokens of a row in the update")
     add("--prompts", type=int, default=48, help="prompts of the prompt pass")
     add("--prompt", type=int, default=1430, help="tokens of each")
-    add("--longest", type=int, default=preset(CARD).max_prompt + preset(CARD).max_response,
+    add("--longest", type=int, default=preset(CARD).max_prompt + 2048,
         help="tokens of the longest row")
     options = parser.parse_args(arguments)
     peaks = [["GB at most", "weights", "model", *(f"update, {n} tokens" for n in options.micro_tokens),

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +28,7 @@ from run import flag, read_rows
 from shapes import SHAPES, make_policy
 from tables import markdown
 from tasks import UsageError
-from train import KEPT, configure, parse
+from train import KEPT, configure, parse, response_limit
 
 SOURCE = "README of the official repository, LeapLabTHU/Absolute-Zero-Reasoner"
 PAPER = {  # model: (code, math, total) of the base, and of it after the paper's training
@@ -66,7 +66,9 @@ def train(cfg, options, run):
         code = call("train.py", "--model", options.model, "--out", run, *options.flags)
     else:
         wanted = json.loads(json.dumps(asdict(cfg)))
-        if changed := [name for name in wanted if name not in KEPT and settings.get(name) != wanted[name]]:
+        chosen = {"date", "max_response"} - parse(options.flags).keys()  # by the run, where nobody gives them
+        if changed := [name for name in wanted
+                       if name not in {*KEPT, *chosen} and settings.get(name) != wanted[name]]:
             raise UsageError(f"{run} was begun with another {flag(changed[0])}; give its value, or another --out")
         changed = [name for name in KEPT if name in {"steps", *parse(options.flags)} and settings[name] != wanted[name]]
         code = call("train.py", "--resume", run, *(word for name in changed for word in (flag(name), wanted[name])))
@@ -130,7 +132,7 @@ def describe(cfg, options, run, out):
     rollouts = len(cfg.types) * cfg.batch * (2 + cfg.samples * cfg.train_on_estimates)
     print(f"train.py: {cfg.steps} steps of {cfg.batch} proposals and solutions for each of {len(cfg.types)} types, "
           f"{cfg.samples} tries a task; at most {rollouts} rollouts an update, prompts up to {cfg.max_prompt} and "
-          f"responses up to {cfg.max_response} tokens, micro-batches of {cfg.micro_tokens}, "
+          f"responses up to {cfg.max_response or '512 or 2048'} tokens, micro-batches of {cfg.micro_tokens}, "
           + (f"LoRA of rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"))
     print(f"eval.py: {options.benchmarks}, base and trained, greedy"
           + f", the first {options.limit} tasks of each" * bool(options.limit))
@@ -140,6 +142,7 @@ def describe(cfg, options, run, out):
     size = cfg.model.split("-")[-1]
     if "Qwen2.5-" in cfg.model and size in SHAPES:
         policy = make_policy(size, "4bit" if cfg.lora_rank else "bf16", "meta")
+        cfg = replace(cfg, max_response=cfg.max_response or response_limit(policy.causal.num_parameters()))
         fitting, seconds = fit_micro_tokens(policy, cfg, CARD_GB * 2 ** 30), seconds_of_a_step(policy, cfg)
         print(f"on a card of {CARD_GB} GB, expected, not measured: micro-batches of at most {fitting} tokens, "
               f"{seconds:.0f} seconds a step, {seconds * cfg.steps / 3600:.0f} hours in all")

@@ -26,7 +26,7 @@ def test_tables_say_what_is_missing_and_sign_only_differences():
     columns = {"base": {"a": (0.5, 0.05), "b": (0.25, 0.04)}, "trained": {"a": (0.75, 0.05)},
                "difference": {"a": (0.25, 0.07)}}
     means = {"both": ["a", "b"], "first": ["a"]}
-    lines = table(columns, "accuracy, %", means).split("\n")
+    lines = layout(table(columns, "accuracy, %", means)).split("\n")
     assert [re.split(r"  +", line) for line in lines] == [
         ["accuracy, %", "base", "trained", "difference"], ["a", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"],
         ["b", "25.0 ± 4.0", "–", "–"], ["both", "37.5 ± 3.2", "–", "–"],

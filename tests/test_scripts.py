@@ -14,13 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import bonus
 import gpu
 import memory
+import real_run
 import reproduce
 from shapes import SHAPES, make_policy
 from tables import markdown
 
 from azr import fit_micro_tokens
+from rewards import Rollout
 from train import CARD, preset
 
 
@@ -168,3 +171,86 @@ def test_a_dry_run_says_steps_sizes_and_hours_and_writes_nothing(tmp_path, capsy
     assert "100 steps" in text and "2048 tokens" in text and " 6 hours in all" in text and "not measured" in text
     assert not out.exists()
     assert reproduce.main(["--model", "tiny", "--dry-run", "--", "--steps", "0"]) == 2
+
+
+# --- real_run.py -------------------------------------------------------------------------------------
+
+def test_a_real_run_that_is_killed_goes_on_and_gives_paired_differences(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    flags = ("--batch 2 --samples 2 --max-response 48 --seed-factor 1 --save-every 1 --eval-every 0 --heldout-limit 2 "
+             "--workers 1").split()
+    arguments = ["--model", "tiny", "--minutes", "0.01", "--benchmarks", "heldout", "--limit", "8", "--out", str(out)]
+    process = Forked("import sys; sys.path.append('scripts'); import real_run; sys.exit(real_run.main())",
+                     [*arguments, "--", *flags])
+    while not (out / "self-play" / "checkpoint" / "state.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    monkeypatch.setattr(real_run, "LOOK", 0.05)
+    monkeypatch.setattr(real_run.subprocess, "Popen", lambda command: Forked(
+        f"import sys, {Path(command[1]).stem} as script; sys.exit(script.main())", command[2:]))
+    assert real_run.main([*arguments, "--", *flags]) == 0
+    first = capsys.readouterr().out
+    assert "$ python train.py --resume" in first
+    assert json.loads((out / "shuffled" / "config.json").read_text())["shuffle_rewards"] is True
+    for name in ("self-play", "shuffled"):
+        steps = real_run.metrics_of(out / name)
+        assert 1 < len(steps) < 100 and real_run.minutes_of(out / name) >= 0.01
+    table = (out / "results.md").read_text()
+    assert "| heldout-deduction |" in table and "shuffled, difference" in table and (out / "results.png").stat().st_size
+    assert real_run.main([*arguments, "--", *flags]) == 0  # nothing is trained or answered again
+    second = capsys.readouterr().out
+    assert "train.py" not in second and (out / "results.md").read_text() == table
+
+
+def test_the_columns_of_a_real_run_are_accuracies_and_paired_differences():
+    def figures(*correct):
+        share = sum(correct) / len(correct)
+        return {"pass@k": {"1": [share, 0.25]}, "correct": {str(place): [hit] for place, hit in enumerate(correct)}}
+    columns = real_run.columns_of({"MATH500": figures(0, 0, 1, 1)}, {"self-play": {"MATH500": figures(1, 0, 1, 1)}})
+    assert columns["base"]["MATH500"][0] == 0.5 and columns["self-play"]["MATH500"][0] == 0.75
+    mean, error = columns["self-play, difference"]["MATH500"]
+    assert mean == 0.25 and error == pytest.approx((3 / 16 / 4) ** 0.5)  # of four differences: 1, 0, 0, 0
+
+
+def test_a_real_run_needs_a_run_that_exists(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        real_run.main(["--model", "tiny", "--minutes", "1", "--out", str(tmp_path / "out"), "--runs", "self-play,best"])
+    assert ended.value.code == 2 and "--runs is self-play,best" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- bonus.py ----------------------------------------------------------------------------------------
+
+def test_the_parts_of_an_update_add_up_to_it(small):
+    policy, _ = small
+    rollouts = [Rollout("solve", "deduction", [1, 2, 3], [4, 5, 6], advantage=1.0),
+                Rollout("solve", "abduction", [7, 8], [9, 10], advantage=-0.5)]
+    cfg = preset(CARD, entropy_coef=0.1)
+    whole = bonus.gradient(policy, rollouts, cfg, 64)
+    of_advantages, of_bonus = bonus.parts(policy, rollouts, cfg, 64)
+    torch.testing.assert_close(of_advantages + of_bonus, whole)
+    assert of_advantages.norm() > 0 and of_bonus.norm() > 0
+    assert [rollout.advantage for rollout in rollouts] == [1.0, -0.5]
+    assert bonus.gradient(policy, rollouts, preset(CARD, entropy_coef=0.0), 64).equal(of_advantages)
+
+
+def test_parts_are_compared_before_and_after_adamw_divides_them():
+    before, after, cosine = bonus.compare(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.1]))
+    assert before == pytest.approx(1 / 5)
+    assert after == pytest.approx(10 / (9 + 1600) ** 0.5)
+    assert cosine == pytest.approx(50 / (9 + 2500) ** 0.5)
+
+
+def test_the_scale_is_what_adamw_divides_by(small):
+    policy, optimizer = small
+    weights = [*policy.trainable().values()]
+    before = torch.cat([weight.detach().flatten().clone() for weight in weights])
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    gradient = torch.cat([weight.grad.flatten() for weight in weights])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    step = torch.cat([weight.detach().flatten() for weight in weights]) - before
+    torch.testing.assert_close(step, -1e-5 * gradient / bonus.scale_of(policy, optimizer), rtol=1e-2, atol=1e-8)

@@ -14,7 +14,7 @@ from tasks import (
     PROBLEM,
     RESPONSE,
     SHOTS,
-    THOUGHTS,
+    SOLVED,
     TASK_TYPES,
     ZERO_TRIPLET,
     Task,
@@ -104,7 +104,9 @@ def test_examples_are_right_in_every_part(kind, executor):
     assert [(task.program, task.input or task.inputs) for task in given] == [
         (task.program, task.input if entry.own_program else task.inputs) for task in examples[:shots(kind)]]
     said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), "examples"))
-    assert is_correct(examples[:len(said)], [parse_answer(kind, text) for text in said], executor) == [True] * len(THOUGHTS)
+    solved = [replace(task, type=kind) for task in SOLVED]
+    assert is_correct(solved, [parse_answer(kind, text) for text in said], executor) == [True] * len(SOLVED)
+    assert len(entry.remarks) == len(EXAMPLES) and len(entry.thoughts) == len(SOLVED)
 
 
 @pytest.mark.parametrize("kind", TASK_TYPES)
