@@ -34,8 +34,8 @@ from model import TINY, response_logprobs
 from parallel import ranks, share, spread, sum_gradients
 from rewards import Rollout, Verdict, blame, equal, judge, mean_error
 from sampling import free_memory, inner_width
-from tasks import (KINDS, ZERO_TRIPLET, Task, UsageError, complexity, edit_distance, parse_answer,
-                   parse_proposal, propose_prompt, solve_prompt, within_limits)
+from tasks import (KINDS, ZERO_TRIPLET, Task, UsageError, edit_distance, parse_answer, parse_proposal,
+                   propose_prompt, solve_prompt, within_limits)
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, since the few unequal rows are padded
@@ -275,18 +275,18 @@ def accept(proposals, buffer, cfg, types=None, limit=math.inf):
         if is_repeat and cfg.dedup:
             proposal.repeat, proposal.task = True, None
             continue
-        proposal.traits |= traits_of(proposal, buffer)
+        proposal.traits |= traits_of(proposal)
         for kind in types or [proposal.type]:
             buffer.add(replace(proposal.task, type=kind))
         new.append(proposal.task)
     return new
 
 
-def traits_of(proposal, buffer):
-    """The paper's measures of a new task; `buffer` does not hold it yet."""
-    task, traits = proposal.task, {"answers": 1.0 - buffer.answer_share(proposal.task)}
+def traits_of(proposal):
+    """Measures of a new task with a program of its own."""
+    task, traits = proposal.task, {}
     if KINDS[task.type].own_program:
-        traits |= {"complexity": complexity(task.program), "trivial": task.output == task.input}
+        traits["trivial"] = task.output == task.input
         if proposal.references:
             distances = [edit_distance(task.program, program) for program in proposal.references]
             traits["edit_distance"] = sum(distances) / len(distances)

@@ -4,7 +4,7 @@ Alone it measures the shipped model on the shipped held-out tasks. `--run RUN` p
 base, and `--benchmarks code,math` takes the paper's benchmarks (judges/__init__.py lists them).
 `--judge FILE --data DIR` judges answers that were made elsewhere, and loads no model.
 
-    evaluate          benchmarks, answers, verdicts, results.json and results.md
+    evaluate          benchmarks, answers, verdicts, results.json
     generate_answers  answers.jsonl, benchmark by benchmark
     encode            a problem as a prompt, by one of four templates
     score, tables     accuracy, pass@k, base and trained side by side
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import judges
 from judges import BENCHMARKS, GROUPS, judge, load_benchmarks, named, sandbox
-from run import checked, flag, layout, printable_output, read_config, read_rows, replace_file, table
+from run import (average, checked, flag, layout, printable_output, read_config, read_rows, replace_file,
+                 table)
 from rewards import mean_error
 from tasks import UsageError, solve_prompt
 
@@ -38,9 +39,10 @@ ANSWER = dict.fromkeys("column benchmark id question response".split(), str) | {
     "tokens": int, "truncated": bool}
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int, "heldout": str}
-FILES = "settings.json answers.jsonl results.json results.md".split()
-FREE = "benchmarks workers generate_batch out markdown".split()  # options that do not decide the answers
-DETAILS = "n unanswered samples pass@k base_tests well_formed truncated response_tokens".split()
+FILES = "settings.json answers.jsonl results.json".split()
+FREE = "benchmarks workers generate_batch out".split()  # options that do not decide the answers
+COUNTS = "n unanswered samples".split()
+MEANS = "base well_formed truncated tokens".split()  # base: right by the tests of HumanEval and MBPP alone
 CHUNK = 128  # problems between two steps of the progress bar
 
 
@@ -62,44 +64,30 @@ def paired_difference(before, after):
 
 
 def score(problems, rows):
-    """The figures of one benchmark: {name: a count, (mean, standard error), or None where nothing says}.
+    """The figures of one benchmark: accuracy with its standard error, pass@k, counts, means over the rows.
 
-    rows: answers to these problems, with their verdicts. A problem without an answer counts as wrong.
+    rows: answers to these problems, with their verdicts. A problem without an answer counts as wrong. A mean
+    is None if no row has this value.
     """
-    hits = _by_problem(rows, "correct")
+    hits = defaultdict(list)
+    for row in rows:
+        hits[row["id"]].append(row["correct"])
     n = min(map(len, hits.values()), default=1)
     correct = {problem.key: hits.get(problem.key, [False] * n) for problem in problems}
     passes = {}
     for k in sorted({n, *(2 ** i for i in range(n.bit_length()))}):
         passes[k] = mean_error([pass_at_k(len(tries), tries.count(True), k) for tries in correct.values()])
     accuracy, error = passes[1]
+    means = {name: average(row.get(name) for row in rows) for name in MEANS}
     return {"accuracy": accuracy, "stderr": error, "n": len(correct), "samples": n,
-            "unanswered": len(correct) - len(hits), "pass@k": passes,
-            "base_tests": _mean(rows, "base", correct), "well_formed": _mean(rows, "well_formed", correct),
-            "truncated": _mean(rows, "truncated", hits), "response_tokens": _mean(rows, "tokens", hits),
-            "correct": correct}
-
-
-def _by_problem(rows, name):
-    """{id: the values that its rows have of this name}"""
-    values = defaultdict(list)
-    for row in rows:
-        if row.get(name) is not None:
-            values[row["id"]].append(row[name])
-    return values
-
-
-def _mean(rows, name, keys):
-    """(mean, standard error) over problems, or None if no row has this value."""
-    values = _by_problem(rows, name)
-    return mean_error([statistics.fmean(values.get(key, [0])) for key in keys]) if values else None
+            "unanswered": len(correct) - len(hits), "pass@k": passes, "correct": correct, **means}
 
 
 # --- tables -----------------------------------------------------------------------------------------
 
-def tables(results, markdown=False):
+def tables(results):
     """{column: {benchmark: score}} as two tables: accuracies side by side, and all other figures."""
-    columns, means, details = {}, {}, [["", "model", *DETAILS]]
+    columns, means, details = {}, {}, [["", "model", "pass@k", *COUNTS, *MEANS]]
     for column, scores in results.items():
         columns[column] = {name: figures["pass@k"][1] for name, figures in scores.items()}
     if {"base", "trained"} <= results.keys():
@@ -112,29 +100,23 @@ def tables(results, markdown=False):
             means[f"mean of {group}"] = members
     for name in scores:
         for column in results:
-            details.append([name, column, *(_cell(key, results[column][name][key]) for key in DETAILS)])
-    return f'{table(columns, "pass@1, %", means, markdown)}\n\n{layout(details, markdown)}'
-
-
-def _cell(key, figure):
-    """A figure as text: shares in percent, lengths as they are."""
-    if key == "pass@k":
-        return ", ".join(f"{k}: {_cell('', share)}" for k, share in figure.items())
-    if isinstance(figure, tuple):
-        mean, error = figure
-        return f"{mean:.0f} ± {error:.0f}" if key == "response_tokens" else f"{mean:.1%} ± {error:.1%}"
-    return "–" if figure is None else figure
+            figures = results[column][name]
+            passes = ", ".join(f"{k}: {share:.1%}" for k, (share, _) in figures["pass@k"].items())
+            row = [name, column, passes]
+            for key in (*COUNTS, *MEANS):
+                row.append("–" if figures[key] is None else round(figures[key], 3))
+            details.append(row)
+    return f'{layout(table(columns, "pass@1, %", means))}\n\n{layout(details)}'
 
 
 # --- answers ----------------------------------------------------------------------------------------
 
-def encode(policy, problem, template, think=None):
+def encode(policy, problem, template):
     """A problem's question as token ids, the same for the base and the trained model.
 
     azr: training's long frame, which ends in <think>; examples: training's frame of worked examples, if the
     problem is a Task (`policy` was loaded with the frame that it needs); plain: the question and an empty
-    line; chat: the model's own chat template around the question. think: the template's enable_thinking,
-    which templates without that switch ignore. Raises UsageError if there is no chat template.
+    line; chat: the model's own chat template around the question. Raises UsageError if there is none.
     """
     question = problem.question
     if template == "plain":
@@ -142,8 +124,7 @@ def encode(policy, problem, template, think=None):
     if template == "chat":
         if not policy.chat:
             raise UsageError("--template chat: this model has no chat template; use azr or plain")
-        text = policy.chat_text(question, thinking=think)
-        return policy.tokenizer(text, add_special_tokens=False).input_ids
+        return policy.tokenizer(policy.chat_text(question), add_special_tokens=False).input_ids
     if template == "examples" and hasattr(problem, "task"):
         question = solve_prompt(problem.task, "examples")
     return policy.encode(question)
@@ -191,7 +172,7 @@ def sample(policy, column, name, problems, options):
     torch.manual_seed(options.seed)
     for start in tqdm(range(0, len(problems), CHUNK), f"{name}: {column}", leave=False):
         chunk = problems[start:start + CHUNK]
-        prompts = [encode(policy, problem, options.template, options.think) for problem in chunk]
+        prompts = [encode(policy, problem, options.template) for problem in chunk]
         responses = sampler.generate(prompts, options.max_response, options.samples, options.temperature)
         for place, (ids, _) in enumerate(responses):
             problem, text = chunk[place // options.samples], policy.text(ids)
@@ -290,8 +271,7 @@ def evaluate(options):
             replace_file(out / "settings.json", settings)
             replace_file(out / "results.json", to_json(
                 {"limit": options.limit, "results": results, "missing": missing}))
-            replace_file(out / "results.md", (tables(results, markdown=True) + "\n").encode())
-    print(f"{tables(results, options.markdown)}\n\nresults.json and results.md  {out}")
+    print(f"{tables(results)}\n\nresults.json  {out}")
 
 
 def heldout_tasks(names, options, executor):
@@ -345,8 +325,6 @@ def parse(arguments):
     add("--template", choices="azr examples plain chat".split(), default="azr",
         help="azr: training's --frame long (default); examples: its --frame examples (default for such a "
              "run); plain: the question alone; chat: the model's template")
-    add("--think", action=argparse.BooleanOptionalAction,
-        help="with --template chat: its switch enable_thinking, if it has one; default: the template's own")
     add("--samples", type=number(1), default=1, help="answers to each task (1)")
     add("--temperature", type=number(0, 100, float),
         help="0 is greedy, the default for one sample; for more it is 1")
@@ -356,12 +334,12 @@ def parse(arguments):
     add("--heldout", default="tiny", help="held-out tasks: a file of JSON lines, tiny, or cruxeval; default: "
         "the run's, else tiny")
     add("--split", help="which split of them; default: easy, else the first")
-    add("--out", help="a folder for answers.jsonl, results.json and results.md; default: one in runs/ for "
-        "these very settings, so that the same command keeps the benchmarks that are finished")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add("--out", help="a folder for answers.jsonl and results.json; default: one in runs/ for these very "
+        "settings, so that the same command keeps the benchmarks that are finished")
     add("--quantize", choices="auto 4bit none".split(), default="auto", help="4-bit base weights; default: "
         "the run's, else auto: on a GPU, with an adapter")
-    add("--dtype", choices="auto bf16 fp16 fp32".split(), default="auto", help="of the weights")
+    add("--dtype", choices="auto bf16 fp16 fp32".split(), default="auto", help="of the weights; default: the "
+        "run's, else auto")
     add("--device", help="cuda, cuda:1 or cpu; default: cuda where there is one")
     add("--generate-batch", type=number(0), default=0, help="responses sampled at once; 0: as memory allows")
     add("--workers", type=number(1, 512), help="sandbox workers; default: all cores")
@@ -389,8 +367,6 @@ def parse(arguments):
         raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
     if options.only and not (options.run or options.adapter):
         raise UsageError(f"--only {options.only} needs --run or --adapter")
-    if options.think is not None and options.template != "chat":
-        raise UsageError("--think and --no-think need --template chat")
     return options
 
 

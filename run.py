@@ -50,12 +50,11 @@ class Run:
 
     LOGS = ("flags.jsonl", "samples.jsonl", "tasks.jsonl", "metrics.jsonl")
 
-    def __init__(self, folder, max_flags=sys.maxsize):
-        self.folder, self.max_flags = Path(folder), max_flags
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
         self.lines, self.alarms, self.metrics = {}, set(), []
-        self.was_killed = False
 
     def create(self, cfg):
         """Make the folder and write config.json. Raises UsageError if the folder is not empty."""
@@ -92,10 +91,8 @@ class Run:
     def acquire(self):
         """Hold the folder until `close`. Raises UsageError if another process does.
 
-        The kernel drops the lock of a process that is killed. Its file then stays, which tells the next one.
+        The kernel drops the lock of a process that is killed. Its file then stays, and stops nobody.
         """
-        path = Path(self.lock.lock_file)
-        self.was_killed = path.exists()
         try:
             self.lock.acquire()
         except filelock.Timeout as error:
@@ -131,23 +128,11 @@ class Run:
             self.lines[name] = len(rows)
             replace_file(self.folder / name, as_lines(rows))
         self.metrics = logs["metrics.jsonl"]
-        self.keep_changes(cfg)
-        if self.was_killed:
-            say(f"the last process of this run was killed after step {step or 0}; if the system was out of "
-                "memory, lower --micro-tokens, --generate-batch or --workers")
+        self.write_config(cfg)  # --resume may have come with other values
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
-
-    def keep_changes(self, cfg):
-        """Write config.json again if --resume came with other values."""
-        stored = read_config(self.folder, {})
-        changes = {name: value for name, value in asdict(cfg).items()
-                   if value != stored[name] and name != "types"}
-        if changes:
-            self.write_config(cfg)
-            print("saved to config.json:", *(f"{flag(name)} {value}" for name, value in changes.items()))
 
     def read_log(self, name, step, count):
         """The rows of a log up to a step. Raises UsageError for damaged or lost lines."""
@@ -193,16 +178,13 @@ class Run:
             shown["ALARM"] = name
         bar.set_postfix(shown, refresh=False)
 
-    def draw(self):
-        draw_curves(self.metrics, self.folder / "curves.png")
-
-    def is_flagged(self):
-        """Whether there are more flags than --max-flags."""
-        return self.lines["flags.jsonl"] > self.max_flags
-
     def save(self, step, state):
-        """Write the adapter for other programs to load, then the checkpoint."""
-        self.export(state.policy)  # first: a kill in between leaves no finished run with an old adapter
+        """Write curves.png and the adapter for other programs to load, then the checkpoint.
+
+        In this order a kill in between leaves no finished run with an old picture or adapter.
+        """
+        draw_curves(self.metrics, self.folder / "curves.png")
+        self.export(state.policy)
         self.checkpoint.parent.mkdir(exist_ok=True)
         content = io.BytesIO()
         torch.save({"step": step, "lines": self.lines, **snapshot(state)}, content)
@@ -225,21 +207,13 @@ class Run:
         return f"{state} with: python train.py --resume {self.folder}"
 
     def finish(self, stopped, heldout):
-        """Print how to resume, or held-out accuracy before and after. → exit code; 3 after too many flags"""
-        count, flags = self.lines["flags.jsonl"], self.folder / "flags.jsonl"
-        step, command = self.metrics[-1]["step"], f"python train.py --resume {self.folder}"
-        if stopped and self.is_flagged():
-            print(f"stopped after step {step}: {count} flags; read {flags} first. Resume with: {command} "
-                  "--max-flags N")
-            return 3
+        """Print how to resume, or held-out accuracy before and after."""
         if stopped:
-            print(f"stopped after step {step}. Resume with: {command}")
-            return 0
+            print(f"stopped after step {self.metrics[-1]['step']}. {self.resume_hint()}")
+            return
         print(f"\n{heldout_table(self.metrics, heldout)}\n\nrun folder  {self.folder}\n"
-              f"picture     {self.folder}/curves.png\npage        python scripts/page.py {self.folder}")
-        if count:
-            print(f"flags       {count}, in {flags}")
-        return 0
+              f"picture     {self.folder}/curves.png\npage        python scripts/page.py {self.folder}\n"
+              f"flags       {self.lines['flags.jsonl']}, in {self.folder}/flags.jsonl")
 
 
 class Follower:
@@ -254,16 +228,10 @@ class Follower:
     def save(self, step, state):
         snapshot(state)  # all ranks check together that their weights are equal
 
-    def finish(self, stopped, heldout):
-        return 0
-
-    def is_flagged(self):
-        return False
-
     def record(self, *arguments):
         """Left to rank 0, like the methods named below."""
 
-    append = show = draw = close = abandon = write_config = record
+    append = show = finish = close = abandon = record
 
     def resume_hint(self):
         return ""
@@ -283,7 +251,7 @@ class State:
 
 
 SNAPSHOT = {"step": int, "lines": dict, "weights": dict, "optimizer": dict, "buffer": dict,
-            "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list, "ranks": int,
+            "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list,
             "mean_tokens": float}  # what a checkpoint holds
 
 
@@ -293,8 +261,7 @@ def snapshot(state):
     parallel.check_same(weights.values())
     return {"weights": weights, "optimizer": state.optimizer.state_dict(), "buffer": state.buffer.state(),
             "python_rng": state.rng.getstate(), "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(), "ranks": parallel.ranks(),
-            "mean_tokens": state.sampler.mean_tokens}
+            "cuda_rng": torch.cuda.get_rng_state_all(), "mean_tokens": state.sampler.mean_tokens}
 
 
 def load(content, state):
@@ -311,9 +278,6 @@ def load(content, state):
         state.rng.setstate(stored["python_rng"])
         torch.set_rng_state(stored["torch_rng"])
         torch.cuda.set_rng_state_all(stored["cuda_rng"][:torch.cuda.device_count()])
-        if stored["ranks"] != parallel.ranks():
-            say(f"this run had {stored['ranks']} ranks and now has {parallel.ranks()}: what it samples will "
-                "differ from an uninterrupted run")
         return stored["step"], stored["lines"]
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError,
             pickle.UnpicklingError) as error:
@@ -428,14 +392,14 @@ def mean_score(scores):
     return sum(means) / len(means), math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
 
 
-def table(columns, title, means, markdown=False):
-    """{column: {row: (accuracy, error)}} as text, in percent.
+def table(columns, title, means):
+    """{column: {row: (accuracy, error)}} in percent, as rows of cells.
 
     `means` adds a row for each {name: rows}. A cell without a figure is "–". A column with "difference" in
     its name is written with signs.
 
     >>> base, trained = {"easy": (0.095, 0.021)}, {"easy": (0.755, 0.03), "hard": (0.105, 0.04)}
-    >>> print(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]}))
+    >>> print(layout(table({"base": base, "trained": trained}, "accuracy", {"mean": ["easy", "hard"]})))
     accuracy       base     trained
     easy      9.5 ± 2.1  75.5 ± 3.0
     hard              –  10.5 ± 4.0
@@ -451,7 +415,7 @@ def table(columns, title, means, markdown=False):
             sign = "+" if "difference" in column else ""
             cells.append(_cell([scores.get(name) for name in names], sign))
         lines.append([row, *cells])
-    return layout(lines, markdown)
+    return lines
 
 
 def _cell(scores, sign):
@@ -461,24 +425,19 @@ def _cell(scores, sign):
     return f"{100 * mean:{sign}.1f} ± {100 * error:.1f}"
 
 
-def layout(rows, markdown):
-    """Rows of cells as a Markdown table, or as padded columns for a terminal. The first row is the head.
+def layout(rows):
+    """Rows of cells in padded columns. The first row is the head.
 
-    >>> print(layout([["flag", "runs"], ["--no-dedup", 2]], markdown=True))
-    | flag       | runs |
-    | ---------- | ---: |
-    | --no-dedup |    2 |
+    >>> print(layout([["flag", "runs"], ["--no-dedup", 2]]))
+    flag        runs
+    --no-dedup     2
     """
     rows = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += map(str.rjust, others, widths[1:])
-        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-        lines.insert(1, f"| {' | '.join(rule)} |")
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -500,7 +459,7 @@ def step_metrics(proposals, solutions, cfg):
             f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
             f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     metrics["truncated"] = average(r.truncated for r in proposals + solutions)
-    for name in ("unique_ast", "edit_distance", "complexity", "answers", "trivial"):
+    for name in ("unique_ast", "edit_distance", "trivial"):
         metrics[f"diversity/{name}"] = average(r.traits.get(name) for r in proposals)
     return metrics
 
@@ -528,15 +487,13 @@ def heldout_table(metrics, name):
             if group == "heldout" and key in row:  # a resumed run may measure other tasks
                 scores[rest] = row[key], row[f"heldout_stderr/{rest}"]
     title = "held-out accuracy" if name == "tiny" else f"held-out accuracy, {Path(name).name}"
-    return table(columns, title, {})
+    return layout(table(columns, title, {}))
 
 
-def seeding_figures(drafts, seconds):
-    """The figures beside the bar of seeding. seconds: of sampling, on this rank."""
-    tokens = sum(len(r.response_ids) for r in drafts)
+def seeding_figures(drafts):
+    """The figures beside the bar of seeding."""
     return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
-            f"{average(r.verdict is Verdict.VALID for r in drafts):.0%} valid, "
-            f"{tokens / seconds:.0f} tokens/s")
+            f"{average(r.verdict is Verdict.VALID for r in drafts):.0%} valid")
 
 
 WHAT_TO_TRY = {
@@ -586,101 +543,54 @@ def draw_curves(metrics, path):
 
 # --- alarms: figures that have left their bands -----------------------------------------------------
 
-WINDOW = 10            # steps: one step has 16 responses of a type, which is noise; ten steps show a trend
-HELDOUT_DROP = 0.05    # below the best so far, and at least HELDOUT_ERRORS standard errors of the difference,
-HELDOUT_ERRORS = 2.0   # which is 5.5 points with 600 tasks
-HELDOUT_REPEATS = 2    # evaluations in a row, because the best of many is partly luck
+WINDOW = 10  # steps: one step has 16 responses of a type, which is noise; ten steps show a trend
 
-
-@dataclass(frozen=True)
-class Band:
-    """Bounds of a figure (the mean over the matching metrics), and advice for values outside of them."""
-
-    metrics: str
-    low: float
-    high: float
-    too_low: str = ""
-    too_high: str = ""
-    relative: bool = False  # the bounds are multiples of the mean of the first WINDOW steps
-
-
-BANDS = {
-    # healthy runs of the tiny model stay above 0.7 for 60 steps, as a median of ten
-    "new programs": Band("diversity/unique_ast", 0.3, 1, "the proposer repeats itself: lower --lr, raise "
-                         "--entropy-coef or --references, and leave out --no-dedup"),
+# name: (the metrics, the lowest and the highest value, advice for values outside)
+ALARMS = {
+    # healthy runs of the tiny model stay above 0.7 for 60 steps
+    "new programs": ("diversity/unique_ast", 0.3, 1, "the proposer repeats itself: lower --lr, raise "
+                     "--entropy-coef or --references, and leave out --no-dedup"),
     # healthy runs stay above 0.3. Below 0.1, fewer than 2 of 16 proposals give the solver a signal
-    "learnable": Band("propose/.+/learnable", 0.1, 1, "nearly all tasks are always or never solved: lower "
-                      "--lr, raise --samples or --references, or try --zero-learnability official"),
+    "learnable": ("propose/.+/learnable", 0.1, 1, "nearly all tasks are always or never solved: lower --lr, "
+                  "raise --samples or --references, or try --zero-learnability official"),
     # a base model that cannot write the format stays near 0
-    "valid": Band("propose/.+/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's "
-                  "samples, raise --max-response, or take a stronger --model"),
+    "valid": ("propose/.+/valid", 0.1, 1, "hardly any proposal is a valid task: read the proposer's samples, "
+              "raise --max-response, or take a stronger --model"),
     # 1, except for groups of equal rewards
-    "signal": Band("signal", 0.1, 1, "hardly any response has an advantage, so hardly anything is learned: "
-                   "raise --batch or --samples, or take another --model"),
+    "signal": ("signal", 0.1, 1, "hardly any response has an advantage, so hardly anything is learned: raise "
+               "--batch or --samples, or take another --model"),
     # 0 in fp32; half precision, 4-bit weights and other kernels make it some hundredths
-    "sampler gap": Band("sampler_gap", 0, 0.1, "", "sampling and training give different probabilities, so "
-                        "the update is off-policy: try --quantize none, or report the model"),
+    "sampler gap": ("sampler_gap", 0, 0.1, "sampling and training give different probabilities, so the "
+                    "update is off-policy: try --quantize none, or report the model"),
     # a truncated response is malformed, whatever it says. Healthy runs stay below 0.05
-    "truncated": Band("truncated", 0, 0.3, "", "truncated responses are malformed: raise --max-response, or "
-                      "lower --lr if they ramble"),
-    # In a healthy run of the tiny model, entropy falls from 0.44 to 0.36.
-    "entropy": Band("entropy", 0.1, 3, "the policy has stopped exploring: raise --entropy-coef or lower --lr",
-                    "the policy samples almost at random: lower --lr or --entropy-coef", relative=True),
-    # As the tiny model learns to reason, its answers grow from 20 to 34 tokens.
-    "response length": Band("response_tokens/solve/.+", 1 / 3, 3, "the solver has stopped working through "
-                            "its answers: read its samples, lower --lr", "read the samples: this is fine if "
-                            "the text makes sense and held-out accuracy rises; if not, lower --lr or "
-                            "--max-response", relative=True)}
-HELDOUT_ADVICE = ("if training accuracy holds, read samples with reward 1, as the judge may be lenient; "
-                  "if it falls as well, the solver became worse: lower --lr or raise --batch")
+    "truncated": ("truncated", 0, 0.3, "truncated responses are malformed: raise --max-response, or lower "
+                  "--lr if they ramble"),
+    # self-play in docs/evidence.zip stays between 0.03 and 1.3 nats; a shuffled control reached 2.2
+    "entropy": ("entropy", 0.02, 2, "the policy has stopped exploring, or samples almost at random: lower "
+                "--lr; raise --entropy-coef in the first case, lower it in the second")}
 
 
 def alarms(metrics):
     """The figures that are outside their bands now, from rows of metrics.jsonl in order of steps.
 
-    → [{"name", "since" (step), "value", "band" (text), "advice" (text)}]; [] if all is well or there are too
-    few steps. A figure is outside when the median of its last WINDOW steps is, so that a slow drift counts
-    and one wild step does not. Values that are missing or not finite are left out.
+    → [{"name", "value", "band" (text), "advice"}]; [] if all is well or there are too few steps. A figure is
+    the median over the last WINDOW steps and all task types, so that a slow drift counts and one wild step
+    does not. Values that are missing or not finite are left out.
 
     >>> [alarm["name"] for alarm in alarms([{"step": step, "truncated": 0.9} for step in range(11)])]
     ['truncated']
     """
-    rows = [row for row in metrics if row["step"]]  # step 0 is only an evaluation
+    rows = [row for row in metrics if row["step"]][-WINDOW:]  # step 0 is only an evaluation
     found = []
-    for name, band in BANDS.items():
-        keys = matching_keys(rows, band.metrics)
-        values = [average(map(row.get, keys)) for row in rows]  # over the task types
-        start = average(values[:WINDOW]) if band.relative else 1
-        if start is None:  # there is nothing to compare with
-            continue
-        low, high, since = start * band.low, start * band.high, None
-        for end in range(WINDOW, len(rows) + 1):
-            middle = statistics.median(finite(values[end - WINDOW:end]) or [low])
-            if low <= middle <= high:
-                since = None
-            elif since is None:
-                since = rows[end - 1]["step"]
-        if since is not None:
-            found.append({"name": name, "since": since, "value": middle,
-                          "advice": band.too_high if middle > high else band.too_low,
-                          "band": f"{low:.2g} to {high:.2g} (median of {WINDOW} steps)"})
-    return found + _heldout_alarm(metrics)
-
-
-def _heldout_alarm(metrics):
-    """[] or one alarm: held-out accuracy has fallen from its best."""
-    measured = [(row["heldout/mean"], average([row.get("heldout_stderr/mean")]) or 0, row["step"])
-                for row in metrics if finite([row.get("heldout/mean")])]
-    fallen = []  # steps of the newest evaluations, as long as these are below their floors
-    for count, (score, error, step) in enumerate(measured, 1):
-        best, best_error, best_step = max(measured[:count])
-        floor = best - max(HELDOUT_DROP, HELDOUT_ERRORS * math.hypot(error, best_error))
-        fallen = fallen + [step] if score < floor else []
-    if len(fallen) < HELDOUT_REPEATS:
-        return []
-    return [{"name": "held-out", "since": fallen[0], "value": score, "advice": HELDOUT_ADVICE,
-             "band": f"at least {floor:.3f} (the best was {best:.3f} at step {best_step}; "
-                     f"{HELDOUT_DROP:g} or {HELDOUT_ERRORS:g} standard errors below it are allowed)"}]
+    for name, (pattern, low, high, advice) in ALARMS.items():
+        values = []
+        for key in matching_keys(rows, pattern):
+            values += [row.get(key) for row in rows]
+        value = statistics.median(finite(values) or [low])
+        if len(rows) == WINDOW and not low <= value <= high:
+            found.append({"name": name, "value": value, "advice": advice,
+                          "band": f"{low} to {high} (median of {WINDOW} steps)"})
+    return found
 
 
 def matching_keys(rows, pattern):

@@ -139,14 +139,13 @@ def preset(column, **changes):
 # --- Algorithm 1 ------------------------------------------------------------------------------------
 
 def train(cfg, run):
-    """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one. → exit code"""
+    """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one."""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
                          date=cfg.date)
     if not cfg.max_response:
         cfg = replace(cfg, max_response=response_limit(policy.causal.num_parameters()))
-        run.write_config(cfg)
     check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
@@ -209,16 +208,12 @@ def train(cfg, run):
             run.record(step, metrics, accepted, screen(step, sampled),
                        pick_samples(step, proposals + solutions, policy))
             run.show(bar)
-            stop = any(parallel.gather(run.is_flagged() or bool(stop_requests) and not last))
+            stop = any(parallel.gather(bool(stop_requests) and not last))
             if stop or last or step % cfg.save_every == 0:
                 run.save(step, state)
-            if stop or "heldout/mean" in metrics:
-                run.draw()
             if stop:
                 break
-    if done == cfg.steps:  # a kill may have come between the last checkpoint and the picture
-        run.draw()
-    return run.finish(stop, cfg.heldout)
+    run.finish(stop, cfg.heldout)
 
 
 def response_limit(weights):
@@ -263,7 +258,7 @@ def seed_buffers(actor, buffer, cfg, run, stop_requests):
                 bar.update(len(accept(fresh, buffer, cfg, kinds, missing)))
                 drafts += fresh
                 run.append("samples.jsonl", pick_samples(0, fresh, actor.policy))
-                bar.set_postfix_str(seeding_figures(drafts, actor.clock["generate"]))
+                bar.set_postfix_str(seeding_figures(drafts))
                 has_valid = any(draft.verdict is Verdict.VALID for draft in drafts)
                 if number == 2 and not has_valid:
                     say(why_none_is_valid(drafts))
@@ -339,10 +334,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--out", help="run folder; default: runs/<model>-<date>")
     kept = ", ".join(map(flag, KEPT))
-    add("--resume", metavar="RUN", help=f"resume this run; the only other flags allowed are\n{kept}\n"
-        "and --max-flags")
-    add("--max-flags", type=int, help="stop, with a checkpoint, after more flags than this; default: never\n"
-        "(not saved: give it again with --resume)")
+    add("--resume", metavar="RUN", help=f"resume this run; the only other flags allowed are\n{kept}")
     add("--paper", action="store_true", help="the paper's values instead of the defaults below")
     for knob in fields(Config):
         text = knob.metadata["text"] + defaults_text(knob)
@@ -371,18 +363,15 @@ def configure(given):
     for name, value in given.items():
         if value == "":
             raise UsageError(f"{flag(name)} is empty; give it a value or leave it out")
-        if "resume" in given and name not in (*KEPT, "resume", "max_flags"):
+        if "resume" in given and name not in (*KEPT, "resume"):
             raise UsageError(f"--resume uses the settings of the run; drop {flag(name)}")
-    max_flags = given.get("max_flags", sys.maxsize)
-    if max_flags < 0:
-        raise UsageError(f"--max-flags is {max_flags}; it must be at least 0")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
     for name in ("model", "heldout"):  # paths hold from any folder
         value = changes.get(name, "cruxeval")
         if value not in (*SHIPPED, "cruxeval") and Path(value).exists():
             changes[name] = os.path.abspath(value)
     if "resume" in given:
-        run = Run(given["resume"], max_flags)
+        run = Run(given["resume"])
         cfg = Config(**run.config(asdict(Config()).keys()) | changes)
         run.acquire()
         return cfg, run
@@ -396,7 +385,7 @@ def configure(given):
                 "They are not meaningful for other models.")
             cfg = replace(cfg, heldout="tiny")
     cfg = replace(cfg, date=cfg.date or time.strftime("%Y-%m-%d"))
-    run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"), max_flags)
+    run = Run(given.get("out", f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run.create(cfg)
     return cfg, run
 
@@ -408,7 +397,8 @@ def main(arguments=None):
         name = "train.py" if parallel.ranks() == 1 else f"train.py, rank {parallel.rank()}"
         try:
             cfg, run = configure(given) if parallel.rank() == 0 else (None, Follower())
-            return train(parallel.of_first(cfg), run)
+            train(parallel.of_first(cfg), run)
+            return 0
         except UsageError as error:
             if run and "resume" not in given:
                 run.abandon()

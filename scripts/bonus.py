@@ -26,7 +26,7 @@ import torch
 
 import azr
 import train
-from run import layout
+from tables import markdown
 
 NO_SIGNAL = 1e-30
 COLUMNS = "step signal bonus/advantages after_AdamW cosine_with_update".split()
@@ -102,7 +102,7 @@ def table(rows):
         lines.append([step, *(f"{value:.3f}" for value in row)])
     medians = [statistics.median(values) for values in zip(*rows)]
     lines.append(["median", *(f"{value:.3f}" for value in medians)])
-    return layout(lines, markdown=True)
+    return markdown(lines)
 
 
 def main(arguments=None):

@@ -44,7 +44,8 @@ from azr import load_heldout
 from eval import pass_at_k
 from model import TINY
 from rewards import mean_error
-from run import flag, layout
+from run import flag
+from tables import markdown
 from tasks import TASK_TYPES, fingerprint
 from train import Config
 
@@ -358,7 +359,7 @@ def kept_runs():
 
 def write_tables(mark, tables):
     """Put the tables into docs/evidence-details.md between two marks."""
-    text = "\n\n".join(layout(lines, True) for lines in tables)
+    text = "\n\n".join(markdown(lines) for lines in tables)
     page, end = ROOT / "docs" / "evidence-details.md", f"<!-- end of {mark} -->"
     mark = f"<!-- {mark}: written by scripts/evidence.py -->\n"
     top, begin, rest = page.read_text().partition(mark)

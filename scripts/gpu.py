@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from peft.tuners.lora import LoraLayer
 from shapes import SHAPES, make_policy
+from tables import markdown
 from transformers import GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from azr import trr_update
 from rewards import Rollout
-from run import layout
 from sampling import Sampler
 from train import CARD, preset
 
@@ -264,7 +264,7 @@ def main(arguments=None):
                                stdout=subprocess.PIPE, text=True)
         found = json.loads(child.stdout) if child.returncode == 0 else [{"model": shape, "note": "failed: see above"}]
         rows += [[row.get(column, "–") for column in COLUMNS] for row in found]
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU, one thread'}\n\n{layout(rows, True)}")
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU, one thread'}\n\n{markdown(rows)}")
     return 0
 
 

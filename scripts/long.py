@@ -16,17 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tables import markdown
 
-from run import layout
+ROOT = Path(__file__).resolve().parent.parent
 
 STEPS = 300
 RUNS = {
     "default": "",
     "no deduplication": "--no-dedup",
 }
-DIVERSITY = ("unique_ast", "edit_distance", "complexity", "answers", "trivial")
+DIVERSITY = ("unique_ast", "edit_distance", "trivial")
 
 
 def rows_of(path):
@@ -86,7 +85,7 @@ def main():
         folder = options.out / name.replace(" ", "-")
         run(folder, flags)
         lines.append([f"`{flags}`" if flags else "(default)", *summary(folder)])
-    print(layout(lines, True))
+    print(markdown(lines))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from shapes import SHAPES, make_policy
+from tables import markdown
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,7 +31,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from azr import trr_update
 from model import Policy
 from rewards import Rollout
-from run import layout
 from sampling import Sampler
 from train import CARD, preset
 
@@ -225,7 +225,7 @@ def main(arguments=None):
             for table, rows in zip((peaks, fits), measure(shape, weights, options)):
                 table += rows
                 print(*rows, sep="\n", file=sys.stderr, flush=True)
-    print(f"{layout(peaks, True)}\n\n{layout(fits, True)}")
+    print(f"{markdown(peaks)}\n\n{markdown(fits)}")
     return 0
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import layout, read_rows
+from run import read_rows
+from tables import markdown
 
 # A 3B model on a 24 GB card, as scripts/reproduce.py estimates it: decoding waits for memory and many small kernels, a token takes
 # as long for one row as for all. Update and judging are for the default batch on one card.
@@ -43,7 +44,7 @@ def measure(seeds, out):
     for seed in seeds:
         (alone, score), (together, joint) = demonstration(1, seed, out), demonstration(2, seed, out)
         lines.append([seed, f"{alone:.0f}", f"{together:.0f}", f"{together / alone:.2f}", f"{score:.1f}", f"{joint:.1f}"])
-    print(layout(lines, markdown=True))
+    print(markdown(lines))
 
 
 def sampling(responses, cards, rng):
@@ -74,7 +75,7 @@ def simulate():
     print(f"assumed: {TOKEN * 1000:.0f} ms a token for up to {ROWS} rows, responses of {MEAN} tokens on average and "
           f"{LONGEST} at most,\nan update of {UPDATE:.0f} s and judging of {JUDGE:.0f} s for B 16 on one card, "
           f"gradients of {GRADIENT} GB over {NETWORK} GB/s\n")
-    print(layout(lines, markdown=True))
+    print(markdown(lines))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from eval import paired_difference
 from run import read_rows, table
+from tables import markdown
 from tasks import UsageError
 
 RUNS = {"self-play": [], "shuffled": ["--shuffle-rewards"]}
@@ -178,7 +179,7 @@ def main(arguments=None):
         print("real_run.py: stopped; the same command goes on", file=sys.stderr)
         return 130
     columns = columns_of(base, trained)
-    text = table(columns, "greedy, %", {}, markdown=True)
+    text = markdown(table(columns, "greedy, %", {}))
     for name in options.runs:
         run = options.out / name
         text += f"\n\n{name}: {metrics_of(run)[-1]['step']} steps in {minutes_of(run):.0f} minutes"

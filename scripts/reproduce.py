@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 from azr import fit_micro_tokens
 from judges import BENCHMARKS
 from model import SHIPPED
-from run import flag, layout, read_rows
+from run import flag, read_rows
 from shapes import SHAPES, make_policy
+from tables import markdown
 from tasks import UsageError
 from train import KEPT, configure, parse, response_limit
 
@@ -109,7 +110,7 @@ def table(model, results):
     base, trained = results["results"].values()
     rows += [[name, *(f"{100 * scores[name]['accuracy']:.1f}" for scores in (base, trained)), "–", "–"]
              for name in base]
-    print("\n" + layout(rows, True))
+    print("\n" + markdown(rows))
     print(f"\nPaper: {SOURCE}." if paper else "\nThe paper has no figures for this model.")
     if results["missing"]:
         print(f"Not comparable: {', '.join(results['missing'])} could not be had and are not in the averages.")

@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # in this order: both have an
 
 import torch
 from shapes import SHAPES, make_policy
+from tables import markdown
 
 from azr import trr_update
 from rewards import Rollout
-from run import layout
 from train import TINY, preset
 
 PROMPT = 64
@@ -168,7 +168,7 @@ def table(results):
         first = first or middle
         lines.append([way, f"{statistics.median(wall):.2f}", f"{min(wall):.2f}", f"{middle[0]:.2f}", f"{min(cpu):.2f}",
                       f"{middle[1]:.3f}", f"{middle[0] / first[0]:.2f}", f"{middle[1] / first[1]:.2f}"])
-    return layout(lines, True)
+    return markdown(lines)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def test_every_odd_run_is_drawn_without_errors_at_the_width_of_a_phone(tmp_path,
     assert "repair 50" in seen["fourth type"]["lengths"] and "repair" not in seen["whole"]["lengths"]
     assert seen["only step 0"]["titles"][0] == seen["whole"]["titles"][0] == "Held-out accuracy"
     assert {"Solve rates of new tasks", "Learnable proposals", "Entropy", "Diversity", "Time by phase",
-            "Solver response length", "Complexity of new programs"} <= set(seen["whole"]["titles"])
+            "Solver response length"} <= set(seen["whole"]["titles"])
     assert HOSTILE[:-1] in seen["hostile"]["text"] and seen["hostile"]["title"] != "owned"
 
 

@@ -247,10 +247,9 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_line_for_line(whole_run, tmp
     assert rows(tmp_path / "run") == rows(whole_run)[:6]
 
 
-def test_with_another_number_of_ranks_a_run_goes_on_and_says_so(whole_run, tmp_path, capsys):
+def test_with_another_number_of_ranks_a_run_goes_on(whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     assert training.main(["--resume", str(tmp_path / "run"), "--steps", "21"]) == 0
-    assert "this run had 2 ranks and now has 1: what it samples will differ" in capsys.readouterr().err
     assert rows(tmp_path / "run")[:21] == rows(whole_run) and len(rows(tmp_path / "run")) == 22
 
 

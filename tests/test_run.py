@@ -26,15 +26,12 @@ def test_tables_say_what_is_missing_and_sign_only_differences():
     columns = {"base": {"a": (0.5, 0.05), "b": (0.25, 0.04)}, "trained": {"a": (0.75, 0.05)},
                "difference": {"a": (0.25, 0.07)}}
     means = {"both": ["a", "b"], "first": ["a"]}
-    lines = table(columns, "accuracy, %", means).split("\n")
+    lines = layout(table(columns, "accuracy, %", means)).split("\n")
     assert [re.split(r"  +", line) for line in lines] == [
         ["accuracy, %", "base", "trained", "difference"], ["a", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"],
         ["b", "25.0 ± 4.0", "–", "–"], ["both", "37.5 ± 3.2", "–", "–"],
         ["first", "50.0 ± 5.0", "75.0 ± 5.0", "+25.0 ± 7.0"]]
-    markdown = table(columns, "accuracy, %", means, markdown=True).split("\n")
-    assert markdown[1].split() == ["|", "-" * 11, *["|", "-" * 9 + ":"] * 2, "|", "-" * 10 + ":", "|"]
-    assert len({len(line) for line in markdown}) == 1 and markdown[-1].startswith("| first")
-    assert layout([["", "n"], ["x", 1000]], False) == "      n\nx  1000"
+    assert layout([["", "n"], ["x", 1000]]) == "      n\nx  1000"
 
 
 def test_the_curves_are_drawn_whatever_was_measured(tmp_path):
@@ -80,7 +77,7 @@ def series(steps, **changes):
         for kind in TASK_TYPES:
             row |= {f"propose/{kind}/learnable": 0.4, f"propose/{kind}/solve_rate": 0.5,
                     f"propose/{kind}/valid": 0.95, f"solve/{kind}/accuracy": 0.3 + 0.2 * grown,
-                    f"response_tokens/solve/{kind}": 15 + 27 * grown, "diversity/complexity": 1.5}
+                    f"response_tokens/solve/{kind}": 15 + 27 * grown}
         if step % 10 == 0:
             row |= {"heldout/mean": 0.63, "heldout_stderr/mean": 0.019}
         for key, value in changes.items():
@@ -102,15 +99,13 @@ def test_a_healthy_run_has_no_alarm(steps):
 @pytest.mark.parametrize("name, key, good, bad", [
     ("new programs", "diversity__unique_ast", 0.85, 0.1), ("learnable", "propose__.*__learnable", 0.4, 0.05),
     ("valid", "propose__.*__valid", 0.9, 0.05),
-    ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 0.9), ("truncated", "truncated", 0.0, 0.5),
+    ("entropy", "entropy", 0.2, 0.01), ("entropy", "entropy", 0.2, 2.5), ("truncated", "truncated", 0.0, 0.5),
     ("signal", "signal", 0.9, 0.05), ("sampler gap", "sampler_gap", 0.01, 0.5),
-    ("response length", "response_tokens__solve", 30.0, 5.0),
-    ("response length", "response_tokens__solve", 30.0, 120.0),
 ])
 def test_a_value_that_leaves_its_band_for_ten_steps_raises_one_alarm_until_it_is_back(name, key, good, bad):
     assert alarms(series(60, **{key: after(59, bad, good)})) == []  # one step is no trend
     alarm, = alarms(series(60, **{key: after(40, bad, good)}))
-    assert alarm["name"] == name and 41 < alarm["since"] <= 50 and alarm["value"] == pytest.approx(bad)
+    assert alarm["name"] == name and alarm["value"] == pytest.approx(bad)
     assert re.search(r"\d", alarm["band"]) and "--" in alarm["advice"]
     assert alarms(series(60, **{key: lambda step: bad if 20 < step <= 40 else good})) == []
 
@@ -123,10 +118,8 @@ def test_one_wild_step_is_no_alarm():
 def test_every_flag_in_the_advice_is_one_of_train_py(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    advice = [run.HELDOUT_ADVICE]
-    for band in run.BANDS.values():
-        advice += [band.too_low, band.too_high]
-    found = set(re.findall(r"--[a-z-]+[a-z]", " ".join(advice)))
+    advice = " ".join(advice for *_, advice in run.ALARMS.values())
+    found = set(re.findall(r"--[a-z-]+[a-z]", advice))
     assert len(found) > 5 and found <= set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out))
 
 
@@ -138,27 +131,6 @@ def test_missing_values_raise_no_alarm():
     for row in untried[1:]:
         row |= {f"propose/{kind}/{key}": None for kind in TASK_TYPES for key in ("learnable", "solve_rate")}
     assert alarms(untried) == []
-
-
-def heldout(*means):
-    rows = series(10 * (len(means) - 1), response_tokens=lambda step: 30)
-    for row in rows:
-        if "heldout/mean" in row:
-            row["heldout/mean"] = means[row["step"] // 10]
-    return rows
-
-
-def test_held_out_below_its_best():
-    assert [a["name"] for a in alarms(heldout(.2, .6, .6, .5, .5))] == ["held-out"]
-    assert alarms(heldout(.2, .6, .6, .5, .5))[0]["since"] == 30
-    assert [a["name"] for a in alarms(heldout(.6, .5, .5))] == ["held-out"]   # worse from the start
-    assert alarms(heldout(.2, .6, .6, .6, .5)) == []                          # once may be chance
-    assert alarms(heldout(.2, .6, .6, .5, .6)) == []                          # back again
-    assert alarms(heldout(.2, .6, .6, .56, .56)) == []                        # four points
-    wide = heldout(.2, .6, .6, .5, .5)
-    for row in wide:
-        row["heldout_stderr/mean"] = 0.04
-    assert alarms(wide) == []                        # within two standard errors of a difference, 2 · 0.04 · √2
 
 
 # --- flags -------------------------------------------------------------------------------------------

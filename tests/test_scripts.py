@@ -22,10 +22,17 @@ import peer
 import real_run
 import reproduce
 from shapes import SHAPES, make_policy
+from tables import markdown
 
 from azr import fit_micro_tokens
 from rewards import Rollout
 from train import CARD, preset
+
+
+def test_a_markdown_table_is_aligned():
+    lines = markdown([["accuracy", "base", "trained"], ["deduction", 9.5, "75.5 ± 3.0"], ["mean", "–", 7]]).split("\n")
+    assert lines[1].split() == ["|", "-" * 9, "|", "---:", "|", "-" * 9 + ":", "|"]
+    assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("| mean      |")
 
 
 # --- memory.py ---------------------------------------------------------------------------------------

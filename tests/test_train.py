@@ -83,7 +83,7 @@ def test_metrics_have_every_documented_key(whole_run):
     assert [row["step"] for row in rows] == list(range(7))
     types = ("deduction", "abduction", "induction")
     keys = {"step", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second", "memory_gb",
-            "flags", *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial", "complexity", "answers")),
+            "flags", *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial")),
             *(f"seconds/{k}" for k in ("generate", "execute", "update", "total"))}
     for t in types:
         keys |= {f"propose/{t}/{k}" for k in ("valid", "reward", "learnable", "solve_rate")}
@@ -211,7 +211,7 @@ def misuse(capsys, *arguments):
     (["--generate-batch", "-1"], "--generate-batch is -1"), (["--resume", ""], "--resume is empty"),
     (["--out", ""], "--out is empty"), (["--model", ""], "--model is empty"),
     (["--model", "tiny", "--quantize", "4bit", "--lora-rank", "0"], "4-bit"),
-    (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--max-flags", "-1"], "--max-flags is -1"), (["--lr-final", "0"], "--lr-final is 0.0"),
+    (["--heldout-splits", "easy,odd"], "no held-out tasks of the split 'odd'"), (["--lr-final", "0"], "--lr-final is 0.0"),
     (["--heldout", "/no/such/file"], "cannot read the held-out tasks"), (["--resume", "/no/such/run"], "not a run folder"),
     (["--device", "warp"], "--device"),
 ])
@@ -270,11 +270,18 @@ def test_a_run_that_has_lost_its_checkpoint_keeps_its_logs(capsys, tmp_path, who
     assert contents(run) == before
 
 
-def test_a_picture_that_a_kill_prevented_is_made_by_resume(tmp_path, whole_run):
-    run = copy_of(whole_run.folder, tmp_path / "run")
-    (run / "curves.png").unlink()
-    assert train.main(["--resume", str(run)]) == 0
-    assert (run / "curves.png").exists()
+def test_whoever_has_a_checkpoint_has_its_picture_and_adapter(tmp_path, monkeypatch):
+    run, there = tmp_path / "run", []
+    replace = run_folder.replace_file
+
+    def watched(path, content):
+        if path.name == "state.pt":
+            there.append([(run / "curves.png").exists(), (run / "adapter" / "adapter_config.json").exists()])
+        replace(path, content)
+
+    monkeypatch.setattr(run_folder, "replace_file", watched)
+    assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "1", "--out", str(run)]) == 0
+    assert there == [[True, True]] * 2
 
 
 def test_a_tokenizer_with_several_chat_templates_is_written_again_and_again(tmp_path, random_model):
@@ -358,8 +365,7 @@ def test_the_figures_of_a_step_are_those_of_its_rollouts():
         "propose/deduction/valid": 0.75, "propose/deduction/reward": -0.125, "propose/deduction/learnable": 0.25,
         "propose/deduction/solve_rate": 0.75, "response_tokens/propose/deduction": 3, "solve/deduction/accuracy": 0.25,
         "solve/deduction/reward": -0.375, "solve/deduction/well_formed": 0.5, "response_tokens/solve/deduction": 5,
-        "truncated": 0.125, "diversity/trivial": 0.5, "diversity/unique_ast": None, "diversity/edit_distance": None,
-        "diversity/complexity": None, "diversity/answers": None}
+        "truncated": 0.125, "diversity/trivial": 0.5, "diversity/unique_ast": None, "diversity/edit_distance": None}
 
 
 def test_samples_are_drawn_from_all_rollouts():
@@ -423,24 +429,21 @@ def test_ablations_run(tmp_path, capsys, flags):
     assert (tmp_path / "run" / ("model" if "--lora-rank" in flags else "adapter")).is_dir()
 
 
-def test_flags_stop_a_run_that_goes_on_when_a_person_says_so(tmp_path, capsys, monkeypatch):
+def test_flags_are_logged_counted_and_named_at_the_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(run_folder.RULES, "judge", re.compile("sorted"))  # the tiny model knows no worse word
     run = tmp_path / "run"
-    flags = [*SMALL, "--types", "deduction", "--save-every", "100", "--max-flags", "1", "--steps", "9", "--out", str(run)]
-    assert train.main(flags) == 3
-    done = log(run)[-1]["step"]
-    assert f"stopped after step {done}" in capsys.readouterr().out and 0 < done < 9
+    assert train.main([*SMALL, "--types", "deduction", "--steps", "2", "--out", str(run)]) == 0
     found = log(run, "flags.jsonl")
     assert len(found) > 1 and {f["rule"] for f in found} == {"judge"} and all("sorted" in f["context"] for f in found)
     assert [sum(f["step"] == row["step"] for f in found) for row in log(run)] == [row["flags"] for row in log(run)]
-    assert train.main(["--resume", str(run), "--max-flags", "100000", "--steps", str(done + 1)]) == 0
-    assert log(run)[-1]["step"] == done + 1 and "flags" in capsys.readouterr().out
+    assert f"flags       {len(found)}, in {run}/flags.jsonl" in capsys.readouterr().out
+    assert train.main(["--resume", str(run), "--steps", "3"]) == 0
     config = json.loads((run / "config.json").read_text())  # what was given with --resume holds from now on
-    assert config["steps"] == done + 1 and "versions" in config
+    assert config["steps"] == 3 and "versions" in config
 
 
 def test_alarms_are_said_when_they_begin(tmp_path, capsys, monkeypatch):
-    alarm = {"name": "entropy", "since": 1, "value": 0.5, "band": "at least 1", "advice": "sleep"}
+    alarm = {"name": "entropy", "value": 0.5, "band": "at least 1", "advice": "sleep"}
     monkeypatch.setattr(run_folder, "alarms", lambda metrics: [alarm] if metrics[-1]["step"] == 2 else [])
     assert train.main([*SMALL, "--types", "deduction", "--eval-every", "0", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().err
@@ -476,9 +479,9 @@ def test_only_one_process_at_a_time_and_no_lock_outlives_it(capsys, tmp_path, wh
     assert "another process trains in" in misuse(capsys, "--resume", run)
     assert contents(run) == before
     first.lock.release()  # as the kernel does for a process that is killed: the file stays, the lock goes
+    assert (run / "lock").exists()
     assert train.main(["--resume", str(run)]) == 0
-    assert "was killed after step 6" in capsys.readouterr().err and not (run / "lock").exists()
-    assert train.main(["--resume", str(run)]) == 0 and "killed" not in capsys.readouterr().err
+    assert not (run / "lock").exists()
 
 
 @pytest.mark.parametrize("flags, says", [(["--steps", "0"], "--steps is 0"), (["--steps", "3"], "has done 6 steps already"),
@@ -490,12 +493,10 @@ def test_what_is_wrong_beside_resume_changes_nothing(capsys, tmp_path, whole_run
     assert contents(run) == before
 
 
-def test_knobs_of_memory_speed_and_place_may_change_and_are_kept_and_said(capsys, tmp_path, whole_run):
+def test_knobs_of_memory_speed_and_place_may_change_and_are_kept(tmp_path, whole_run):
     run = copy_of(whole_run.folder, tmp_path / "run")
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")  # for others: a resumed run never reads it
     assert train.main(["--resume", str(run), "--micro-tokens", "512", "--workers", "1", "--generate-batch", "8"]) == 0
-    out = capsys.readouterr().out
-    assert "saved to config.json: " in out and "--micro-tokens 512" in out and "--workers 1" in out
     config = json.loads((run / "config.json").read_text())
     assert (config["micro_tokens"], config["workers"], config["generate_batch"]) == (512, 1, 8)
 
@@ -577,7 +578,7 @@ def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp
     first, last = said.index("no valid task in 8 proposals; 8 of them are truncated"), said.index("train.py: none of 40")
     assert first < said.index("--- one complete response ---") < said.index("a higher --max-response") < last
     assert said[last:].count("\n") == 1 and str(run / "samples.jsonl") in said[last:] and "Traceback" not in said
-    assert "40 sampled, 0% well formed, 0% valid, " in said and not (run / "checkpoint").exists()
+    assert "40 sampled, 0% well formed, 0% valid" in said and not (run / "checkpoint").exists()
     assert json.loads((run / "config.json").read_text())["max_response"] == 12
 
 
