@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
-                          GenerationConfig, GenerationMixin)
+                          GenerationConfig, GenerationMixin, GgufConfig)
 from transformers.pytorch_utils import Conv1D
 
 from rewards import Rollout
@@ -142,12 +142,13 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
                 trained=True, frame="long", date=None):
     """Load a base model for sampling and training. → Policy
 
-    name: 'tiny' or 'tiny/longer' (shipped), a local folder, or a Hugging Face name (see `resolve_model`).
-    quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA. dtype: 'bf16', 'fp16',
-    'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, alpha twice the rank; 0 trains every weight
-    that a text runs through. adapter: a PEFT folder to start from instead of fresh LoRA weights.
-    trained=False saves memory for inference. frame: a model with a chat template uses it for the frame "long"
-    alone. date: "YYYY-MM-DD" for chat templates that write today's date, so that a run has one; None: today.
+    name: 'tiny' or 'tiny/longer' (shipped), a local folder, a GGUF file, or a Hugging Face name (see
+    `resolve_model`). quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA.
+    dtype: 'bf16', 'fp16', 'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, alpha twice the rank;
+    0 trains every weight that a text runs through. adapter: a PEFT folder to start from instead of fresh LoRA
+    weights. trained=False saves memory for inference. frame: a model with a chat template
+    uses it for the frame "long" alone. date: "YYYY-MM-DD" for chat templates that write today's date, so that
+    a run has one; None: today.
     Raises UsageError if the model is not available, fails `check_policy`, or options contradict each other.
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
@@ -165,7 +166,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         torch.cuda.set_device(device)  # where graphs are captured and memory is counted
     if quantize == "auto":
         has_lora = bool(lora_rank or adapter)
-        quantize = "4bit" if on_gpu and has_lora else "none"
+        quantize = "4bit" if on_gpu and has_lora and not name.endswith(".gguf") else "none"
     try:
         date = datetime.date.fromisoformat(date) if date else datetime.date.today()
     except ValueError as error:
@@ -236,10 +237,13 @@ def _load_base(name, dtype, in_4bit, device):
     source = resolve_model(name)
     with _loading(f"load the model {name!r} ({source})", FAMILIES):
         if source.endswith(".gguf"):
-            raise UsageError("a GGUF file has to be unpacked into a folder first: "
-                             f"python scripts/real_model.py --model {source} --out FOLDER")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = _from_pretrained(source, dtype, in_4bit, device)
+            if in_4bit:
+                raise UsageError("a GGUF file is unpacked when it is loaded: use --quantize none, or make a "
+                                 f"folder of it: python scripts/real_model.py --model {source} --out FOLDER")
+            tokenizer, model = read_gguf(Path(source), dtype, device)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = _from_pretrained(source, dtype, in_4bit, device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # added tokens that no text holds may lie beyond: Gemma 3's <image_soft_token> does
     tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
@@ -287,6 +291,39 @@ def _from_pretrained(source, dtype, in_4bit, device):
     for weight, in_file, in_config in sorted(found["mismatched_keys"]):
         raise OSError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
     return model.eval()
+
+
+def read_gguf(path, dtype, device="cpu"):
+    """A GGUF file, with its weights unpacked to `dtype`. → (tokenizer, transformers model)
+
+    transformers reads it, and three of its errors are corrected here.
+    """
+    # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
+    # and everywhere a mark of it that makes the saved model one that is quantized.
+    unpacked = GgufConfig(dequantize=True)
+    where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, device_map={"": device},
+                                                 quantization_config=unpacked)
+    from gguf import GGUFReader  # installed, or the tokenizer had not been read
+    reader = GGUFReader(path)
+    # 2. A head that is tied to the embedding is often there a second time, in another precision. Both are
+    # the same but for rounding (cosine over 0.9), where two that were trained apart are near 0.
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    some_D, others_D = embedding[:1000].flatten().float(), head[:1000].flatten().float()
+    if head is not embedding and torch.cosine_similarity(some_D, others_D, dim=0) > 0.9:
+        sizes = {tensor.name: tensor.n_bytes for tensor in reader.tensors}
+        if sizes["output.weight"] > sizes["token_embd.weight"]:
+            embedding.data.copy_(head.data)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    # 3. Tokenizers of SentencePiece are read without the <bos> that the file asks for. As in
+    # llama.cpp, a file that says nothing asks for it if it is of SentencePiece, there called "llama".
+    asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
+    asks_for_bos = asks.contents() if asks else kind and kind.contents() == "llama"
+    if asks_for_bos and tokenizer.bos_token and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = True
+    return tokenizer, model.eval()
 
 
 @contextlib.contextmanager

