@@ -111,12 +111,13 @@ def tables(results):
 
 # --- answers ----------------------------------------------------------------------------------------
 
-def encode(policy, problem, template):
+def encode(policy, problem, template, think=None):
     """A problem's question as token ids, the same for the base and the trained model.
 
     azr: training's long frame, which ends in <think>; examples: training's frame of worked examples, if the
     problem is a Task (`policy` was loaded with the frame that it needs); plain: the question and an empty
-    line; chat: the model's own chat template around the question. Raises UsageError if there is none.
+    line; chat: the model's own chat template around the question. think: the template's enable_thinking,
+    which templates without that switch ignore. Raises UsageError if there is no chat template.
     """
     question = problem.question
     if template == "plain":
@@ -124,7 +125,8 @@ def encode(policy, problem, template):
     if template == "chat":
         if not policy.chat:
             raise UsageError("--template chat: this model has no chat template; use azr or plain")
-        return policy.tokenizer(policy.chat_text(question), add_special_tokens=False).input_ids
+        text = policy.chat_text(question, thinking=think)
+        return policy.tokenizer(text, add_special_tokens=False).input_ids
     if template == "examples" and hasattr(problem, "task"):
         question = solve_prompt(problem.task, "examples")
     return policy.encode(question)
@@ -172,7 +174,7 @@ def sample(policy, column, name, problems, options):
     torch.manual_seed(options.seed)
     for start in tqdm(range(0, len(problems), CHUNK), f"{name}: {column}", leave=False):
         chunk = problems[start:start + CHUNK]
-        prompts = [encode(policy, problem, options.template) for problem in chunk]
+        prompts = [encode(policy, problem, options.template, options.think) for problem in chunk]
         responses = sampler.generate(prompts, options.max_response, options.samples, options.temperature)
         for place, (ids, _) in enumerate(responses):
             problem, text = chunk[place // options.samples], policy.text(ids)
@@ -325,6 +327,8 @@ def parse(arguments):
     add("--template", choices="azr examples plain chat".split(), default="azr",
         help="azr: training's --frame long (default); examples: its --frame examples (default for such a "
              "run); plain: the question alone; chat: the model's template")
+    add("--think", action=argparse.BooleanOptionalAction,
+        help="with --template chat: its switch enable_thinking, if it has one; default: the template's own")
     add("--samples", type=number(1), default=1, help="answers to each task (1)")
     add("--temperature", type=number(0, 100, float),
         help="0 is greedy, the default for one sample; for more it is 1")
@@ -367,6 +371,8 @@ def parse(arguments):
         raise UsageError(f"--samples {options.samples} at --temperature 0 are all the same answer")
     if options.only and not (options.run or options.adapter):
         raise UsageError(f"--only {options.only} needs --run or --adapter")
+    if options.think is not None and options.template != "chat":
+        raise UsageError("--think and --no-think need --template chat")
     return options
 
 

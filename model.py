@@ -101,14 +101,16 @@ class Policy:
             ids.pop()
         return ids
 
-    def chat_text(self, question):
+    def chat_text(self, question, thinking=True):
         """A user's turn and the start of the model's own, by its chat template. → text
 
-        Thinking is on where a template can switch it off, as those of Qwen3.5 up to 2B do by default.
+        thinking: for templates that can switch it off, as those of Qwen3.5 up to 2B do by default. None keeps
+        the template's default.
         """
         turn = [{"role": "user", "content": question}]
+        switches = {} if thinking is None else {"enable_thinking": thinking}
         return self.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=True,
+            turn, tokenize=False, add_generation_prompt=True, **switches,
             strftime_now=self.date.strftime)  # in place of transformers' function of that name
 
     def decode(self, ids):

@@ -120,6 +120,7 @@ def test_judging_answers_made_elsewhere(data, tmp_path, monkeypatch):
         "--device")),
     (["--limit", "many"], "--limit: invalid number value: 'many'"),
     (["--template", "poem"], "--template: invalid choice: 'poem'"), (["--samples"], "--samples: expected one"),
+    (["--no-think"], "need --template chat"), (["--think", "--template", "plain"], "need --template chat"),
     *(([flag, value], f"{flag}: {value} is not between") for flag, value in (
         ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1.0"),
         ("--generate-batch", "-1"),
@@ -505,15 +506,20 @@ def test_templates(policy):
         e.encode(policy, what, "chat")
     policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}>"
     policy.chat = True
-    assert policy.decode(e.encode(policy, what, "chat")) == "[What?]>"
+    for think in (None, True, False):  # a switch that this template does not have
+        assert policy.decode(e.encode(policy, what, "chat", think)) == "[What?]>"
 
 
-def test_a_chat_template_that_can_switch_thinking_off_has_it_on(policy):
+def test_think_is_passed_on_to_the_chat_template(policy):
     policy.tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if enable_thinking %}<think>{% else %}<think></think>"
-        "{% endif %}")
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if enable_thinking is not defined %}as it is"
+        "{% elif enable_thinking %}<think>{% else %}<think></think>{% endif %}")
     policy.chat = True
-    assert policy.decode(e.encode(policy, MathProblem("0", "What?", ""), "chat")) == "[What?]<think>"
+    what = MathProblem("0", "What?", "")
+    prompts = {think: policy.decode(e.encode(policy, what, "chat", think)) for think in (None, True, False)}
+    assert prompts == {None: "[What?]as it is", True: "[What?]<think>", False: "[What?]<think></think>"}
+    for flags, think in (([], None), (["--think"], True), (["--no-think"], False)):
+        assert e.parse(["--template", "chat", *flags]).think is think
 
 
 def test_a_model_and_its_base_are_asked_by_one_template_and_quantized_alike(policy, random_model, heldout, tmp_path,

@@ -82,9 +82,10 @@ def test_a_prompt_opens_one_thought(chat_policy, template):
     assert "What is 2 + 2?<|im_end|>" in text and text.count("<|im_start|>") == 2
 
 
-def test_a_template_that_can_switch_thinking_off_has_it_on(chat_policy):
+def test_a_model_may_be_asked_not_to_think(chat_policy):
     chat_policy.tokenizer.chat_template = ANY_TURN + SWITCHED.replace("SWITCH", "enable_thinking")
     assert chat_policy.chat_text("Hi").endswith("assistant\n<think>\n")
+    assert chat_policy.chat_text("Hi", thinking=False).endswith("<think>\n\n</think>\n\n")
 
 
 def test_a_tokenizer_that_appends_its_end_token_does_not_end_a_prompt(chat_policy):
