@@ -21,7 +21,7 @@ Not covered:
   bugs of the kernel, and side channels of the hardware
   machine code: it finds random bits and the core in the processor, and the number of its thread in memory
   programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
-docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. Not for Windows, or two threads.
+docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. For Linux, and for one thread.
 """
 
 import ast
@@ -212,8 +212,7 @@ class Executor(AbstractContextManager):
 
     def __init__(self, workers=None, timeout=10.0, memory_mb=1024, *, allow=(), max_text=MAX_TEXT,
                  _layers=("namespaces", "seccomp", "guards")):
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        self._size = cores if workers is None else workers
+        self._size = len(os.sched_getaffinity(0)) if workers is None else workers
         if not (min(self._size, memory_mb, max_text) >= 1 and memory_mb <= 1e9 and 0 < timeout <= 1e6):
             raise ValueError("workers, max_text: at least 1; memory_mb: 1 to 1e9; timeout: above 0, to 1e6")
         self._timeout, self._max_text = timeout, max_text
@@ -367,9 +366,7 @@ class _Worker:
     def __init__(self, config, seed):
         import socket                                 # not in the workers: they make forks slower
         import subprocess
-        import tempfile
-        make = getattr(os, "memfd_create", lambda name: os.dup(tempfile.TemporaryFile().fileno()))
-        self.job, self.report = [open(make(name), "r+b", 0) for name in ("job", "report")]
+        self.job, self.report = [open(os.memfd_create(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
         argv = [sys.executable, *"-s -S -B -X utf8 -c".split(), _BOOT, _HERE, json.dumps([*config, seed])]
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1",
@@ -456,7 +453,7 @@ def _prepare(layers, memory):
         _call(*step)
     if timeless := hidden != [] and all(hidden):      # else the vDSO would die of this
         _call("prctl", 26, 2)                         # PR_SET_TSC: the processor's own clock, on x86
-    seccomp = _filter() if "seccomp" in layers and sys.platform == "linux" else None
+    seccomp = _filter() if "seccomp" in layers else None
     for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
                         (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
         with suppress(OSError, ValueError):           # the system's own is lower
@@ -531,7 +528,7 @@ def _watch(told, bound, broken, limit):
         late, used, waited, wait = False, 0, 0, limit
         while not (late or (ready := poller.poll(wait))):
             waited, before = waited + wait, used
-            with suppress(OSError):                   # it ends just now, or this is no Linux
+            with suppress(OSError):                   # it ends just now
                 used = time.clock_gettime_ns((~pid << 3) | 2) // 10 ** 6  # of that process
             late = used >= limit or used - before < wait / 100 or waited > 25 * limit
             wait = max(limit - used, 10)
@@ -550,9 +547,6 @@ def _watch(told, bound, broken, limit):
 # Names by which programs walk out of their namespace.
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__ __code__
     __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame ag_frame""".split())
-# An ASCII text needs no walk over its tree without one of these names, and with plain allowed imports alone.
-_NEEDS_WALK = re.compile(r"[^\x00-\x7f]|%s|^(?! *(?:import|from) (?:%s)(?: import [A-Z]\w*)? *$).*import"
-                         % ("|".join(_WALKS), "|".join(ALLOWED)), re.MULTILINE)
 # What the interpreter's audit events say of a program that no task may do; a prefix each.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
@@ -650,7 +644,7 @@ class _Run:
     def execute(self, args, kwargs, text):
         """The value of a program's f, and the text of the call."""
         code = compile(text, "<program>", "exec")
-        if self.guarded and _NEEDS_WALK.search(text) and (unsafe := _unsafe(ast.parse(text))):
+        if self.guarded and (unsafe := _unsafe(ast.parse(text))):
             self.report("unsafe", unsafe)
         module = sys.modules["program"] = ModuleType("program")     # classes look their module up
         scope = vars(module)

@@ -523,9 +523,6 @@ def within_limits(task):
 
 
 Anatomy = namedtuple("Anatomy", "fingerprint depth edges")
-BRANCHES = {ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case,
-            ast.comprehension}
-CHAINS = {ast.comprehension, ast.BoolOp}  # each child after the second is one more branch
 
 
 def _entry(node):
@@ -571,23 +568,6 @@ def fingerprint(program):
     """A hash of the syntax tree: blind to layout, comments and docstrings, not to names or numbers. It is the
     same under every version of Python that parses the program, so that a buffer may move to another one."""
     return _anatomy(program).fingerprint
-
-
-def complexity(program):
-    """Cyclomatic complexity, after McCabe: 1 + the number of places where the program can branch.
-
-    >>> complexity("def f(xs):\\n    return [x for x in xs if x or not xs]")
-    4
-    """
-    branches = 1
-    for (parent, child), count in _anatomy(program).edges.items():
-        if child in BRANCHES:
-            branches += count
-        if parent in CHAINS:
-            branches += count
-        if child in CHAINS:
-            branches -= 2 * count  # of its own children the first two are no branch
-    return branches
 
 
 def edit_distance(program, other):

@@ -430,11 +430,11 @@ def test_ablations_run(tmp_path, capsys, flags):
 
 
 def test_flags_are_logged_counted_and_named_at_the_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(run_folder.RULES, "judge", re.compile("sorted"))  # the tiny model knows no worse word
+    monkeypatch.setitem(run_folder.RULES, "judge", re.compile("return"))  # every program has it
     run = tmp_path / "run"
     assert train.main([*SMALL, "--types", "deduction", "--steps", "2", "--out", str(run)]) == 0
     found = log(run, "flags.jsonl")
-    assert len(found) > 1 and {f["rule"] for f in found} == {"judge"} and all("sorted" in f["context"] for f in found)
+    assert len(found) > 1 and {f["rule"] for f in found} == {"judge"} and all("return" in f["context"] for f in found)
     assert [sum(f["step"] == row["step"] for f in found) for row in log(run)] == [row["flags"] for row in log(run)]
     assert f"flags       {len(found)}, in {run}/flags.jsonl" in capsys.readouterr().out
     assert train.main(["--resume", str(run), "--steps", "3"]) == 0
