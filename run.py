@@ -535,7 +535,8 @@ def draw_curves(metrics, path):
             axis.errorbar(*numpy.reshape(points, (-1, 3)).T, fmt=".-", markersize=3, elinewidth=1, label=key)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, framealpha=0.6)  # it may cover a curve
+        if axis.get_legend_handles_labels()[1]:  # before the first step some panels have no curve
+            axis.legend(fontsize=7, framealpha=0.6)  # it may cover a curve
     fresh = path.with_suffix(".new.png")
     figure.savefig(fresh)
     fresh.replace(path)
