@@ -42,8 +42,8 @@ import torch
 from azr import trr_update
 from model import load_policy
 from rewards import Rollout, task_relative_advantages
-from run import layout
 from sampling import Sampler
+from tables import markdown
 from tasks import EXAMPLES, FRAME, TASK_TYPES, UsageError, solve_prompt
 from train import CARD, preset
 
@@ -241,7 +241,7 @@ def table(results, failures):
             rates.append(f"{1000 * median(a_token):.1f}")
             ratios.append(f"{median(theirs / own for theirs, own in zip(a_token, our_token)):.2f}")
         lines.append([way, f"{median(row['tokens'] for row in rows):.0f}", *seconds, *rates, *ratios])
-    return layout(lines, True)
+    return markdown(lines)
 
 
 def main(arguments=None):
