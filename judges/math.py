@@ -47,22 +47,18 @@ class MathProblem(namedtuple("MathProblem", "key question gold physical", defaul
         answer = ", ".join(boxes(text))
         if not answer:
             text = re.sub(EMPHASIS, "", text)
-            brief = re.fullmatch(r".{,19}|.*[\d\\].*", text)
-            answer = called_answer(text) or (text if brief or "<answer>" in response else "")
+            if called := re.match(CALLED, text):
+                answer = called[called.lastindex]
+            elif "<answer>" in response or re.fullmatch(r".{,19}|.*[\d\\].*", text):
+                answer = text
         answer = answer.strip()
         return answer if 0 < len(answer) <= 1000 else None
 
     @staticmethod
     def judge(problems, answers, executor):
         """[MathProblem], [answer or None] → one {"correct"} for each, in order."""
-        pairs = [(p.gold, answer or "", p.physical) for p, answer in zip(problems, answers)]
-        return [{"correct": correct} for correct in compare(pairs)]
-
-
-def called_answer(text):
-    """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
-    found = re.match(CALLED, text)
-    return found[found.lastindex] if found else ""
+        return [{"correct": correct} for correct in compare(
+            [(p.gold, answer or "", p.physical) for p, answer in zip(problems, answers)])]
 
 
 def read_math(key, row, physical=False):
@@ -101,10 +97,8 @@ def compare(pairs):
         ready, *lines = done.stdout.split() or [""]
         if not ready:
             raise OSError(f"math-verify does not start: {done.stderr.strip()[-300:]}")
-        verdicts += map(json.loads, lines)
-        if len(verdicts) < len(pairs):
-            verdicts.append(False)  # the one in which the process died
-    return verdicts
+        verdicts += [*map(json.loads, lines), False]  # False: the one in which the process died, if it did
+    return verdicts[:len(pairs)]
 
 
 def same_math(*pair):
