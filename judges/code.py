@@ -30,8 +30,8 @@ DIGITS = 100_000      # of an integer in a contest's tests; LiveCodeBench's own 
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools
     operator io sys json builtins typing""".split()
-# Contest programs are written where these names are known. As in LiveCodeBench, they may recurse deeper than in
-# Python, and convert longer integers from and to text (50,000 digits there, any number here).
+# Contest programs are written where these names are known. As in LiveCodeBench, they may recurse deeper than
+# usual, and convert longer integers from and to text (50,000 digits there, any number here).
 PRELUDE = "".join(map("from {0} import *\nimport {0}\n".format, STARRED)) + """\
 sys.setrecursionlimit(50000)
 getattr(sys, "set_int_max_str_digits", id)(0)
@@ -172,11 +172,11 @@ def read_contest(key, row):
 
 
 def integer(name, text):
-    """An integer in a test of a function. One of more than 4,000 digits becomes what `plain` makes of it in the
-    sandbox, because Python reads and writes no more than 4,300. Raises UsageError for more than DIGITS.
+    """An integer in a test of a function. One of more than 4,000 digits becomes what `plain` makes of it in
+    the sandbox, because Python reads and writes no more than 4,300. Raises UsageError for more than DIGITS.
 
     >>> integer("f", "-12"), integer("f", "-1" + 5000 * "0")[1][:9]
-    (-12, '-0x8bb91b')
+    (-12, '-0x31e208')
     """
     length = len(text.strip("-"))
     if length <= 4000:
