@@ -31,18 +31,22 @@ REWRITES = r"""
 \.{3,}|…|\\[lcdi]?dots[bcimo]?(?![a-zA-Z])→\\ldots
 \.~*$→
 \\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
-\\(?:text)?color~*\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
+\\(?:text)?color~*(?:\[\w*\])?\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
 \\(?:bf|it|rm|sf|tt|em|bfseries|itshape|boldmath|small|normalsize|[lL]arge|LARGE|[hH]uge|strut)(?![a-zA-Z])~*→
 \\(?:boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|uline|ensuremath|boxed|fbox|framebox)(?![a-zA-Z])→
 ,\\!~*|\{,\}|\\!→
+(?<=\([A-J]\))(\}?)~*\\q?quad(?![a-zA-Z])→\1~
 \\q+uad(?![a-zA-Z])→,
+(?<!\\);→,~
 (?<!\\)\\[,;:> \n]|(?<!\\)\\(?=~)|\s→~
 \\\$→\\text{dollar}
 \$→
 −→-
 \\(?:mathrm|operatorname)\{~*([eid])~*\}→\1
+\\math(?:bf|rm|sf|tt|it)(?:~+(?=[a-zA-Z])|~*(?=\d))→
 \\(?:text|mbox|hbox|mathrm|mathbf|text(?:bf|it|rm|sf|tt|up|normal)|emph|operatorname)(?![a-zA-Z])~*→\\text
 \\text(?=\{~*[-+]?\\(?:[dtc]?frac|sqrt|pi|infty)(?![a-z]))→
+\\text\{~*\(([A-J])\)~*\}→(\1)
 \\text\{~*\(([A-J])\)~*([^{}~][^{}]*)\}→\\text{(\1)}\2
 \\text\{~*(?:(?:the~)?(?:empty|null)~set)~*\}|\\varnothing|∅|\\\{~*\\\}→\\emptyset
 \\text\{(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp)\}→\\\1

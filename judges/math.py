@@ -10,20 +10,22 @@ from pathlib import Path
 from .text import answer_text, nested
 
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
-EMPHASIS = r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$"
+EMPHASIS = r"""(?mx) (?<![\w)\]{}*^])\*{1,3}(?=[^\s*}]) | (?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])
+    | ^__?(?=\S) | (?<=\S)__?$"""
 # Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or
 # else the rest of the line without what may follow an answer there
 CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
+        (?:,?\ (?:therefore|thus|hence|then),?)?
         \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
         | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
     (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly
-        |equal\ to|given\ by|option|choice)\b [,:]? )*
+        |consequently|accordingly|equal\ to|given\ by|option|choice)\b [,:]? )*
     [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\)
         | (?=[^\s.]) (.+?) (?:
         ,?\s+(?:since|because|as|which|where|so|I\ hope)\b.* | \s*\((?:since|because|as)\b.* | [.;!]?\s*$
         | [.;!]\s+(?-i:[A-Z]).* | [.;!]\s+[\\$].* ) )"""
 BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
-NOTHING = r"[\s~\\,;{}]*\}"
+NOTHING = r"(?:[\s~\\,;$]|\{\s*\}|\\(?:text|mbox|q?quad)(?![a-zA-Z]))*\}"
 BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
 # \boxed{5}, \boxed 5, \boxed\frac12 with its content
 FULL = rf"""(?: {BOX} (?: \{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}

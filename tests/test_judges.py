@@ -710,13 +710,16 @@ KINDS = {
         ("36", [r"\textbf{(C)}\ 36", r"\textbf{(C) } 36", r"\textbf{(C) 36}", r"\mathrm{(C)}~36", "(C) 36", "C. 36", "C) 36", "(C): 36"],
          [r"\textbf{(C)}\ 37", "C"]),
         ("C", [r"\textbf{(C)}\ 36", "(C) 36"], [r"\textbf{(D)}\ 36"]), (r"\textbf{(C)}\ 36", ["36", "C", "(C)"], ["37", "D"]),
+        ("B", [r"\text{(B)}", r"\mathbf{(B)}", r"\textbf{(B) }36"], [r"\text{(C)}", r"\mathbf{(C)}"]),
+        ("36", [r"\text{(B)}\quad 36", r"\textbf{(B)}\qquad 36"], [r"\text{(B)}\quad 37", r"\text{(B)}\quad 36, 37"]),
         (r"\frac12", [r"\textbf{(A)}\ \frac{1}{2}", r"\text{(A)}\ 0.5"], [r"\textbf{(A)}\ 2"]), ("-5", [r"\textbf{(A) } -5"], ["(A) 5"])],
     "colours, styles and text": [
         ("5", [r"\color{red}{5}", r"\color{blue}5", r"\textcolor{red}{5}", r"\bf 5", r"\mathbf{5}", r"\Large 5", r"{\Large{5}}", r"\underline{5}",
                r"\textbf{5}", r"\text{5}", r"\colorbox{yellow}{5}", r"\boldsymbol{5}", r"\displaystyle 5", r"{5}", r"\boxed{5}"],
          [r"\color{red}{6}", r"\mathbf{6}", r"\text{6}"]),
         (r"\frac12", [r"\mathbf{\frac12}", r"\boldsymbol{\frac{1}{2}}", r"\color{red}{\frac{1}{2}}", r"\textstyle\frac12"], [r"\mathbf{\frac13}"]),
-        ("x+1", [r"\boldsymbol{x+1}"], [r"\boldsymbol{x-1}"]), ("1,2", [r"\text{1 and 2}"], [r"\text{1 and 3}"]),
+        ("7", [r"\color[rgb]{1,0,0}7", r"\textcolor[rgb]{1,0,0}{7}", r"\mathbf 7", r"\mathbf7"], [r"\color[rgb]{1,0,0}8", r"\mathbf 8"]),
+        ("x+1", [r"\boldsymbol{x+1}", r"\mathbf x+1"], [r"\boldsymbol{x-1}", r"\mathbf y+1"]), ("1,2", [r"\text{1 and 2}"], [r"\text{1 and 3}"]),
         (r"42\text{ cm}", [r"\text{42 cm}", r"\textbf{42 cm}"], [r"\text{42 m}", r"\text{43 cm}"]), ("50", [r"\text{\$50}", r"\textbf{50%}"], [])],
     "numbers side by side": [
         (r"\frac72", ["3 1/2", r"3\frac12", r"3\ \frac{1}{2}", "3.5"], ["2", "4", r"\frac32"]), ("2", [], ["3 1/2"]), ("1", [], ["1 1/2"]),
@@ -732,6 +735,8 @@ KINDS = {
         (r"1,2,\ldots,n", [r"1, 2, \dots, n", r"1,2,\cdots,n", "1,2,...,n", r"1,2,\dotsc,n", "1, 2, …, n"], [r"2,1,\ldots,n", "1,2,n", r"1,2,\ldots"]),
         (r"\{2,4,6,\ldots\}", ["2,4,6,...", r"\{2, 4, 6, \dots\}", r"2, 4, 6 \ldots"], [r"\{4,2,6,\dots\}", r"\{2,4,6\}"]),
         (r"n,n+1,\dots,2n", [r"n,1+n,\ldots,2n"], [r"n,n+1,\ldots,n"]), (r"1+2+\cdots+n", [r"1+2+\ldots+n"], ["1+2+n"])],
+    "semicolons": [
+        ("1,-2", ["1;-2", r"\{-2; 1\}", r"x=1;\ x=-2"], ["1;2", "(1;-2)"]), ("[0,1)", ["[0;1)"], ["[0;1]"]), ("13535", [], ["13;535"])],
     "alternatives that are one": [("0.5", [r"\frac12, 0.5"], [r"\frac12, 0.6", "1, 2"])],
 }
 EQUAL += [case for of_a_kind in KINDS.values() for case in of_a_kind]
@@ -827,7 +832,9 @@ def test_boxes():
     (r"$x=\boxed{1}$ or $x=\boxed{-2}$", "1, -2"), (r"\boxed{1}, \boxed{-2}", "1, -2"), (r"x_1=\boxed{1}, x_2=\boxed{-2}.", "1, -2"),
     (r"\boxed{1}\text{ or }\boxed{-2}", "1, -2"), (r"\(\boxed{1}\) or \(\boxed{2}\) or \(\boxed{3}\)", "1, 2, 3"),
     (r"First \boxed{5}. No: \boxed{6}", "6"), (r"\boxed{5}. Then \boxed{6}", "6"), (r"\boxed{5} \boxed{6}", "6"),
-    (r"\boxed{1} or \boxed{2}. No: \boxed{3}", "3"), ("x is 5", None), ("So we get 42", None), ("It is therefore 42", None),
+    (r"\boxed{1} or \boxed{2}. No: \boxed{3}", "3"), ("_Answer: 42_", "42"), ("The answer is consequently 42.", "42"), ("The answer, therefore, is 42.", "42"), ("The answer then is 42", "42"),
+    (r"\boxed{3} and \boxed{\text{}}", "3"), (r"\boxed{3}, \boxed{$$}", "3"), (r"\boxed{{}_5C_2}", "{}_5C_2"),
+    ("x is 5", None), ("So we get 42", None), ("The answer, it seems, is hard", None), ("It is therefore 42", None),
     ("We answer the question: it is hard", None), ("\\boxed{1", None), ("\\boxed{}", None)])
 def test_final_answers(response, answer):
     problem = mathematics.MathProblem("", "", "")
