@@ -29,14 +29,14 @@ from .values import read_execution, read_heldout
 MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit
     builtins codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings
     weakref""".split()
-GROUPS = "heldout", "io", "code", "math"
+GROUPS = "heldout io code math".split()
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
            "physics": partial(read_math, physical=True)}
 # All that the hub's client, parquet, JSON and the formats raise for what cannot be had or is damaged
 READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
                   ImportError, zlib.error)
-KEYS = "task_id", "unique_id", "id", "idx", "question_id"  # columns of a task's own name
+KEYS = "task_id unique_id id idx question_id".split()  # columns of a task's own name
 
 
 # group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it
@@ -110,12 +110,12 @@ def local_files(data):
     data = Path(data)
     if not data.is_dir():
         raise UsageError(f"--data {data}: no such folder")
-    names = sorted(itertools.chain(*(benchmark.names for benchmark in BENCHMARKS.values())), key=len)
+    names = sorted(itertools.chain(*(b.names for b in BENCHMARKS.values())), key=len, reverse=True)
     files, found = {}, {}
     for path in sorted(data.rglob("*")):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
             place = squash(str(data.resolve().name / path.relative_to(data)))
-            for name in re.findall("|".join(names[::-1]), place)[-1:]:
+            for name in re.findall("|".join(names), place)[-1:]:
                 files.setdefault(name, []).append(path)
     for benchmark in BENCHMARKS.values():
         for alias in filter(files.get, benchmark.names):

@@ -19,18 +19,23 @@ from functools import partial
 from textwrap import dedent, indent
 
 from executor import literal, parse_literal
+from tasks import UsageError
 
 from .text import answer_text, pieces
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
 LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
+DIGITS = 100_000      # of an integer in a contest's tests; LiveCodeBench's own judge reads 50,000
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools
     operator io sys json builtins typing""".split()
-PRELUDE = "\n".join([  # contest programs are written where these names are known, as LiveCodeBench runs them
-    *(f"from {module} import *" for module in STARRED), "import " + ", ".join(STARRED),
-    "sys.setrecursionlimit(50000)\n"])
+# Contest programs are written where these names are known. As in LiveCodeBench, they may recurse deeper than
+# usual, and convert longer integers from and to text (50,000 digits there, any number here).
+PRELUDE = "".join(map("from {0} import *\nimport {0}\n".format, STARRED)) + """\
+sys.setrecursionlimit(50000)
+getattr(sys, "set_int_max_str_digits", id)(0)
+"""
 
 # Of a text that could be a program: what it does, and its runs of indented lines and of lines of code
 RETURNS = r"\b(?:return|yield|raise)\b"
@@ -52,7 +57,7 @@ class ProgramProblem(namedtuple(
     solutions  programs that are right: the benchmark's own, and other readings of the task
     asserts    base tests as code that calls `name`; "" if tests() has them
     tests      () → [base, plus], each {arguments: [right values, beside those of the solutions]}
-    same       (value, right value, arguments) → whether two unequal values agree
+    same       (value, right value) → whether two unequal values agree
     """
 
     batch = 16        # contests have megabytes of tests
@@ -71,12 +76,12 @@ class ProgramProblem(namedtuple(
         for run in RUNS:
             found += re.findall(run, text)
         for more in (3, 2, 1, 0):  # a program may have fences in its strings
-            found += [piece for _, piece in pieces(text, more) if piece]
+            found += [piece for _, piece in pieces(text, more)]
         if f"def {self.name}(" in self.prelude:
-            for body in [piece for piece in found if re.search(RETURNS, piece)]:
+            for body in filter(re.compile(RETURNS).search, found):
                 chosen += [body, dedent(body), "    " + body, indent(dedent(body), "    ")]
         for pattern in [DEFINES % self.name] if self.name else [PRINTS, READS_AND_PRINTS]:
-            does = [piece for piece in found if re.search(pattern, piece, re.M)]
+            does = filter(re.compile(pattern, re.M).search, found)
             chosen += [dedent(piece) if piece[0].isspace() else piece for piece in does]
         return chosen
 
@@ -103,7 +108,7 @@ class ProgramProblem(namedtuple(
             outputs = run_programs(executor, [problems[i].job(answers[i], tests[i][part]) for i in left])
             for i, values in zip(left, outputs):
                 passed[i] = values is not None and all(
-                    map(partial(right, problems[i].same), values, tests[i][part].values(), tests[i][part]))
+                    map(partial(right, problems[i].same), values, tests[i][part].values()))
             base = base or [*passed]
         return [{"correct": good, "base": simple if base_tests else None}
                 for good, simple, (base_tests, _) in zip(passed, base, tests)]
@@ -134,7 +139,7 @@ def read_function(key, row):
         asserts = f"{test}\ncheck({name})"
     shape = "base_input" in row and re.search(
         rf"^ *(.+):.* {row['task_id']} ".replace("Mbpp/", ""), SHAPES, re.M)
-    atol = row["atol"] if "atol" in row else max(map(float, tolerance), default=0)
+    atol = row.get("atol", max(map(float, tolerance), default=0))
     return ProgramProblem(key if "/" in key else f"Mbpp/{key}", task, name,
                           f"{shape[1]}|{name}" if shape else name,
                           prelude, (own, *OTHER_READINGS.get(name, ())), asserts,
@@ -166,17 +171,36 @@ def read_contest(key, row):
         same_in_json if name else same_lines)
 
 
-def same_in_json(output, expected, arguments):
+def integer(name, text):
+    """An integer in a test of a function. One of more than 4,000 digits becomes what `plain` makes of it in
+    the sandbox, because Python reads and writes no more than 4,300. Raises UsageError for more than DIGITS.
+
+    >>> integer("f", "-12"), integer("f", "-1" + 5000 * "0")[1][:9]
+    (-12, '-0x31e208')
+    """
+    length = len(text.strip("-"))
+    if length <= 4000:
+        return int(text)
+    if length > DIGITS:
+        raise UsageError(f"a test of {name} has an integer of {length:,} digits, and at most {DIGITS:,} are "
+                         "read; leave this problem out")
+    value = 0
+    for part in re.findall(r"\d{1,4000}", text):
+        value = value * 10 ** len(part) + int(part)
+    return ["\0int", re.sub(r"\d+", hex(value), text)]
+
+
+def same_in_json(output, expected):
     return json.loads(json.dumps(output)) == expected
 
 
 def contest_tests(name, public, private):
-    parts = [{}, {}]
+    parts, read = [{}, {}], partial(json.loads, parse_int=partial(integer, name))
     for part, text in zip(parts, (public, unpack(private))):
         for test in json.loads(text):
             given, result = test["input"], test["output"]
             if name:
-                given, result = [*map(json.loads, given.split("\n"))], json.loads(result)
+                given, result = [*map(read, given.split("\n"))], read(result)
             part.setdefault(written(given), []).append(result)
     return parts
 
@@ -195,9 +219,11 @@ def unpack(text):
 CALL = '''
 import binascii
 
+LARGE = 10 ** 4000
+
 def plain(value):
     """A value as literals; what has none becomes a mark that equals only its like."""
-    if isinstance(value, int) and value.bit_length() > 14000:
+    if isinstance(value, int) and not -LARGE < value < LARGE:
         return ("\\0int", hex(value))
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
@@ -208,6 +234,14 @@ def plain(value):
         if isinstance(value, kind):
             return kind(value) if value == value else ("\\0nan",)
     return value if value is None else ("\\0" + type(value).__name__, str(value)[:1000])
+
+def restored(value):
+    """An argument, in which the marks of large integers are integers again."""
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and value[0] == "\\0int":
+            return int(value[1], 16)
+        return type(value)(map(restored, value))
+    return {key: restored(value[key]) for key in value} if isinstance(value, dict) else value
 
 def shown(value, limit):
     """The value, or of a long one its length and checksum."""
@@ -255,7 +289,7 @@ def f(source, entry, limit, cases):
     scope = {"__name__": "program"}
     exec(source, scope)
     results = []
-    for case in cases:
+    for case in map(restored, cases):
         case = [CONVERT[shape](value) for shape, value in zip(first + [last] * len(case), case)]
         value = plain(eval(name, scope)(*case))
         results.append(shown(PROPERTY[name](value, case) if name in PROPERTY else value, limit))
@@ -318,7 +352,6 @@ def live(run, *arguments):
 def f(source, entry, limit, cases):
     """What a program prints that reads the text of the one case."""
     (text,) = cases
-    getattr(sys, "set_int_max_str_digits", id)(0)  # a test may need 10,000 digits
     Standard.data = {0: io.BytesIO(text.encode()), 1: io.BytesIO(), 2: io.BytesIO()}
     files, clock, system = [], Clock(), types.ModuleType("os")
     names = dict.fromkeys((0, "/dev/stdin", "/dev/fd/0"), 0)
@@ -441,22 +474,21 @@ def run_programs(executor, jobs):
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
     left = range(len(jobs))
     while left := [i for i in left if results[i] is not None and len(results[i]) < len(jobs[i][2])]:
-        calls = [jobs[i][2][len(results[i]):][:sizes[i]] for i in left]
-        runs = executor.run([run_of(*jobs[i], some) for i, some in zip(left, calls)])
-        for i, some, run in zip(left, calls, runs):
+        calls, runs = [], []
+        for i in left:
+            source, entry, arguments, limit = jobs[i]
+            calls.append(arguments[len(results[i]):][:sizes[i]])
+            runs.append((CALL if entry else READ,
+                         f"{written(source)}, {entry!r}, {limit}, [{', '.join(calls[-1])}]"))
+        for i, some, run in zip(left, calls, executor.run(runs)):
             values = parse_literal(run.output, EVERYTHING) if run.ok else None
             if isinstance(values, list) and len(values) == len(some):
                 results[i] += values
-            elif len(some) > 1 and run.status in ("timeout", "memory", "killed", "unrepresentable"):
+            elif len(some) > 1 and run.status in "timeout memory killed unrepresentable".split():
                 sizes[i] = 1
             else:
                 results[i] = None
     return results
-
-
-def run_of(source, entry, arguments, limit, some):
-    """The sandbox's program and its input for some of a job's calls."""
-    return CALL if entry else READ, f"{written(source)}, {entry!r}, {limit}, [{', '.join(some)}]"
 
 
 # A line of numbers
@@ -464,14 +496,14 @@ NUMBERS = r"(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,6})?(?:\s+|$))+"
 
 # --- whether a value is right ---------------------------------------------------------------------------
 
-def right(same, output, expected, arguments):
+def right(same, output, expected):
     """Whether an output is one of the expected values."""
     with suppress(TypeError, ValueError, AttributeError, ArithmeticError):  # a value of another kind
-        return any(output == value or same(output, value, arguments) for value in expected)
+        return any(output == value or same(output, value) for value in expected)
     return False
 
 
-def close(output, expected, arguments, atol=0):
+def close(output, expected, atol=0):
     """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
     atol = atol or (1e-6 if {*map(type, flat)} == {float} else 0)
@@ -484,7 +516,7 @@ def near(a, b, atol):
     return a == b or not isinstance(b, bool) and abs(a - b) <= atol + 1e-7 * abs(b)
 
 
-def same_lines(output, expected, arguments):
+def same_lines(output, expected):
     """Lines without the spaces around, numbers by their values."""
     return read_lines(output) == read_lines(expected)
 

@@ -31,18 +31,22 @@ REWRITES = r"""
 \.{3,}|…|\\[lcdi]?dots[bcimo]?(?![a-zA-Z])→\\ldots
 \.~*$→
 \\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?→
-\\(?:text)?color~*\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
+\\(?:text)?color~*(?:\[\w*\])?\{[^{}]*\}|\\f?colorbox~*(?:\{[^{}]*\})?\{[^{}]*\}(?=\{)→
 \\(?:bf|it|rm|sf|tt|em|bfseries|itshape|boldmath|small|normalsize|[lL]arge|LARGE|[hH]uge|strut)(?![a-zA-Z])~*→
 \\(?:boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|uline|ensuremath|boxed|fbox|framebox)(?![a-zA-Z])→
 ,\\!~*|\{,\}|\\!→
+(?<=\([A-J]\))(\}?)~*\\q?quad(?![a-zA-Z])→\1~
 \\q+uad(?![a-zA-Z])→,
+(?<!\\);→,~
 (?<!\\)\\[,;:> \n]|(?<!\\)\\(?=~)|\s→~
 \\\$→\\text{dollar}
 \$→
 −→-
 \\(?:mathrm|operatorname)\{~*([eid])~*\}→\1
+\\math(?:bf|rm|sf|tt|it)(?:~+(?=[a-zA-Z])|~*(?=\d))→
 \\(?:text|mbox|hbox|mathrm|mathbf|text(?:bf|it|rm|sf|tt|up|normal)|emph|operatorname)(?![a-zA-Z])~*→\\text
 \\text(?=\{~*[-+]?\\(?:[dtc]?frac|sqrt|pi|infty)(?![a-z]))→
+\\text\{~*\(([A-J])\)~*\}→(\1)
 \\text\{~*\(([A-J])\)~*([^{}~][^{}]*)\}→\\text{(\1)}\2
 \\text\{~*(?:(?:the~)?(?:empty|null)~set)~*\}|\\varnothing|∅|\\\{~*\\\}→\\emptyset
 \\text\{(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|log|ln|exp)\}→\\\1
@@ -134,7 +138,7 @@ NO_VALUE = r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\
 # A product without a sign, of which math-verify would give the sum: 2(3), (2)(3), \frac{6}{3}(4)
 PRODUCT = r"(?<![_^.\d])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)"
 LONG = r"-?(?:[1-9]\d*\.\d{6,}|0?\.0*[1-9]\d{5,})"  # a decimal of at least six digits and places
-BRACKETS = "()", "[]", "(]", "[)"  # of tuples and intervals
+BRACKETS = "() [] (] [)".split()  # of tuples and intervals
 GROUP = nested(r"\\?[(\[{](?:[^()\[\]{}\\]|\\[^{}]|X)*\\?[)\]}]")
 
 
@@ -214,7 +218,7 @@ def same_sides(gold, answer, physical):
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
     if (name or ours[1:]) and (other or theirs[1:]) and (not name or name != other):
         says_something = name or None in map(value, ours)  # 1 + 1 = 2 says as little as 3 = 3
-        return bool(says_something) and same_formula(gold, answer, physical)
+        return same_formula(gold, answer, physical) if says_something else False
     if ours[1:] and not name:
         return False
     meant, found = ours[-1], False
@@ -267,8 +271,8 @@ def parts(text):
     if kind != r"\{\}" and (kind not in BRACKETS or r"\pm" in text) or cut(text)[1:]:
         kind, inner = "", text
     items = []
-    for item in cut(inner):
-        items += [item.replace(r"\pm", sign) for sign in "+-"] if r"\pm" in item else [item]
+    for item in cut(inner):  # of 1 ± 2 both
+        items += sorted({item.replace(r"\pm", sign) for sign in "+-"})
     return (kind.strip(r"\{}"), items) if items[1:] or kind == r"\{\}" else None
 
 

@@ -10,20 +10,22 @@ from pathlib import Path
 from .text import answer_text, nested
 
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
-EMPHASIS = r"(?m)(?<![\w)\]{}*^])\*{1,3}(?=[^\s*}])|(?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])|^__(?=\S)|(?<=\S)__$"
+EMPHASIS = r"""(?mx) (?<![\w)\]{}*^])\*{1,3}(?=[^\s*}]) | (?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])
+    | ^__?(?=\S) | (?<=\S)__?$"""
 # Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or
 # else the rest of the line without what may follow an answer there
 CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
+        (?:,?\ (?:therefore|thus|hence|then),?)?
         \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
         | ^\W*(?:the\ )?(?:final\ )?answer\W*$ )
     (?: [\s,:]* \b(?:therefore|thus|hence|then|so|simply|just|indeed|exactly|clearly
-        |equal\ to|given\ by|option|choice)\b [,:]? )*
+        |consequently|accordingly|equal\ to|given\ by|option|choice)\b [,:]? )*
     [\s*]* (?: \$\$(?s:(.+?))\$\$ | \\\[(?s:(.+?))\\\] | \$(.+?)(?<!\\)\$ | \\\((.+?)\\\)
         | (?=[^\s.]) (.+?) (?:
         ,?\s+(?:since|because|as|which|where|so|I\ hope)\b.* | \s*\((?:since|because|as)\b.* | [.;!]?\s*$
         | [.;!]\s+(?-i:[A-Z]).* | [.;!]\s+[\\$].* ) )"""
 BOX = r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*"
-NOTHING = r"[\s~\\,;{}]*\}"
+NOTHING = r"(?:[\s~\\,;$]|\{\s*\}|\\(?:text|mbox|q?quad)(?![a-zA-Z]))*\}"
 BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
 # \boxed{5}, \boxed 5, \boxed\frac12 with its content
 FULL = rf"""(?: {BOX} (?: \{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}
@@ -47,22 +49,18 @@ class MathProblem(namedtuple("MathProblem", "key question gold physical", defaul
         answer = ", ".join(boxes(text))
         if not answer:
             text = re.sub(EMPHASIS, "", text)
-            brief = re.fullmatch(r".{,19}|.*[\d\\].*", text)
-            answer = called_answer(text) or (text if brief or "<answer>" in response else "")
+            if called := re.match(CALLED, text):
+                answer = called[called.lastindex]
+            elif "<answer>" in response or re.fullmatch(r".{,19}|.*[\d\\].*", text):
+                answer = text
         answer = answer.strip()
         return answer if 0 < len(answer) <= 1000 else None
 
     @staticmethod
     def judge(problems, answers, executor):
         """[MathProblem], [answer or None] → one {"correct"} for each, in order."""
-        pairs = [(p.gold, answer or "", p.physical) for p, answer in zip(problems, answers)]
-        return [{"correct": correct} for correct in compare(pairs)]
-
-
-def called_answer(text):
-    """What stands behind the last "answer is" or "answer:", without what encloses it; '' if there is none."""
-    found = re.match(CALLED, text)
-    return found[found.lastindex] if found else ""
+        return [{"correct": correct} for correct in compare(
+            [(p.gold, answer or "", p.physical) for p, answer in zip(problems, answers)])]
 
 
 def read_math(key, row, physical=False):
@@ -101,10 +99,8 @@ def compare(pairs):
         ready, *lines = done.stdout.split() or [""]
         if not ready:
             raise OSError(f"math-verify does not start: {done.stderr.strip()[-300:]}")
-        verdicts += map(json.loads, lines)
-        if len(verdicts) < len(pairs):
-            verdicts.append(False)  # the one in which the process died
-    return verdicts
+        verdicts += [*map(json.loads, lines), False]  # False: the one in which the process died, if it did
+    return verdicts[:len(pairs)]
 
 
 def same_math(*pair):

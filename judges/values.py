@@ -27,8 +27,8 @@ class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaul
             return parse_answer(self.task.type, response)
         text = answer_text(response)
         found = pieces(text)
-        tagged = [piece for tag, piece in found if tag == KINDS[self.task.type].tag]
-        blocks = tagged or [piece for _, piece in found[1::2]]
+        blocks = [piece for tag, piece in found if tag == KINDS[self.task.type].tag] or [
+            piece for _, piece in found[1::2]]
         if not found[1:] and ("\n" not in text or re.search(r"<answer>|\[ANSWER\]", response)):
             blocks = [text]
         answer = next(filter(None, blocks[::-1]), "")
@@ -37,8 +37,8 @@ class ValueProblem(namedtuple("ValueProblem", "key question task strict", defaul
     @staticmethod
     def judge(problems, answers, executor):
         """[ValueProblem], [answer or None] → one {"correct"} for each, in order."""
-        tasks = [problem.task for problem in problems]
-        return [{"correct": correct} for correct in is_correct(tasks, answers, executor)]
+        return [{"correct": correct} for correct in is_correct(
+            [problem.task for problem in problems], answers, executor)]
 
 
 def read_heldout(key, task):

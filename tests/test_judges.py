@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -317,7 +318,7 @@ def test_tasks_with_more_than_one_answer(name, arguments, output, expected, agre
     (False, True, 100.0, False), ((1.0,), [1.0000001], 0, False),
     ([[1.0], [2.00001]], [[1.0], [2.0]], 1e-4, True)])
 def test_tolerance(output, expected, atol, agree):
-    assert code.right(partial(code.close, atol=atol), output, [expected], "") == agree
+    assert code.right(partial(code.close, atol=atol), output, [expected]) == agree
 
 
 def test_a_benchmark_whose_own_solution_fails_is_named(tmp_path, executor, capsys):
@@ -425,6 +426,67 @@ def test_what_is_never_flushed_is_not_printed(tmp_path):
         assert correct(load("LCB-Generation", tmp_path)[:1], [fence(program)], executor) == [False]
 
 
+NINES = "9" * 5000
+
+
+def function_row(*tests):
+    return CONTEST[1] | {"public_test_cases": json.dumps(cases(*tests, kind="functional")), "private_test_cases": "[]"}
+
+
+LONG_INTEGERS = [  # tests with JSON integers beyond Python's 4,300 digits; right and wrong expressions of xs, k
+    ([(f"{NINES}\n1", "1" + "0" * 5000)], "xs + k", ["xs - k", "xs", "[xs + k]", "str(xs + k)", "1e5000"]),
+    ([(f"-{NINES}\n1", f"-{NINES[1:]}8")], "xs + 11 * k - 10", ["xs", "-xs - k", "9"]),
+    ([(f"[[{NINES}, 1], [-{NINES}]]\n{NINES}", f"[{NINES}, 1, -{NINES}, {NINES}]")], "sum(xs, []) + [k]",
+     ["sum(xs, [])", "[abs(x) for x in sum(xs, [])] + [k]"]),
+    ([("[1, 2]\n3", f'{{"a": {NINES}, "b": [{{"c": -{NINES}0}}]}}')], "{'a': 10 ** 5000 - 1, 'b': [{'c': 10 - 10 ** 5001}]}",
+     ["{'a': 10 ** 5000 - 1, 'b': [{'c': 10 - 10 ** 5000}]}", "{'a': 10 ** 5000 - 1}"]),
+    ([(f'{{"a": [{NINES}]}}\n3', "45000"), ('{"a": [12]}\n3', "3")], "sum(map(int, str(xs['a'][0])))", ["45000", "3"]),
+    ([(f'"{NINES}"\n1', "1" + "0" * 5000)], "int(xs) + k", ["int(xs)", "xs"]),  # a text is a text
+    ([("12345\n4999", f'"{NINES}9"')], "'9' + str(10 ** 4999 - 1) + '9'", ["10 ** 5001 - 1"]),
+    ([(f"{sign}{digit * count}\n0", f"{sign}{digit * count}") for sign in ("", "-") for digit in "19"
+      for count in (3999, 4000, 4001, 4214, 4215, 4299, 4300, 4301, 8000, 8001, 50_000)], "xs", ["-xs", "xs + 1", "xs ^ 1"])]
+
+
+@pytest.mark.parametrize("tests,right,wrong", LONG_INTEGERS, ids=[right for _, right, _ in LONG_INTEGERS])
+def test_functions_of_integers_of_many_digits(tests, right, wrong, tmp_path):
+    write(tmp_path / "livecodebench.jsonl", [function_row(*tests)])
+    problem, = load("LCB-Generation", tmp_path)
+    answers = [fence(f"class Solution:\n    def twice(self, xs, k):\n        return {value}") for value in (right, *wrong)]
+    limit = getattr(sys, "get_int_max_str_digits", int)()
+    with judges.sandbox(1) as executor:
+        assert correct([problem] * len(answers), answers, executor) == [True] + [False] * len(wrong)
+    assert getattr(sys, "get_int_max_str_digits", int)() == limit
+
+
+def test_short_integers_of_tests_stay_integers():
+    for text in ("0", "-0", "-7", NINES[:4000], "-" + NINES[:4000]):
+        assert code.integer("f", text) == int(text)
+
+
+def test_long_integers_of_tests_are_what_the_sandbox_makes_of_them():
+    values = [10 ** 4000, 10 ** 4001 - 1, 7 ** 9000, 10 ** 8000, 3 ** 20_000 * 10 ** 4000, 10 ** 99_999]
+    marks = [["\0int", hex(value)] for value in [*values, *(-value for value in values)]]
+    program = code.PRELUDE + "def g(value):\n    return [value, str(value)]"
+    with judges.sandbox(1) as executor:
+        outputs, = code.run_programs(executor, [(program, "g", [code.written([mark]) for mark in marks], code.EVERYTHING)])
+    assert [[*mark] for mark, _ in outputs] == [code.integer("f", text) for _, text in outputs] == marks
+
+
+def test_asserts_with_integers_of_many_digits(tmp_path, executor):
+    tests = "def check(f):\n    assert f(10 ** 5000) == 5 * 10 ** 4999\n    assert f(-2 * 10 ** 6000) == -10 ** 6000\n"
+    write(tmp_path / "humaneval.jsonl", [ORIGINAL[0] | {"prompt": HALF, "entry_point": "half", "test": tests,
+                                                        "canonical_solution": "    return x // 2\n"}])
+    answers = [HALF + f"    return {value}" for value in ("x >> 1", "divmod(x, 2)[0]", "x // 2 + 1")]
+    assert correct(load("HumanEval+", tmp_path) * 3, map(fence, answers), executor) == [True, True, False]
+
+
+def test_an_integer_of_a_test_has_a_bound(tmp_path, executor):
+    for given, result in ((f"{'7' * 3_000_000}\n1", "1"), ("1\n1", f"[-{'7' * 100_001}]")):
+        write(tmp_path / "livecodebench.jsonl", [function_row((given, result))])
+        with pytest.raises(UsageError, match=r"^a test of twice has an integer of [\d,]+ digits, and at most 100,000 are read; .*$"):
+            correct(load("LCB-Generation", tmp_path), [fence("def twice(xs, k):\n    return 1")], executor)
+
+
 def test_numbers_of_many_digits(tmp_path):
     rows = [CONTEST[0] | {"public_test_cases": json.dumps(cases(("20000\n", "1" + "0" * 20000), kind="stdin")),
                           "private_test_cases": private(cases(("1" + "0" * 9000 + "\n", "9000"), kind="stdin"))}]
@@ -439,12 +501,12 @@ def test_numbers_of_many_digits(tmp_path):
     ("1.50 2", "1.5 2.0\n", True), ("1-2", "1-2\n", True), ("2024-01-02 ", "2024-01-02", True), ("e4\n", "e4", True),
     ("1..2\n3", "1..2\n3.0\n", True), ("1-2", "-1", False), ("1 2", "12", False), ("1\n2", "1 2", False)])
 def test_printed_lines_are_compared_as_text_or_as_numbers(expected, output, agree):
-    assert code.right(code.same_lines, output, [expected], "") is agree
+    assert code.right(code.same_lines, output, [expected]) is agree
 
 
 def test_a_long_line_that_is_almost_a_number_takes_no_time():
     numbers = "7 " * 300_000  # hours, if each start were tried
-    assert not code.right(code.same_lines, numbers + "None", [numbers + "no"], "")
+    assert not code.right(code.same_lines, numbers + "None", [numbers + "no"])
 
 
 def test_the_program_is_found_among_other_blocks():
@@ -462,7 +524,7 @@ def test_the_program_is_found_among_other_blocks():
 
 def test_contest_programs_have_the_builtins():
     scope = {}
-    exec(code.PRELUDE.replace("sys.setrecursionlimit(50000)", ""), scope)
+    exec(code.PRELUDE.partition("sys.setrecursionlimit")[0], scope)
     assert not [name for name in scope if name != "__builtins__" and scope[name] is not getattr(builtins, name, scope[name])]
 
 
@@ -648,13 +710,16 @@ KINDS = {
         ("36", [r"\textbf{(C)}\ 36", r"\textbf{(C) } 36", r"\textbf{(C) 36}", r"\mathrm{(C)}~36", "(C) 36", "C. 36", "C) 36", "(C): 36"],
          [r"\textbf{(C)}\ 37", "C"]),
         ("C", [r"\textbf{(C)}\ 36", "(C) 36"], [r"\textbf{(D)}\ 36"]), (r"\textbf{(C)}\ 36", ["36", "C", "(C)"], ["37", "D"]),
+        ("B", [r"\text{(B)}", r"\mathbf{(B)}", r"\textbf{(B) }36"], [r"\text{(C)}", r"\mathbf{(C)}"]),
+        ("36", [r"\text{(B)}\quad 36", r"\textbf{(B)}\qquad 36"], [r"\text{(B)}\quad 37", r"\text{(B)}\quad 36, 37"]),
         (r"\frac12", [r"\textbf{(A)}\ \frac{1}{2}", r"\text{(A)}\ 0.5"], [r"\textbf{(A)}\ 2"]), ("-5", [r"\textbf{(A) } -5"], ["(A) 5"])],
     "colours, styles and text": [
         ("5", [r"\color{red}{5}", r"\color{blue}5", r"\textcolor{red}{5}", r"\bf 5", r"\mathbf{5}", r"\Large 5", r"{\Large{5}}", r"\underline{5}",
                r"\textbf{5}", r"\text{5}", r"\colorbox{yellow}{5}", r"\boldsymbol{5}", r"\displaystyle 5", r"{5}", r"\boxed{5}"],
          [r"\color{red}{6}", r"\mathbf{6}", r"\text{6}"]),
         (r"\frac12", [r"\mathbf{\frac12}", r"\boldsymbol{\frac{1}{2}}", r"\color{red}{\frac{1}{2}}", r"\textstyle\frac12"], [r"\mathbf{\frac13}"]),
-        ("x+1", [r"\boldsymbol{x+1}"], [r"\boldsymbol{x-1}"]), ("1,2", [r"\text{1 and 2}"], [r"\text{1 and 3}"]),
+        ("7", [r"\color[rgb]{1,0,0}7", r"\textcolor[rgb]{1,0,0}{7}", r"\mathbf 7", r"\mathbf7"], [r"\color[rgb]{1,0,0}8", r"\mathbf 8"]),
+        ("x+1", [r"\boldsymbol{x+1}", r"\mathbf x+1"], [r"\boldsymbol{x-1}", r"\mathbf y+1"]), ("1,2", [r"\text{1 and 2}"], [r"\text{1 and 3}"]),
         (r"42\text{ cm}", [r"\text{42 cm}", r"\textbf{42 cm}"], [r"\text{42 m}", r"\text{43 cm}"]), ("50", [r"\text{\$50}", r"\textbf{50%}"], [])],
     "numbers side by side": [
         (r"\frac72", ["3 1/2", r"3\frac12", r"3\ \frac{1}{2}", "3.5"], ["2", "4", r"\frac32"]), ("2", [], ["3 1/2"]), ("1", [], ["1 1/2"]),
@@ -670,6 +735,8 @@ KINDS = {
         (r"1,2,\ldots,n", [r"1, 2, \dots, n", r"1,2,\cdots,n", "1,2,...,n", r"1,2,\dotsc,n", "1, 2, …, n"], [r"2,1,\ldots,n", "1,2,n", r"1,2,\ldots"]),
         (r"\{2,4,6,\ldots\}", ["2,4,6,...", r"\{2, 4, 6, \dots\}", r"2, 4, 6 \ldots"], [r"\{4,2,6,\dots\}", r"\{2,4,6\}"]),
         (r"n,n+1,\dots,2n", [r"n,1+n,\ldots,2n"], [r"n,n+1,\ldots,n"]), (r"1+2+\cdots+n", [r"1+2+\ldots+n"], ["1+2+n"])],
+    "semicolons": [
+        ("1,-2", ["1;-2", r"\{-2; 1\}", r"x=1;\ x=-2"], ["1;2", "(1;-2)"]), ("[0,1)", ["[0;1)"], ["[0;1]"]), ("13535", [], ["13;535"])],
     "alternatives that are one": [("0.5", [r"\frac12, 0.5"], [r"\frac12, 0.6", "1, 2"])],
 }
 EQUAL += [case for of_a_kind in KINDS.values() for case in of_a_kind]
@@ -765,7 +832,9 @@ def test_boxes():
     (r"$x=\boxed{1}$ or $x=\boxed{-2}$", "1, -2"), (r"\boxed{1}, \boxed{-2}", "1, -2"), (r"x_1=\boxed{1}, x_2=\boxed{-2}.", "1, -2"),
     (r"\boxed{1}\text{ or }\boxed{-2}", "1, -2"), (r"\(\boxed{1}\) or \(\boxed{2}\) or \(\boxed{3}\)", "1, 2, 3"),
     (r"First \boxed{5}. No: \boxed{6}", "6"), (r"\boxed{5}. Then \boxed{6}", "6"), (r"\boxed{5} \boxed{6}", "6"),
-    (r"\boxed{1} or \boxed{2}. No: \boxed{3}", "3"), ("x is 5", None), ("So we get 42", None), ("It is therefore 42", None),
+    (r"\boxed{1} or \boxed{2}. No: \boxed{3}", "3"), ("_Answer: 42_", "42"), ("The answer is consequently 42.", "42"), ("The answer, therefore, is 42.", "42"), ("The answer then is 42", "42"),
+    (r"\boxed{3} and \boxed{\text{}}", "3"), (r"\boxed{3}, \boxed{$$}", "3"), (r"\boxed{{}_5C_2}", "{}_5C_2"),
+    ("x is 5", None), ("So we get 42", None), ("The answer, it seems, is hard", None), ("It is therefore 42", None),
     ("We answer the question: it is hard", None), ("\\boxed{1", None), ("\\boxed{}", None)])
 def test_final_answers(response, answer):
     problem = mathematics.MathProblem("", "", "")
