@@ -275,16 +275,16 @@ def accept(proposals, buffer, cfg, types=None, limit=math.inf):
         if is_repeat and cfg.dedup:
             proposal.repeat, proposal.task = True, None
             continue
-        proposal.traits |= traits_of(proposal)
+        proposal.traits |= traits_of(proposal, buffer)
         for kind in types or [proposal.type]:
             buffer.add(replace(proposal.task, type=kind))
         new.append(proposal.task)
     return new
 
 
-def traits_of(proposal):
-    """Measures of a new task with a program of its own."""
-    task, traits = proposal.task, {}
+def traits_of(proposal, buffer):
+    """The paper's measures of a new task, before `buffer` holds it."""
+    task, traits = proposal.task, {"answers": 1.0 - buffer.answer_share(proposal.task)}
     if KINDS[task.type].own_program:
         traits["trivial"] = task.output == task.input
         if proposal.references:

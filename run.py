@@ -459,7 +459,7 @@ def step_metrics(proposals, solutions, cfg):
             f"solve/{kind}/well_formed": average(r.well_formed for r in solved),
             f"response_tokens/solve/{kind}": average(len(r.response_ids) for r in solved)}
     metrics["truncated"] = average(r.truncated for r in proposals + solutions)
-    for name in ("unique_ast", "edit_distance", "trivial"):
+    for name in ("unique_ast", "edit_distance", "answers", "trivial"):
         metrics[f"diversity/{name}"] = average(r.traits.get(name) for r in proposals)
     return metrics
 

@@ -484,8 +484,8 @@ def test_what_is_measured_of_new_tasks(policy, executor):
     _, rollouts, _, _ = propose_once(policy, executor, says, lambda copy: answer("1"), None, buffer)
     distances = [pytest.approx(sum(edit_distance(text, given) for given in (far, ZERO_TRIPLET.program)) / 2) for text in (ADD, other)]
     assert [r.traits for r in rollouts] == [
-        {"unique_ast": True, "trivial": False, "edit_distance": distances[0]},
-        {"unique_ast": True, "trivial": True, "edit_distance": distances[1]}, {}]
+        {"unique_ast": True, "answers": 1.0, "trivial": False, "edit_distance": distances[0]},
+        {"unique_ast": True, "answers": 0.5, "trivial": True, "edit_distance": distances[1]}, {}]
 
 
 def test_held_out_accuracy_is_greedy_and_of_each_type(policy, executor, monkeypatch):
@@ -514,7 +514,7 @@ def test_distance_to_references_is_that_of_invented_programs_alone(kind, measure
     """An induction task has the program that it was given, and with worked examples it has references too."""
     task = Task(kind, ADD, "1", "2", ("1", "2"), ("2", "3"))
     rollout = Rollout("propose", kind, [1], [2], "", task=task, references=["def f(x):\n    return x"])
-    assert ("edit_distance" in azr.traits_of(rollout)) == measured
+    assert ("edit_distance" in azr.traits_of(rollout, TaskBuffer(9, random.Random(0)))) == measured
 
 
 def test_solve_rewards_and_verdicts(policy, executor):

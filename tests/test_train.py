@@ -83,7 +83,7 @@ def test_metrics_have_every_documented_key(whole_run):
     assert [row["step"] for row in rows] == list(range(7))
     types = ("deduction", "abduction", "induction")
     keys = {"step", "truncated", "entropy", "grad_norm", "loss", "lr", "tokens_per_second", "memory_gb",
-            "flags", *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial")),
+            "flags", *(f"diversity/{k}" for k in ("unique_ast", "edit_distance", "trivial", "answers")),
             *(f"seconds/{k}" for k in ("generate", "execute", "update", "total"))}
     for t in types:
         keys |= {f"propose/{t}/{k}" for k in ("valid", "reward", "learnable", "solve_rate")}
@@ -365,7 +365,8 @@ def test_the_figures_of_a_step_are_those_of_its_rollouts():
         "propose/deduction/valid": 0.75, "propose/deduction/reward": -0.125, "propose/deduction/learnable": 0.25,
         "propose/deduction/solve_rate": 0.75, "response_tokens/propose/deduction": 3, "solve/deduction/accuracy": 0.25,
         "solve/deduction/reward": -0.375, "solve/deduction/well_formed": 0.5, "response_tokens/solve/deduction": 5,
-        "truncated": 0.125, "diversity/trivial": 0.5, "diversity/unique_ast": None, "diversity/edit_distance": None}
+        "truncated": 0.125, "diversity/trivial": 0.5, "diversity/unique_ast": None, "diversity/edit_distance": None,
+        "diversity/answers": None}
 
 
 def test_samples_are_drawn_from_all_rollouts():
