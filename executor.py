@@ -15,7 +15,7 @@ Covered:
   memory, forks   rlimits: 'memory'. They also bound the size of the report
   the system      seccomp leaves a run its own memory, its job and its report. No files, programs, network,
                   threads, signals, ptrace, shared memory, clock, process ids, entropy of the system.
-                  If the system grants namespaces, they also close network, processes and shared memory
+                  Namespaces close network, processes and shared memory once more, if the system grants them
   chance          a valid task returns the same value under three hash seeds, at other addresses
   bad names       imports and names that no task needs are 'unsafe'. These guards are Python, so they give a
                   clear message but no security
@@ -195,8 +195,8 @@ _HERE = os.path.abspath(__file__)
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
          "module = util.module_from_spec(spec); module.__builtins__ = dict(vars(__builtins__)); "
          "spec.loader.exec_module(module); module._work(sys.argv[2])")
-# Close to the canonical form: no names, calls or comments. A text matches in at most one way, so none takes
-# long.
+# Close to the canonical form: no names, no comments, no calls but set(). A text matches in at most one way,
+# so none takes long.
 _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
