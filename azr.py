@@ -299,7 +299,7 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
     """One policy-gradient step over all rollouts of a step, whose `.advantage` is set. → metrics
 
     The loss is `policy_loss` minus cfg.entropy_coef times the mean entropy. The batch is split into
-    micro-batches of at most `micro_tokens` tokens (padding counted; None: cfg.micro_tokens), and each is
+    micro-batches of at most `micro_tokens` tokens (with padding, by default cfg.micro_tokens), and each is
     divided by the token count of the full batch, so that the split changes neither loss nor gradient. If GPU
     memory runs out, the micro-batch is halved and the step is repeated. No sample is dropped.
 
@@ -454,7 +454,7 @@ def fit_micro_tokens(policy, cfg, memory=None):
     """Tokens of a micro-batch that fit into memory, at most cfg.micro_tokens. → int
 
     memory: bytes of the GPU (None: of this machine's). The bytes are fitted to scripts/memory.py, and 2.2e9
-    of them are for CUDA, gradients and AdamW. On a CPU, the limit is CPU_TOKENS or a third of the free
+    of them are for CUDA, gradients and AdamW. On a CPU, the limits are CPU_TOKENS and a third of the free
     memory, because there the OOM killer ends the process instead of torch raising an error.
     """
     config = policy.causal.config.get_text_config()

@@ -104,8 +104,8 @@ class Policy:
     def chat_text(self, question, thinking=True):
         """A user's turn and the start of the model's own, by its chat template. → text
 
-        thinking: for templates that can switch it off. For example, those of Qwen3.5 up to 2B do by default.
-        None keeps the template's default.
+        thinking: for templates that can switch it off. For example, those of Qwen3.5 up to 2B switch it off
+        by default. None keeps the template's default.
         """
         turn = [{"role": "user", "content": question}]
         switches = {} if thinking is None else {"enable_thinking": thinking}
@@ -131,7 +131,7 @@ class Policy:
 # --- loading ----------------------------------------------------------------------------------------
 
 def resolve_model(name):
-    """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B'; 'tiny' → the shipped folder; paths and full names as they are."""
+    """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B', 'tiny' → the shipped folder. Other names stay as they are."""
     if name in SHIPPED:
         return str(SHIPPED[name])
     family = re.match("[A-Za-z]*", name)[0]
@@ -373,7 +373,7 @@ def lora_layers(model, used):
     All but the output head, routers and routed experts, layers that text does not pass through (vision and
     audio towers), and those whose weight the surrounding module reads directly, so that LoRA would have no
     effect. used: see `_modules_of_text`. Experts are left out because transformers stores those of a layer as
-    one parameter, and PEFT would add up all of it at every sampled token.
+    one parameter, and PEFT would add its update to all of it at every sampled token.
     """
     names = []
     for name, module in model.named_modules():

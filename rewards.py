@@ -71,7 +71,7 @@ class Rollout:
 def is_correct(tasks, answers, executor):
     """Judge solver answers. The verdict needs no model and does not trust the text.
 
-    tasks: [Task]; answers: [str or None], None for a malformed response. → [bool], in order.
+    tasks: [Task]. answers: [str or None], None for a malformed response. → [bool], in order.
 
     deduction: the answer is a literal equal to the output, with equal types all the way down
                (True is not 1, 1 is not 1.0). It is read in the sandbox, never evaluated.

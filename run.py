@@ -89,7 +89,7 @@ class Run:
         replace_file(self.folder / "config.json", values.encode())
 
     def acquire(self):
-        """Hold the folder until `close`. Raises UsageError if another process does.
+        """Lock the folder until `close`. Raises UsageError if another process does.
 
         The kernel releases the lock of a killed process. The lock file then stays, but blocks nobody.
         """
@@ -252,7 +252,7 @@ class State:
 
 SNAPSHOT = {"step": int, "lines": dict, "weights": dict, "optimizer": dict, "buffer": dict,
             "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list,
-            "mean_tokens": float}  # what a checkpoint holds
+            "mean_tokens": float}  # fields of a checkpoint
 
 
 def snapshot(state):

@@ -139,7 +139,7 @@ def preset(column, **changes):
 # --- Algorithm 1 ------------------------------------------------------------------------------------
 
 def train(cfg, run):
-    """Train by self-play with the settings `cfg`, in the run folder `run` and from its checkpoint, if any."""
+    """Train by self-play. Writes to the run folder `run`, and resumes from its checkpoint if it has one."""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,

@@ -1,8 +1,8 @@
 """Programs: HumanEval(+), MBPP(+) and LiveCodeBench's generation set, judged by the benchmark's own tests.
 
 A program runs in the sandbox and returns values. They are judged here, outside the sandbox, where no object
-that the program made takes part. Tests that are published as asserts become calls, because the sandbox runs
-them once with the benchmark's own solution and records its arguments.
+that the program made takes part. Tests that are published as asserts become calls: the sandbox runs them once
+with the benchmark's own solution, and records its arguments.
 """
 
 import ast
