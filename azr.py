@@ -1,6 +1,6 @@
 """One policy, two roles: it proposes tasks, solves them, and is updated with TRR++.
 
-    Actor         samples and judges; its `self_play` is Algorithm 1 up to the rewards
+    Actor         samples and judges. Its `self_play` is Algorithm 1 up to the rewards
     accept        drops duplicates and puts the rest into the buffer
     trr_update    one clipped policy-gradient step over all rollouts of a step
     policy_loss   equation 9, the place to change the loss
@@ -37,8 +37,8 @@ from sampling import free_memory, inner_width
 from tasks import (KINDS, ZERO_TRIPLET, Task, UsageError, edit_distance, parse_answer, parse_proposal,
                    propose_prompt, solve_prompt, within_limits)
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
-CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, since the few unequal rows are padded
+M_MMAP_THRESHOLD = -3  # from malloc.h
+CPU_TOKENS = 2048  # most in a micro-batch: more is no faster, because its few unequal rows are padded
 
 
 # --- self-play --------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ CPU_TOKENS = 2048  # of a micro-batch at most: more are no faster, since the few
 class Actor:
     """Samples responses with the policy while the sandbox runs the programs of earlier ones.
 
-    sampler: a `sampling.Sampler`, or another class with its methods. clock: seconds by phase, "generate" in
-    the sampler and "execute" waiting for the sandbox.
+    sampler: a `sampling.Sampler`, or another class with its methods. clock: seconds by phase. "generate" is
+    the time in the sampler, "execute" the wait for the sandbox.
     """
 
     def __init__(self, policy, sampler, executor, cfg):
@@ -58,16 +58,16 @@ class Actor:
     def self_play(self, buffer):
         """A step of Algorithm 1 up to the rewards, in one stream. → proposals, tries, solutions
 
-        PROPOSE: for each type B new tasks, given K tasks from the buffer; those that are valid and new join
-        the buffer, and are tried n times. SOLVE: for each type B tasks, this step's new ones first.
+        PROPOSE: for each type, ask for B new tasks, given K tasks from the buffer. Valid new ones join the
+        buffer and are tried n times. SOLVE: for each type, answer B tasks, this step's new ones first.
 
-        No rollout waits for the longest response. A proposal is run as soon as it has ended, and tries and
-        solution of its task join while other proposals are still being sampled. A proposal that brings no
+        No rollout waits for the longest response. A proposal is run as soon as it has ended, and the tries
+        and the solution of its task are sampled alongside the remaining proposals. A proposal that brings no
         new task is replaced by a task from the buffer, so that there are always B solutions of each type.
         """
         cfg = self.cfg
         proposals = self.proposal_requests(buffer, cfg.types)
-        batches = {kind: [] for kind in cfg.types}  # the tasks to solve, cfg.batch of each type in the end
+        batches = {kind: [] for kind in cfg.types}  # tasks to solve, in the end cfg.batch of each type
         tries, solutions, vacant = [], [], []
         waiting = [*proposals]
         for settled in self.play(waiting):
@@ -107,10 +107,10 @@ class Actor:
         return requests
 
     def play(self, waiting, temperature=1.0):
-        """Sample and judge the rollouts in `waiting`, in place; yields them in parts, as they are settled.
+        """Sample and judge the rollouts in `waiting`, in place. Yields them in parts, as they are settled.
 
-        The caller may append to `waiting` between two parts. With several ranks each takes its share of
-        all that waits, and a part is all of it.
+        The caller may append to `waiting` between two parts. With several ranks, a part is everything that
+        waits, and each rank takes its share of it.
         """
         if ranks() == 1:
             yield from self._play_alone(waiting, temperature)
@@ -129,7 +129,7 @@ class Actor:
 
     def _play_alone(self, waiting, temperature):
         """`play` of one rank. Rollouts that ended in a segment are run while the next one is sampled, and are
-        settled at its end. So the order of random numbers depends on tokens and not on the clock."""
+        settled at its end. Therefore the order of random numbers depends on tokens, not on the clock."""
         running = None
         while waiting or running:
             stream = self.sampler.stream(waiting, self.cfg.max_response, temperature)
@@ -184,7 +184,7 @@ class Actor:
                 raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
                                  f"{len(prompt_ids)} tokens")
         shown = [task.program for task in references]
-        if cfg.frame == "examples":  # in which the identity is not shown
+        if cfg.frame == "examples":  # this frame does not show the identity
             shown = [text for text in shown if text != ZERO_TRIPLET.program]
         return Rollout("propose", kind, prompt_ids, program=program, references=shown)
 
@@ -226,7 +226,7 @@ class _Trial:
         self.verdicts = actor.sandbox.submit(judge, tasks, answers, actor.executor)
 
     def settled(self):
-        """All but the malformed ones, with verdicts and reasons, and with the task of a valid proposal."""
+        """The well-formed rollouts, with verdicts and reasons, and with the task of each valid proposal."""
         runs = iter(self.runs.result())
         for proposal, draft in self.drafts:
             own_runs = [next(runs) for _ in KINDS[draft.type].runs(draft)]
@@ -237,11 +237,11 @@ class _Trial:
         return [rollout for rollout, _ in self.drafts + self.answers]
 
     def completed(self, draft, runs):
-        """Turn a well-formed proposal into a task by its runs. → (Task or None, Verdict, reason)"""
+        """Turn a well-formed proposal and its runs into a task. → (Task or None, Verdict, reason)"""
         task = KINDS[draft.type].complete(draft, runs)
         if task is None:
             verdict, reason = blame(runs, Verdict.INVALID)
-            # nothing failed, but the inputs are all the same, for example
+            # there is no reason if no run failed, for example because all inputs are the same
             return None, verdict, reason or f"its runs make no {draft.type} task"
         problem = within_limits(task)
         if not problem and len(self.policy.encode(solve_prompt(task, self.cfg.frame))) > self.cfg.max_prompt:
@@ -260,7 +260,7 @@ class _Trial:
 def accept(proposals, buffer, cfg, types=None, limit=math.inf):
     """Put valid proposals into the buffer, and mark duplicates. → [Task], the new ones
 
-    types: the types that a task joins (None: its own; seeds are shared). limit: most new tasks.
+    types: the types whose buffers a task joins (None: its own, but seeds are shared). limit: most new tasks.
 
     Deduplication is not in the paper (--no-dedup): a duplicate program gets no reward and is not stored.
     Otherwise the proposer learns to repeat one learnable program, because that pays best.
@@ -299,16 +299,16 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
     """One policy-gradient step over all rollouts of a step, whose `.advantage` is set. → metrics
 
     The loss is `policy_loss` minus cfg.entropy_coef times the mean entropy. The batch is split into
-    micro-batches of at most `micro_tokens` tokens (padding counted; None: cfg.micro_tokens), and each is
+    micro-batches of at most `micro_tokens` tokens (with padding, by default cfg.micro_tokens), and each is
     divided by the token count of the full batch, so that the split changes neither loss nor gradient. If GPU
     memory runs out, the micro-batch is halved and the step is repeated. No sample is dropped.
 
     Returns loss, entropy (nats a token), grad_norm (before clipping to cfg.max_grad_norm), sampler_gap, and
     micro_tokens, halved if memory ran out. sampler_gap is the mean absolute difference, in nats over all
     response tokens, between these logprobs and those of the sampler (None if rollouts come without logps).
-    It should be rounding: the sampler runs other kernels, while the loss takes the ratio of their
-    probabilities as 1. It also shows a sampler that missed an update. signal is the share of rollouts whose
-    advantage is not 0 (None without rollouts).
+    It should be mere rounding, because the sampler runs other kernels, whereas the loss takes the ratio of
+    the probabilities to be 1. It also reveals a sampler that missed an update. signal is the share of
+    rollouts whose advantage is not 0 (None without rollouts).
 
     Without any signal there is no update, and the other figures are None. AdamW divides by the size of the
     gradient, so the entropy bonus alone would move the weights as far as rewards do.
@@ -349,9 +349,9 @@ def trr_update(policy, optimizer, rollouts, cfg, micro_tokens=None):
 
 
 def _accumulate_gradients(policy, rollouts, budget, cfg):
-    """The gradients of this rank's share, and what it adds to the batch's figures. → [loss, entropy, gap]"""
+    """Compute the gradients of this rank's share of the batch. → its part of [loss, entropy, gap]"""
     total = sum(len(rollout.response_ids) for rollout in rollouts)
-    # in fp16 the gradient of a mean over many tokens underflows: that of the sum is taken, and divided
+    # in fp16 the gradient of a mean over many tokens underflows, so take that of the sum and divide it
     scale = total if torch.float16 in (policy.half, policy.causal.dtype) else 1
     is_comparable = all(rollout.logps for rollout in rollouts)
     loss_sum, entropy_sum, gap_sum = 0.0, 0.0, 0.0 if is_comparable else math.nan
@@ -363,9 +363,9 @@ def _accumulate_gradients(policy, rollouts, budget, cfg):
             responses += row
         advantages_R = torch.tensor([rollout.advantage for rollout in responses], device=policy.device)
         lengths_R = torch.tensor([len(rollout.response_ids) for rollout in responses], device=policy.device)
-        # One update a step: the policy that is trained is the one that sampled, so the old logprobs are these
+        # With one update a step, the trained policy is the one that sampled, so the old logprobs are these
         # very numbers and the ratio is 1. The sampler's own, `rollout.logps`, come from other kernels and
-        # would differ by rounding. They are the old ones for whoever takes several updates a step.
+        # would differ by rounding. Use them as the old ones if you take several updates a step.
         old_N = new_N.detach()
         loss = policy_loss(new_N, old_N, advantages_R, lengths_R, total, cfg)
         loss = loss - cfg.entropy_coef * entropies_N.sum() / total
@@ -392,8 +392,8 @@ def policy_loss(new_N, old_N, advantages_R, lengths_R, total, cfg):
 
     new_N, old_N: logprobs in nats of the response tokens of R responses, laid end to end, with the gradient
     in new_N. advantages_R, lengths_R: a response's advantage and its number of tokens. total: response tokens
-    of the whole step, which the sum is divided by (the mean over tokens is the official code's). This is the
-    share of one micro-batch: losses of a step are added. cfg.clip is ε.
+    of the whole step, by which the sum is divided (a mean over tokens, as in the official code). The result
+    is the share of one micro-batch, and the shares of a step are added up. cfg.clip is ε.
 
     >>> from types import SimpleNamespace
     >>> policy_loss(torch.tensor([0.5, 0.0]), torch.zeros(2), torch.tensor([1.0]), torch.tensor([2]), 2,
@@ -407,11 +407,11 @@ def policy_loss(new_N, old_N, advantages_R, lengths_R, total, cfg):
 
 
 def micro_batches(rollouts, budget, shared=False):
-    """Split into batches of rows, whose number · longest row is at most `budget` tokens, longest rows first.
+    """Split into batches of at most `budget` tokens (number of rows · longest row), longest rows first.
 
-    A row is a list of rollouts, one unless responses are `shared`: then as many of one prompt as the budget
-    allows, see `model.response_logprobs`. Sorting by length keeps padding small; a row over the budget gets a
-    batch of its own.
+    A row is a list of rollouts: only one or, if `shared`, as many with the same prompt as the budget allows
+    (see `model.response_logprobs`). Sorting by length keeps padding small. A row over the budget gets a batch
+    of its own.
 
     >>> a, b, c = (Rollout("solve", "deduction", [1, 2, 3], [4] * n) for n in (1, 2, 3))
     >>> micro_batches([a, b, c], budget=10) == [[[c]], [[b], [a]]]
@@ -430,7 +430,7 @@ def micro_batches(rollouts, budget, shared=False):
 
 
 def _shared_rows(rollouts, budget):
-    """Rows of rollouts with one prompt, of at most `budget` tokens unless a single one is longer."""
+    """Rows of rollouts with the same prompt, of at most `budget` tokens unless a single one is longer."""
     rows, open_rows = [], {}
     for rollout in rollouts:
         prompt = tuple(rollout.prompt_ids)
@@ -453,9 +453,9 @@ def _row_tokens(row):
 def fit_micro_tokens(policy, cfg, memory=None):
     """Tokens of a micro-batch that fit into memory, at most cfg.micro_tokens. → int
 
-    memory: bytes of the card; None: this machine's. Bytes are a fit to scripts/memory.py, of which 2.2e9 are
-    for CUDA, gradients and AdamW. On a CPU a third of the free memory bounds it, and CPU_TOKENS, because
-    there the OOM killer ends the process instead of torch raising an error.
+    memory: bytes of the GPU (None: of this machine's). The bytes are fitted to scripts/memory.py, and 2.2e9
+    of them are for CUDA, gradients and AdamW. On a CPU, the limits are CPU_TOKENS and a third of the free
+    memory, because there the OOM killer ends the process instead of torch raising an error.
     """
     config = policy.causal.config.get_text_config()
     # per token we keep every layer's input, plus all activations of the one layer that is being recomputed
@@ -487,8 +487,8 @@ def load_heldout(source, limit=None, executor=None):
     """{split: [Task]} of the held-out tasks of the tiny model ("tiny"), of CRUXEval from the Hugging Face hub
     ("cruxeval"), or of a file of JSON lines with `split` and the fields of a Task, or the fields of CRUXEval.
 
-    limit: at most so many tasks of each type and split, the first ones. executor: run each task's program of
-    a file and compare with its outputs. Raises UsageError with the line's number.
+    limit: only the first N tasks of each type and split. executor: runs each program of a file, to compare
+    its outputs with the task's. Raises UsageError with the line's number.
     """
     splits, where = defaultdict(list), ""
     shipped = source in ("tiny", "cruxeval")
@@ -521,7 +521,7 @@ def _heldout_rows(source):
 
 @contextlib.contextmanager
 def reaching_the_hub():
-    """Yields the library `datasets` (slow to import). Errors of it or of the network become an OSError."""
+    """Yields the library `datasets` (slow to import). Its errors and those of the network become OSError."""
     import datasets
     from huggingface_hub.utils import httpx
     try:

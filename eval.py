@@ -1,7 +1,7 @@
 """Measure a model: python eval.py
 
-Alone it measures the shipped model on the shipped held-out tasks. `--run RUN` puts a trained model beside its
-base, and `--benchmarks code,math` takes the paper's benchmarks (judges/__init__.py lists them).
+Without options it measures the shipped model on the shipped held-out tasks. `--run RUN` compares a trained
+model with its base, and `--benchmarks code,math` takes the paper's benchmarks (judges/__init__.py has them).
 `--judge FILE --data DIR` judges answers that were made elsewhere, and loads no model.
 
     evaluate          benchmarks, answers, verdicts, results.json
@@ -9,8 +9,8 @@ base, and `--benchmarks code,math` takes the paper's benchmarks (judges/__init__
     encode            a problem as a prompt, by one of four templates
     score, tables     accuracy, pass@k, base and trained side by side
 
-Formats and judges are in judges/. Model text runs in the sandbox and
-nowhere else. Mathematics is parsed in a process of its own.
+Formats and judges are in judges/. Model text runs only in the sandbox. Mathematics is parsed in a separate
+process.
 """
 
 import argparse
@@ -40,9 +40,9 @@ ANSWER = dict.fromkeys("column benchmark id question response".split(), str) | {
 FOREIGN = {"benchmark": str, "id": (str, int), "response": (str, type(None))}
 CONFIG = {"model": str, "quantize": str, "max_response": int, "heldout": str}
 FILES = "settings.json answers.jsonl results.json".split()
-FREE = "benchmarks workers generate_batch out".split()  # options that do not decide the answers
+FREE = "benchmarks workers generate_batch out".split()  # options that do not affect the answers
 COUNTS = "n unanswered samples".split()
-MEANS = "base well_formed truncated tokens".split()  # base: right by the tests of HumanEval and MBPP alone
+MEANS = "base well_formed truncated tokens".split()  # base: correct by the tests of HumanEval and MBPP alone
 CHUNK = 128  # problems between two steps of the progress bar
 
 
@@ -50,7 +50,7 @@ CHUNK = 128  # problems between two steps of the progress bar
 # Samples of one problem are not independent, so means and errors are taken over problems.
 
 def pass_at_k(n, correct, k):
-    """The chance that k of n samples, drawn without replacement, hold a correct one: unbiased.
+    """Unbiased pass@k: the probability that k of n samples, drawn without replacement, include a correct one.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -114,9 +114,9 @@ def tables(results):
 def encode(policy, problem, template, think=None):
     """A problem's question as token ids, the same for the base and the trained model.
 
-    azr: training's long frame, which ends in <think>; examples: training's frame of worked examples, if the
-    problem is a Task (`policy` was loaded with the frame that it needs); plain: the question and an empty
-    line; chat: the model's own chat template around the question. think: the template's enable_thinking,
+    azr: training's long frame, which ends in <think>. examples: training's frame of worked examples, if the
+    problem is a Task (`policy` was loaded with the frame that it needs). plain: the question and an empty
+    line. chat: the model's own chat template around the question. think: the template's enable_thinking,
     which templates without that switch ignore. Raises UsageError if there is no chat template.
     """
     question = problem.question
@@ -135,19 +135,19 @@ def encode(policy, problem, template, think=None):
 def generate_answers(problems, options, out, settings):
     """Answers of every column to every benchmark. → {(column, benchmark): rows of answers.jsonl}
 
-    A benchmark is written once all its questions have their answers, and then it is done. One that was
-    stopped before that is sampled again from its start.
+    A benchmark is written once all its questions are answered, and is not sampled again. One that was
+    interrupted before that is sampled again from the start.
     """
     from model import load_policy
     answers = defaultdict(list)
     for row in read_rows(out / "answers.jsonl", ANSWER):
         answers[row["column"], row["benchmark"]].append(row)
     for column, model in options.columns.items():
-        policy = None  # before the next is loaded, because two may not fit into memory
+        policy = None  # freed before the next is loaded, because two may not fit into memory
         for name, tasks in problems.items():
             questions = [problem.question for problem in tasks] * options.samples
             if sorted(questions) == sorted(row["question"] for row in answers[column, name]):
-                continue  # done before
+                continue  # already answered
             if not policy:
                 policy = load_policy(
                     model, options.quantize, 0, options.dtype, options.device, options.adapter,
@@ -205,10 +205,10 @@ def read_answers(path):
 
 @contextlib.contextmanager
 def held(out, settings):
-    """Hold the folder of an evaluation with these settings; one that stays empty is removed again.
+    """Lock the folder of an evaluation with these settings. A folder that stays empty is removed again.
 
-    The kernel drops the lock of a process that is killed. Its file then stays, and stops nobody. Raises
-    UsageError if the folder is in use, or has files of other settings or of somebody else.
+    The kernel releases the lock of a killed process. The lock file then stays, but blocks nobody. Raises
+    UsageError if the folder is in use, or has files of other settings or of another program.
     """
     lock = filelock.FileLock(out / "lock", timeout=0)
     try:
@@ -231,10 +231,10 @@ def held(out, settings):
 
 
 def settings_of(options):
-    """What must be equal for answers to be kept: options, and when the files of the weights were changed.
+    """The settings that must match for answers to be kept: options, and change times of the weights' files.
 
-    Who trains further writes these files anew, and a checksum of a large model would take as long as loading
-    it. A name on the hub has no files here, and counts as one model. → JSON
+    Change times, because further training rewrites these files, whereas a checksum of a large model would
+    take as long as loading it. A name on the hub has no local files, and counts as one model. → JSON
     """
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings["changed"] = {}
@@ -277,7 +277,7 @@ def evaluate(options):
 
 
 def heldout_tasks(names, options, executor):
-    """The held-out tasks that the group heldout needs; a user's own are checked. Raises UsageError."""
+    """The held-out tasks that the group heldout needs. A user's own are checked. Raises UsageError."""
     if not any(name.startswith("heldout") for name in names):
         return []
     from azr import load_heldout
@@ -289,7 +289,7 @@ def heldout_tasks(names, options, executor):
 
 
 def judged(name, problems, rows, executor):
-    """The figures of one benchmark's rows; those of problems that are not asked for do not count."""
+    """The figures of one benchmark's rows. Answers to problems that were not asked do not count."""
     known = {problem.key: problem for problem in problems}
     asked = [row for row in rows if row["id"] in known]
     if len(asked) < len(rows):

@@ -4,24 +4,26 @@
         executor.run([("def f(x): return x + 1", "41")])        # one Execution: ok, output '42'
 
 Each worker is a small interpreter with every allowed module loaded. It forks a fresh process for each run,
-and another process watches the clock. The caller never evaluates, compiles or unpickles text from a model: it
+and another process watches the clock. The caller never evaluates, compiles or unpickles text from a model. It
 reads canonical literals, compares them itself, and refuses any other report. By forging its report, a program
 can at worst "return" a value, and a `call`, of its choice.
 
 Covered:
-  other runs      a fresh process for each run and each input that is code: none can see or affect another
+  other runs      a fresh process for each run and each input that is code, so that none can see or affect
+                  another
   loops, sleep    'timeout', by a clock outside the run. Waiting for a core does not count
   memory, forks   rlimits: 'memory'. They also bound the size of the report
   the system      seccomp leaves a run its own memory, its job and its report. No files, programs, network,
                   threads, signals, ptrace, shared memory, clock, process ids, entropy of the system.
-                  Namespaces close network, processes and shared memory again, where the system grants them
-  chance          a valid task returns one value under three hash seeds, at other addresses
-  bad names       imports and names that no task needs are 'unsafe'. These guards are Python, only a message
+                  Namespaces close network, processes and shared memory once more, if the system grants them
+  chance          a valid task returns the same value under three hash seeds, at other addresses
+  bad names       imports and names that no task needs are 'unsafe'. These guards are Python, so they give a
+                  clear message but no security
 Not covered:
   bugs of the kernel, and side channels of the hardware
-  machine code: it finds random bits and the core in the processor, and the number of its thread in memory
-  programs that differ rarely, or agree by chance under three seeds: each worker has addresses of its own
-docs/sandbox.md has each kind of attack. The caller needs 512 KiB of stack. For Linux, and for one thread.
+  machine code, which can read random bits and its core from the processor, and its thread's id from memory
+  programs that rarely differ, or agree by chance under three seeds, because each worker has other addresses
+docs/sandbox.md describes each kind of attack. The caller needs 512 KiB of stack. For Linux, and for one thread.
 """
 
 import ast
@@ -76,10 +78,10 @@ class Execution:
     'killed'           its process ended without a result: a crash, or a kill from outside
     """
     status: str
-    output: str        # canonical Python literal of the returned value; '' unless ok
-    error: str         # one printable line of at most 300 characters; '' if ok
+    output: str        # canonical Python literal of the returned value ('' unless ok)
+    error: str         # one printable line of at most 300 characters ('' if ok)
     seconds: float     # wall-clock time of the run, without the time in the queue
-    call: str = ""     # the values bound to f's parameters: equal calls have equal texts; '' unless ok
+    call: str = ""     # the values bound to f's parameters. Equal calls have equal texts ('' unless ok)
 
     @property
     def ok(self):
@@ -95,7 +97,7 @@ _name = type.__dict__["__name__"].__get__              # of a class, without ask
 def parse_literal(text, limit=MAX_TEXT):
     """The value of a literal: None, bool, int, float, complex, str, bytes, and tuples, lists, dicts and sets
     of these. Infinity is 1e309, the empty set is set(). Raises ValueError, with one line, for anything else.
-    For text that literal() wrote, or that you trust. Text of a model belongs into Executor.read."""
+    Only for text that literal() wrote, or that you trust. For text from a model, use Executor.read."""
     if type(text) is not str or len(text) > limit:
         raise ValueError(f"not a text of at most {limit} characters")
     try:
@@ -108,9 +110,9 @@ def parse_literal(text, limit=MAX_TEXT):
 
 def literal(value, limit=MAX_TEXT):
     """The canonical literal of a value: parse_literal(literal(v)) equals v, and each value has one text.
-    Dicts keep their order, sets are sorted; Counter, OrderedDict and defaultdict are written as the dict that
-    they equal. Raises ValueError, with one line, for a value that does not come back equal (nan, any other
-    class), is over `limit` characters or over MAX_DEPTH deep."""
+    Dicts keep their order, and sets are sorted. Counter, OrderedDict and defaultdict are written as the dict
+    that they equal. Raises ValueError, with one line, for a value that does not come back equal (nan, any
+    other class), is over `limit` characters or over MAX_DEPTH deep."""
     text = _write(value, 0, [limit], True)
     if len(text) > limit:
         raise ValueError("longer than the limit")
@@ -118,23 +120,23 @@ def literal(value, limit=MAX_TEXT):
 
 
 def same(a, b):
-    """Whether two values are the same literal value: equal, and of equal types all the way down. True is not
-    1, 1 is not 1.0, (1,) is not [1]; nan is nothing; order in dicts and sets does not count. Never calls code
-    of the values' classes: values of other types are not the same."""
+    """Whether two values are the same literal value: equal, and of equal types all the way down. For example,
+    True is not 1, 1 is not 1.0, (1,) is not [1], and nan is not even nan. Order in dicts and sets does not
+    count. Never calls code of the values' classes, so values of other types are not the same."""
     return _key(a) == _key(b) is not None
 
 
 def _key(value, limit=100 * MAX_TEXT):
-    """A text that is the same for values that are the same; None for a value that has no literal."""
-    try:                                              # contextlib may be what a program made of it
+    """A text that is the same for values that are the same, or None for a value that has no literal."""
+    try:                                              # a program may have changed contextlib
         return _write(value, 0, [limit], False)
     except (ValueError, RecursionError):
         return None
 
 
 def _write(value, depth, room, ordered):
-    """The text of `value`. `room` holds the characters left, which also stops what contains itself. Not
-    ordered: dicts sorted and -0.0 as 0.0, so that equal values have equal texts."""
+    """The text of `value`. `room` holds the characters left, which also stops a value that contains itself.
+    If not ordered, dicts are sorted and -0.0 becomes 0.0, so that equal values have equal texts."""
     if room[0] < 0:
         raise ValueError("longer than the limit")
     kind = type(value)
@@ -178,29 +180,30 @@ def _describe(error):
 
 # -- The caller's side ------------------------------------------------------------------------------
 
-# Hash seeds; `run` uses the first. From Python 3.11 on no letter or digit has a hash of the same parity under
-# all three, and 5% of the sets of two letters keep their order, where chance alone would give 25%.
+# Hash seeds. `run` uses the first. From Python 3.11 on no letter or digit has a hash of the same parity under
+# all three, and 5% of the sets of two letters keep their order, whereas chance alone would give 25%.
 _SEEDS = (24, 267, 331)
-_OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to say so
+_OUT_OF_MEMORY = 77            # exit status of a run that has no memory left to report it
 _LITERAL, _INPUT, _PROGRAM = range(3)  # purpose of a run: a literal, an input that is code, a program
 _EVALUATE = "call = (lambda *args, **kwargs: (args, kwargs))(\n%s\n)\ndef f(): return call"
 _END = struct.Struct("=i?Q")           # exit status of a run, whether it was late, nanoseconds
-_NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its birth, its wait status at its end
+_NEWS = struct.Struct("=ii")           # process id of a run, and 0 at its start or its wait status at its end
 _STATUSES = "ok syntax error unsafe unrepresentable expression".split()
 _HERE = os.path.abspath(__file__)
-# Its builtins are a copy, out of reach of programs that change `print.__self__`.
+# This module's builtins are a copy, out of reach of programs that change `print.__self__`.
 _BOOT = ("import sys, importlib.util as util; spec = util.spec_from_file_location('sandbox', sys.argv[1]); "
          "module = util.module_from_spec(spec); module.__builtins__ = dict(vars(__builtins__)); "
          "spec.loader.exec_module(module); module._work(sys.argv[2])")
-# Near the canonical form: no names, calls or comments. A text matches in one way at most: none takes long.
+# Close to the canonical form: no names, no comments, no calls but set(). A text matches in at most one way,
+# so none takes long.
 _LITERALS = re.compile(r"""\s*(?:(?:[({\[]|[,:]|(?:[)}\]]|set\(\)|None|True|False
     |-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?(?:[-+][0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)?j?
     |b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*")(?=\s*(?:[,:)}\]]|$)))\s*)*""", re.VERBOSE)
 
 
 class Executor(AbstractContextManager):
-    """Runs programs in sandboxed processes, `workers` at once (None: one a core). A context manager, or call
-    close(). Warns once, at the start, if a layer of the sandbox is not available on this system.
+    """Runs programs in sandboxed processes, `workers` at once (None: one per core). Use it in a with
+    statement, or call close(). Warns at the start if a layer of the sandbox is not available on this system.
 
     timeout    seconds of one run, also of one that evaluates an input, from its own start. Time spent waiting
                for a core does not count, so that a busy machine gives the same verdicts
@@ -219,7 +222,7 @@ class Executor(AbstractContextManager):
         self._config = [memory_mb, _layers, sorted(ALLOWED.union(allow)), max_text, timeout]
         self._idle = defaultdict(list)                # workers, by seed
         with ExitStack() as failure:
-            failure.enter_context(self)               # closed, unless all goes well
+            failure.enter_context(self)               # closed if anything fails
             first = self._idle[_SEEDS[0]]
             for _ in range(self._size):
                 first.append(_Worker(self._config, _SEEDS[0]))
@@ -240,9 +243,10 @@ class Executor(AbstractContextManager):
 
     def run(self, jobs):
         """The value of f(<input>) for each (program, input), as Executions in the same order.
-        An input is what stands between the parentheses of a call: positional and keyword arguments. All but
-        literals is evaluated once, in a process of its own that does not know the program, which meets values
-        only, not their text. Both texts may come from anywhere; the status says what is wrong with them.
+        An input is the text between the parentheses of a call: positional and keyword arguments. If it is
+        more than literals, it is evaluated once, in a separate process that does not know the program, so
+        that the program gets only values, not their text. Both texts may come from anywhere, because the
+        status says what is wrong with them.
         Raises TypeError if not str, RuntimeError if closed, OSError if the system refuses a worker."""
         return self._run(_PROGRAM, jobs)
 
@@ -264,8 +268,8 @@ class Executor(AbstractContextManager):
         return results
 
     def read(self, texts):
-        """The canonical literal of each text, as the output of an Execution, for text of a model: it is
-        parsed in a run, and never evaluated. 'syntax' for what is no literal."""
+        """The canonical literal of each text, as the output of an Execution. For text from a model, because
+        it is parsed in a run, and never evaluated. The status is 'syntax' if a text is not a literal."""
         return self._run(_LITERAL, [("", text) for text in texts])
 
     def _run(self, purpose, jobs, seed=_SEEDS[0]):
@@ -281,7 +285,7 @@ class Executor(AbstractContextManager):
         try:
             while queue or busy:
                 while queue and len(busy) < self._size:
-                    while idle and idle[-1].process.poll() is not None:    # dead, or a fork's parent's
+                    while idle and idle[-1].process.poll() is not None:    # dead, or of a fork's parent
                         idle.pop().kill()
                     worker = idle.pop() if idle else _Worker(self._config, seed)
                     job = queue.popleft()
@@ -294,7 +298,7 @@ class Executor(AbstractContextManager):
                     poller.unregister(fd)
                     end = worker.receive()
                     idle.append(worker)
-                    if not end:                               # it died, and the others may have
+                    if not end:                               # it died, and others may have, too
                         while idle:
                             idle.pop().kill()
                         if not results[i]:                    # the job gets a second chance
@@ -304,17 +308,17 @@ class Executor(AbstractContextManager):
                     result = self._result(worker, purpose, spent, *_END.unpack(end))
                     if result.status == "expression":         # the input has to be evaluated first
                         queue.appendleft((i, _INPUT, _EVALUATE % text, "", result.seconds))
-                    elif result.ok and purpose == _INPUT:     # and its values are the input now
+                    elif result.ok and purpose == _INPUT:     # now its values are the input
                         queue.appendleft((i, _PROGRAM, jobs[i][0], result.output, result.seconds))
                     else:
                         results[i] = result
-        finally:                                      # Ctrl-C: no run goes on
+        finally:                                      # after Ctrl-C, no run continues
             for worker, _ in busy.values():
                 worker.kill()
         return results
 
     def _result(self, worker, purpose, spent, code, late, nanoseconds):
-        """The Execution that a run's report and its end amount to."""
+        """The Execution that follows from a run's report and its end."""
         worker.report.seek(0)
         report = b"" if late else worker.report.read()
         seconds = spent + nanoseconds / 1e9
@@ -333,24 +337,24 @@ class Executor(AbstractContextManager):
         return Execution(status, "", error, seconds)
 
     def _reported(self, report, purpose, spent, seconds, limit):
-        """The Execution of a report. ValueError, or TypeError, for one that no honest run writes."""
+        """The Execution of a report. Raises ValueError or TypeError for one that no honest run writes."""
         mark, status, error, call, output = report.decode().split("\0")
         if mark != _Run.mark or status not in _STATUSES:
-            raise ValueError                          # this is none
+            raise ValueError                          # not a report
         if status == "expression" and spent:
-            raise ValueError                          # what was evaluated once would be evaluated for ever
+            raise ValueError                          # an input is evaluated once, not for ever
         if status != "ok":
             line = "".join(filter(str.isprintable, " ".join(error[:1000].split())))
             line = re.sub("0x[0-9a-f]{8,}", "0x...", line)[:300]    # addresses differ by process
             return Execution(status, "", line or status, seconds)
         if len(call) > 2 * limit or not call.isprintable():
-            raise ValueError                          # it goes to the caller as it is
+            raise ValueError                          # because the caller gets it as it is
         if len(output) > limit or not _LITERALS.fullmatch(output):
-            raise ValueError                          # it may be no literal, or take long to parse
+            raise ValueError                          # perhaps no literal, or slow to parse
         value = parse_literal(output, limit)
         if literal(value, limit) != output:
-            raise ValueError                          # equal outputs have equal texts
-        if purpose == _INPUT:                         # as one who gives these values as literals writes them
+            raise ValueError                          # equal outputs must have equal texts
+        if purpose == _INPUT:                         # the input that gives these values as literals
             args, kwargs = value
             named = [f"{name}={literal(value, limit)}" for name, value in dict.items(kwargs)]
             if not all(str.isidentifier(each) and each.isascii() and not iskeyword(each) for each in kwargs):
@@ -360,11 +364,11 @@ class Executor(AbstractContextManager):
 
 
 class _Worker:
-    """The caller's handle on a worker. Orders and the ends of runs pass by a socket; programs, inputs and
-    reports stand in two files in memory, so that no run can make the caller wait."""
+    """The caller's handle on a worker. Orders and the ends of runs pass through a socket. Programs, inputs
+    and reports are in two files in memory, so that no run can make the caller wait."""
 
     def __init__(self, config, seed):
-        import socket                                 # not in the workers: they make forks slower
+        import socket                                 # not in the workers, because they slow forks down
         import subprocess
         self.job, self.report = [open(os.memfd_create(name), "r+b", 0) for name in ("job", "report")]
         self.line, line = socket.socketpair()
@@ -376,16 +380,16 @@ class _Worker:
                                             env=environment, start_new_session=True)
 
     def receive(self):
-        """The next message of the worker; b"" if it died."""
+        """The next message of the worker, or b"" if it died."""
         with suppress(ConnectionError):
             return self.line.recv(4096)
         return b""
 
-    promises = cached_property(receive)               # the first: what this system does not let it keep
+    promises = cached_property(receive)               # the first: promises that it cannot keep here
 
     def start(self, *job):
-        """Has a run forked for a job."""
-        if not self.promises:                         # it died, and the end of its line will say so
+        """Tell the worker to fork a run for a job."""
+        if not self.promises:                         # it died, which the end of its line will show
             return
         for file, data in (self.job, marshal.dumps(job)), (self.report, b""):
             file.seek(0)
@@ -395,68 +399,69 @@ class _Worker:
             self.line.send(b"1")
 
     def kill(self):
-        """Ends the worker, and with it its runs."""
-        if self.process.poll() is None:               # alive; a fork of the caller just lets go of it
-            with suppress(OSError):                   # SHUT_WR: ends those that outlive their parent
+        """End the worker, and with it its runs."""
+        if self.process.poll() is None:               # alive. A fork of the caller only closes its files
+            with suppress(OSError):                   # SHUT_WR: ends processes that outlive their parent
                 self.line.shutdown(1)
             self.process.kill()
             self.process.wait()
-            [*iter(self.receive, b"")]                # until all of it has ended
+            [*iter(self.receive, b"")]                # until all its processes have ended
         for each in (self.line, self.job, self.report):
             each.close()
 
 
-# -- The worker's side: a watcher, a process that puts up the walls and forks, and the runs ------------
+# -- The worker's side: a watcher, a process that sets up the sandbox and forks, and the runs ----------
 
 _LIBC = ctypes.CDLL(None)
-_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors: the same in each worker, for no run to know it by them
-_MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}       # column below, name, futex
-# System calls open to a run, on x86-64 and arm64. All others fail with EPERM, or end it.
+_JOB, _LINE, _REPORT = 3, 4, 5         # descriptors, the same in each worker, so that no run can tell it
+_MACHINES = {"x86_64": (1, 0xC000003E, 202), "aarch64": (2, 0xC00000B7, 98)}  # column, AUDIT_ARCH, futex
+# System calls that a run may make, on x86-64 and arm64. All others fail with EPERM, or end it.
 _SYSCALLS = """
     write 1 64  close 3 57  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  rt_sigaction 13 134
     rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  sched_yield 24 124  mremap 25 216
     madvise 28 233  exit 60 93  exit_group 231 94"""
-# For the kernel's BPF: operation, what to skip if equal, and if not, operand. It looks at the machine, the
-# call, the operation of futex, and both halves of its timeout. WAKE, WAIT and WAIT_BITSET are open: private,
-# else they reach all that have the same file in memory; without timeout, which is a clock. Others write ids.
+# For the kernel's BPF: operation, what to skip if equal, and if not, operand. It checks the machine, the
+# call, the operation of futex, and both halves of its timeout. WAKE, WAIT and WAIT_BITSET are allowed, but
+# only if private, because others reach all processes that map the same file, and only without a timeout,
+# because that is a clock. Other operations write ids.
 _FILTER = """0x20 0 0 4  0x15 1 0 {}  6 0 0 0x50001  0x20 0 0 0  {}  0x15 0 10 {}
     0x20 0 0 24  0x54 0 0 0xFFFFFEFF  0x15 6 0 129  0x15 1 0 128  0x15 0 5 137
     0x20 0 0 40  0x15 0 3 0  0x20 0 0 44  0x15 0 1 0  6 0 0 0x7FFF0000  6 0 0 0x50001"""
 
 
 def _call(name, *arguments):
-    """Whether a C function that a system may lack or refuse did what it is asked for."""
+    """Call a C function that a system may lack or refuse. → whether it succeeded"""
     return getattr(_LIBC, name, lambda *rest: -1)(*map(ctypes.c_long, arguments)) != -1
 
 
 def _prepare(layers, memory):
-    """Goes on as process 1 of its own namespaces, with whose end the kernel kills all in them. The process
-    that called waits for it. Takes on limits, and tries out the walls. → those, and what they do not keep"""
-    alone = "namespaces" in layers and (              # CLONE_NEWIPC, _NEWPID, _NEWNET; with _NEWUSER
+    """Continue as process 1 of new namespaces, at whose end the kernel kills all processes in them, while the
+    calling process waits. Set limits, and try out the layers. → these, and the promises that they break"""
+    alone = "namespaces" in layers and (              # CLONE_NEWIPC, _NEWPID, _NEWNET, then also _NEWUSER
         _call("unshare", 0x68000000) or _call("unshare", 0x78000000))
     if os.fork():
         os.close(_LINE)
         os.wait()
         os._exit(0)
-    hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []           # who has these may have the clock
+    hide, hidden = ALLOWED.isdisjoint(("time", "datetime")), []           # these modules may read the clock
     with suppress(OSError), open("/proc/self/maps") as file:
         for start, end, name in re.findall(r"(\w+)-(\w+) (.*)", file.read()):
             size = int(end, 16) - int(start, 16)
             memory += size                            # the limit comes on top of what is in use
             if hide and "[vvar" in name:
                 # From this data the vDSO, the kernel's code in this process, tells the time without a system
-                # call. Without it (zeros; private, fixed, anonymous) it makes one; runs may not.
+                # call. With zeros instead (MAP_PRIVATE, _FIXED, _ANONYMOUS) it needs the call, which fails.
                 hidden.append(_call("mmap", int(start, 16), size, 1, 0x32, -1, 0))
-    # Root becomes nobody; others may not. PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
+    # Root becomes nobody (others may not). PR_SET_NO_NEW_PRIVS, _DUMPABLE (no ptrace, no core), _PDEATHSIG
     for step in (("setgroups", 0, 0), ("setgid", 65534), ("setuid", 65534),
                  ("prctl", 38, 1, 0, 0, 0), ("prctl", 4, 0), ("prctl", 1, SIGKILL)):
         _call(*step)
-    if timeless := hidden != [] and all(hidden):      # else the vDSO would die of this
+    if timeless := hidden != [] and all(hidden):      # otherwise this would crash the vDSO
         _call("prctl", 26, 2)                         # PR_SET_TSC: the processor's own clock, on x86
     seccomp = _filter() if "seccomp" in layers else None
     for what, value in ((resource.RLIMIT_FSIZE, min(20 * MAX_TEXT, 1 << 28)),
                         (resource.RLIMIT_STACK, 8 << 20), (resource.RLIMIT_AS, memory)):
-        with suppress(OSError, ValueError):           # the system's own is lower
+        with suppress(OSError, ValueError):           # the system's own limit is lower
             resource.setrlimit(what, (value, value))
     gc.collect()
     gc.freeze()                                       # collections in runs leave these pages alone
@@ -467,22 +472,22 @@ def _prepare(layers, memory):
 
 
 def _filter():
-    """A function that leaves its process the calls of _SYSCALLS alone. None if no process survives it."""
+    """A function that leaves its process only the calls of _SYSCALLS, or None if no process survives it."""
     column, machine, futex = _MACHINES.get(os.uname().machine, (1, 0, 0))
     calls = "  ".join(f"0x15 0 1 {number}  6 0 0 0x7FFF0000" for number in _SYSCALLS.split()[column::3])
     words = [int(word, 0) for word in _FILTER.format(machine, calls, futex).split()]
     code = ctypes.create_string_buffer(struct.pack("HBBI" * (len(words) // 4), *words))
     head = struct.pack("HxxxxxxQ", len(words) // 4, ctypes.addressof(code))
-    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, code)        # PR_SET_SECCOMP; code stays
+    enter = partial(_LIBC.prctl, 22, ctypes.c_long(2), head, code)        # PR_SET_SECCOMP (keeps code alive)
     if not (pid := os.fork()):
         os._exit(enter())
     return enter if os.waitpid(pid, 0)[1] == 0 else None
 
 
 def _serve(alone, seccomp, broken, limit):
-    """Forks the process that forks a run for each order, and watches. Returns in the runs alone, with the
-    size of their job. Their memory does not depend on those before them: the loop is made of C functions,
-    which count nothing, and give back in order what they take."""
+    """Fork the process that forks a run for each order, and watch. Returns only in the runs, with the size of
+    their job. Their memory does not depend on earlier runs, because the loop is made of C functions, which
+    count nothing, and free in order what they allocate."""
     told, tell = os.pipe()
     if os.fork():
         os.close(tell)
@@ -490,13 +495,13 @@ def _serve(alone, seccomp, broken, limit):
     os.close(told)
     _call("prctl", 1, SIGKILL)
     parent = os.getpid()
-    list(range(10 ** 6, 10 ** 6 + 9))                 # leaves room for large process ids; small need none
+    list(range(10 ** 6, 10 ** 6 + 9))                 # leaves room for large process ids. Small need none
     orders = iter(partial(os.readv, _LINE, [bytearray(1)]), 0)            # until the caller is gone
     ordered = compress(repeat(tell), chain([1, 1], orders))               # two to warm up, without a job
-    births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))                 # until this is the run
+    births = map(_NEWS.pack, iter(os.fork, 0), repeat(0))                 # until this process is the run
     born = compress(ordered, map(os.write, repeat(tell), births))
     ends = starmap(_NEWS.pack, starmap(os.wait, repeat(())))
-    if alone and not seccomp:                         # what a run left behind: all but this and process 1
+    if alone and not seccomp:                         # kills orphans of a run: all but this and process 1
         ends = compress(ends, zip(starmap(_LIBC.kill, repeat((-1, SIGKILL)))))
     deque(map(os.write, born, ends), 0)
     if os.getpid() == parent or not (size := os.fstat(_JOB).st_size):
@@ -504,23 +509,23 @@ def _serve(alone, seccomp, broken, limit):
     os.close(_LINE)
     os.close(tell)
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    if not alone:                                     # else the end of process 1 is its end
+    if not alone:                                     # otherwise it ends with process 1
         os.setsid()
         _call("prctl", 1, SIGKILL)                    # PR_SET_PDEATHSIG
-    if os.getppid() != parent or seccomp and seccomp() == -1:             # too late, or no wall
+    if os.getppid() != parent or seccomp and seccomp() == -1:             # too late, or no seccomp
         os._exit(1)
     return size
 
 
 def _watch(told, bound, broken, limit):
-    """Tells the caller how each run ended, and kills those that are late. All times are milliseconds. At its
-    limit, a run that had less than that of a core's time, but some, waits for a core, and gets more, up to 25
-    times its limit. One that had none sleeps, and is late."""
-    signal(SIGCHLD, SIG_IGN)                          # what a run leaves behind leaves no trace
+    """Tell the caller how each run ended, and kill those that are late. All times are milliseconds. At its
+    limit, a run that has used less processor time than that, but some, is waiting for a core, and gets more
+    time, up to 25 times its limit. One that has used none is asleep, and therefore late."""
+    signal(SIGCHLD, SIG_IGN)                          # orphans of a run leave no zombies
     poller = poll()
     poller.register(told, POLLIN)
-    poller.register(_LINE, 0)                         # only its end is of interest
-    for _ in range(4):                                # births and ends, to warm up
+    poller.register(_LINE, 0)                         # only to see its end
+    for _ in range(4):                                # starts and ends, to warm up
         os.read(told, _NEWS.size)
     os.write(_LINE, json.dumps(broken).encode())
     while news := os.read(told, _NEWS.size):          # until the caller is gone, or the process that forks
@@ -534,51 +539,51 @@ def _watch(told, bound, broken, limit):
             wait = max(limit - used, 10)
         if late:
             _call("kill", pid, SIGKILL)
-            ready = poller.poll(10_000)               # without seccomp, a run can stop the one that forks
+            ready = poller.poll(10_000)               # without seccomp, a run can stop the process that forks
         if not ready or _LINE in dict(ready):
             break
         _, status = _NEWS.unpack(os.read(told, _NEWS.size))
-        if not bound:                                 # what the run started would live on
+        if not bound:                                 # otherwise its children would live on
             _call("kill", -pid, SIGKILL)
         os.write(_LINE, _END.pack(os.waitstatus_to_exitcode(status), late, time.monotonic_ns() - start))
     os._exit(0)
 
 
-# Names by which programs walk out of their namespace.
+# Names by which programs leave their namespace.
 _WALKS = frozenset("""__import__ __subclasses__ __globals__ __builtins__ __loader__ __spec__ __code__
     __closure__ f_globals f_builtins f_locals f_back tb_frame gi_frame cr_frame ag_frame""".split())
-# What the interpreter's audit events say of a program that no task may do; a prefix each.
+# Prefixes of the interpreter's audit events that no task may cause.
 _EVENTS = tuple("""os. open subprocess. socket. ctypes. signal. fcntl. resource. mmap. syslog. gc. time.sleep
     sys.settrace sys.setprofile sys._current sys.addaudithook builtins.input builtins.breakpoint""".split())
 _LAZILY = {"annotation_format": 3} if sys.version_info >= (3, 14) else {}   # they may name what is missing
 _LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
-_INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>"; imports that fail list the library
+_INNOCENT = ("('<", f"('{_LIBRARY}")   # a syntax error opens "<string>", and failing imports list the library
 
 
 class _Run:
-    """What happens in the forked process. Made before the fork, where it is cheaper; each run has a copy."""
-    file, mark = _REPORT, "report"                    # the same for all: no run can tell its worker by them
+    """The forked process of a run. Made before the fork, because that is cheaper, so each run has a copy."""
+    file, mark = _REPORT, "report"                    # the same for all, so that no run can tell its worker
 
     def __init__(self, seed, guarded):
-        os.register_at_fork = lambda **hooks: None    # `random` is not to be seeded anew in each run
-        # What the interpreter's own C code imports later, by the import statement of the program.
+        os.register_at_fork = lambda **hooks: None    # `random` must not be reseeded in each run
+        # Modules that the interpreter's own C code imports later, through the program's import statement.
         self.lazy = {"_pylong", *(() if ALLOWED.isdisjoint(("time", "datetime")) else ("_strptime", "time"))}
         for name in [*sorted(ALLOWED), *_PRELOADED, *self.lazy]:
             with suppress(ImportError):               # not in this version of Python
                 __import__(name)
         warnings.simplefilter("ignore")
-        # By the seed: `random`, for statistics; addresses, also where the system does not randomize them;
-        # ids: the first, and the step to the next, below 0 under one of the seeds.
+        # The seed decides `random` (for statistics), addresses (even if the system does not randomize them),
+        # and ids: the first one, and the step to the next, which is negative under one of the seeds.
         sys.modules["random"].seed(seed)
         self.ballast = [(object(), bytes(size)) for size in [*range(480)] * (seed % 24)]
         self.numbers, self.first, self.step = {}, seed * (10 ** 12 + 1), 16 * (seed - 250)
         self.builtins = dict(vars(builtins), id=self.number)
-        self.guarded, self.failure, self.about = guarded, "syntax", ""    # failure: what exceptions mean now
+        self.guarded, self.failure, self.about = guarded, "syntax", ""    # failure: status for exceptions now
         self.builtins |= {"__import__": self.load} if guarded else {}
 
     def live(self, size):
-        """The life of a run: reads its job, does it, reports its result or its failure, and ends."""
-        if self.guarded:                              # not earlier: it would count the forks
+        """Read the job, do it, report the result or the failure, and end."""
+        if self.guarded:                              # not earlier, because it would count the forks
             sys.addaudithook(self.audit)
         try:
             purpose, *texts = marshal.loads(os.pread(_JOB, size, 0))      # which the caller wrote
@@ -586,13 +591,13 @@ class _Run:
             try:
                 if purpose == _LITERAL:
                     value, call = parse_literal(texts.pop(), MAX_TEXT), ""
-                else:                                 # popped: no program is to find the text of its input
+                else:                                 # popped, so that no program finds the text of its input
                     value, call = self.execute(*self.arguments(texts.pop(), purpose), texts.pop())
                 self.failure = "unrepresentable"
                 self.report("ok", "", literal(value, MAX_TEXT), call)
             except BaseException as error:            # SystemExit and KeyboardInterrupt are no way out either
                 if isinstance(error, MemoryError) and self.failure != "syntax":
-                    raise                             # the parser says so of what is too deep for it
+                    raise                             # the parser raises it for text that is too deep
                 self.report(self.failure, _describe(error))
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
@@ -600,17 +605,17 @@ class _Run:
             os._exit(1)
 
     def report(self, status, error="", output="", call=""):
-        """Tells the caller how the run ended, and ends it."""
+        """Tell the caller how the run ended, and end it."""
         text = "\0".join([self.mark, status, self.about + error.replace("\0", " "), call, output])
         os.write(self.file, text.encode("utf-8", "backslashreplace"))
         os._exit(0)
 
     def number(self, thing, /):
-        """What programs get for id(): objects are numbered as they are asked for, upwards or downwards."""
+        """id() for programs: objects are numbered in the order of the calls, upwards or downwards."""
         return self.numbers.setdefault(id(thing), (self.first + self.step * len(self.numbers), thing))[0]
 
     def load(self, name, *rest, **options):
-        """The program's own import statement; modules that it loads use another."""
+        """The program's own import statement. Modules that it loads use another."""
         if type(name) is not str or name.partition(".")[0] not in ALLOWED and name not in self.lazy:
             self.report("unsafe", f"imports {name}")
         return builtins.__import__(name, *rest, **options)
@@ -620,13 +625,13 @@ class _Run:
             self.report("unsafe", f"attempted {event}")
 
     def arguments(self, text, purpose):
-        """(args, kwargs) of an input of literals. Any other has to be evaluated apart from the program, and
-        all that is done here is to report that."""
+        """(args, kwargs) of an input of literals. Any other input has to be evaluated apart from the program,
+        and is only reported here."""
         self.about = "input: "
         call = ast.parse(f"f(\n{text}\n)", "<input>", "eval").body
-        if not isinstance(getattr(call, "func", None), ast.Name):         # f, at the start, is all of it
+        if not isinstance(getattr(call, "func", None), ast.Name):         # it closes the call, as 1)(2 does
             raise SyntaxError("not the arguments of one call")
-        self.failure = "error"                        # of {[]}
+        self.failure = "error"                        # for example of {[]}
         try:
             args = [*map(ast.literal_eval, call.args)]
             kwargs = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
@@ -646,23 +651,23 @@ class _Run:
         code = compile(text, "<program>", "exec")
         if self.guarded and (unsafe := _unsafe(ast.parse(text))):
             self.report("unsafe", unsafe)
-        module = sys.modules["program"] = ModuleType("program")     # classes look their module up
+        module = sys.modules["program"] = ModuleType("program")     # classes look up their module
         scope = vars(module)
         scope["__builtins__"] = self.builtins
         self.failure = "error"
         exec(code, scope)
         if "f" not in scope:
             raise NameError("the program defines no f")
-        f = scope["f"]                                # once: a key that is no plain str could give two
+        f = scope["f"]                                # read once: a key that is no plain str could give two
         call = _bound(f, args, kwargs)
         return f(*args, **kwargs), call
 
 
 def _unsafe(tree):
-    """What a program uses that no task may, or ''."""
+    """The first thing that a program uses and no task may, or ''."""
     for node in ast.walk(tree):
         modules = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-        if isinstance(node, ast.ImportFrom):          # what it takes from the module may be one
+        if isinstance(node, ast.ImportFrom):          # what it imports may be a module, too
             modules = ["." if node.level else node.module, *sys.stdlib_module_names.intersection(modules)]
         for name in modules:
             if name.partition(".")[0] not in ALLOWED:
@@ -674,18 +679,18 @@ def _unsafe(tree):
 
 
 def _bound(f, args, kwargs):
-    """The values of f's parameters, in a text that is equal for equal calls. Where f takes any number of
-    them, or has no signature, names do not count; else no honest report gives one call two texts."""
+    """The values of f's parameters, as a text that is equal for equal calls. If f takes any number of them,
+    or has no signature, names do not count. Otherwise no honest report gives one call two texts."""
     places, values, named = (), {}, False
     if type(f) is FunctionType and not (f.__code__.co_flags & 12 and hasattr(f, "__wrapped__")):
-        # These may be of classes of the program's own, whose code has run before that of f is looked at.
+        # These may be of the program's own classes, whose code has to run before the code of f is read.
         defaults, options = tuple(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
         options = {name: options[name] for name in options if type(name) is str}
         f.__defaults__, f.__kwdefaults__ = defaults, options
         places = f.__code__.co_varnames[:f.__code__.co_argcount]
         values = dict(zip(places[::-1], defaults[::-1])) | options
         named = not f.__code__.co_flags & 12          # *args or **kwargs
-    else:                                             # decorated, a class, partial, an object: as Python says
+    else:                                             # decorated, a class, partial, an object: ask inspect
         with suppress(TypeError, ValueError):
             bound = inspect.signature(f, **_LAZILY).bind(*args, **kwargs)
             bound.apply_defaults()
@@ -696,18 +701,18 @@ def _bound(f, args, kwargs):
 
 
 def _work(config):
-    """The life of a worker's processes: one that waits, the watcher, the one that forks, and the runs."""
-    global ALLOWED, MAX_TEXT                          # of this process: its Executor's own
+    """The main function of a worker's processes: one waits, one watches, one forks, and the rest are runs."""
+    global ALLOWED, MAX_TEXT                          # in this process, those of its Executor
     memory_mb, layers, allowed, MAX_TEXT, timeout, seed = json.loads(config)
     ALLOWED = frozenset(allowed)
     del sys.argv[1:], sys.orig_argv[1:]
     os.environ.clear()
     signal(SIGINT, SIG_IGN)
-    signal(SIGCHLD, SIG_DFL)     # where the caller ignores it, no wait works
-    for place in range(3):                            # the standard streams came as _JOB, _LINE, _REPORT
+    signal(SIGCHLD, SIG_DFL)     # if the caller ignores it, no wait would work
+    for place in range(3):                            # the standard streams become _JOB, _LINE, _REPORT
         os.dup2(place, _JOB + place)
         os.dup2(os.open(os.devnull, os.O_RDWR), place)
-    os.closerange(_REPORT + 1, 100)                   # and what libraries keep open, as libffi its file
+    os.closerange(_REPORT + 1, 100)                   # and files that libraries keep open, such as libffi's
     run = _Run(seed, "guards" in layers)
-    walls = _prepare(layers, int(memory_mb * 2 ** 20))                    # goes on in a new process
-    run.live(_serve(*walls, 1 + int(1000 * timeout)))                     # goes on in the runs
+    walls = _prepare(layers, int(memory_mb * 2 ** 20))                    # continues in a new process
+    run.live(_serve(*walls, 1 + int(1000 * timeout)))                     # continues in the runs

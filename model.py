@@ -1,4 +1,4 @@
-"""The policy: load a causal language model, frame its prompts, and take the logprobs of its responses.
+"""The policy: load a causal language model, frame its prompts, and compute logprobs of its responses.
 
     load_policy        base model (4-bit on a GPU) + LoRA, checked against transformers
     save_policy        the trained weights, as a folder for other programs to load
@@ -7,7 +7,7 @@
     Policy.encode      a question as token ids
     response_logprobs  the forward pass of the update
 
-docs/models.md says which families were tried, and how.
+docs/models.md lists the model families that were tried, and how.
 
 Tensors carry their axes as a suffix: B rows of a (micro-)batch, T prompt and response tokens, N response
 tokens of all rows laid end to end, C a chunk of these, D hidden width, V vocabulary.
@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# peft imports bitsandbytes, which on a CPU says at every start that a faster kernel is not installed
+# peft imports bitsandbytes, which on a CPU reports at every start that a faster kernel is missing
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import jinja2
@@ -45,23 +45,23 @@ from sampling import Sampler, attends_to_all, has_dense_attention
 from tasks import CHAT_FRAME, FRAME, THINK, UsageError
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning for each of its retries
-# no table of the keys of a file; at another level this logger reports on tensor parallelism instead
+# drops the table of a file's keys. A higher level would not do: this logger then reports tensor parallelism
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "LOAD REPORT" not in record.getMessage())
 
 TINY = Path(__file__).resolve().parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny/longer": TINY / "longer"}
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "Meta": "meta-llama", "gemma": "google"}
-# What transformers, peft and safetensors raise for a wrong name, a damaged file, a missing package, or a
-# model that is not supported
+# Errors that transformers, peft and safetensors raise for a wrong name, a damaged file, a missing package, or
+# an unsupported model
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
                   AssertionError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMPTY_THOUGHT = re.compile(r"(<think>\s*)?</think>\s*$")
-LOGITS = 20_000_000  # at once in the update: 80 MB; 131 tokens of Qwen2.5's vocabulary
-ROUTING = {"router", "gate", "experts"}  # parts of a module's name; `gate_proj`, for example, is another
-CHECK_TEXT = "def f(x):\n    return [x, x + 1]"  # two rows of it, and so many tokens more, are the check
-CHECK_TOKENS = 8
+LOGITS = 20_000_000  # held at once in the update: 80 MB, or 131 tokens with Qwen2.5's vocabulary
+ROUTING = {"router", "gate", "experts"}  # whole parts of a module's name, unlike `gate_proj`, for example
+CHECK_TEXT = "def f(x):\n    return [x, x + 1]"  # check_policy reads half of it, and all of it,
+CHECK_TOKENS = 8                                  # and samples this many tokens after each
 FAMILIES = "docs/models.md lists the families that work"
 
 
@@ -73,11 +73,11 @@ class Policy:
     causal: torch.nn.Module  # the transformers model inside: generate, backbone and head
     tokenizer: object
     end_ids: frozenset       # every token that ends a response (instruct models have several)
-    pad_id: int              # never trained or attended to: masks come from lengths, not from ids
+    pad_id: int              # never trained or attended to, because masks come from lengths, not ids
     chat: bool               # whether prompts go through the chat template
     shares_prompts: bool     # whether the update may read a prompt once for all its responses
-    half: torch.dtype | None = None  # in which fp32 weights are computed with, when all are trained
-    date: datetime.date = field(default_factory=datetime.date.today)  # for chat templates that write today's
+    half: torch.dtype | None = None  # of autocast over fp32 weights, if all weights are trained
+    date: datetime.date = field(default_factory=datetime.date.today)  # that chat templates may write
 
     @property
     def device(self):
@@ -88,7 +88,7 @@ class Policy:
         if not self.chat:
             return self.encode_text(FRAME.replace("{question}", question))
         text = self.chat_text(CHAT_FRAME.replace("{question}", question))
-        # a template whose switch has another name may write an empty thought, which says not to think
+        # a template whose thinking switch has another name may write an empty thought, which turns it off
         text = EMPTY_THOUGHT.sub("", text)
         if not text.rstrip().endswith(THINK):  # some templates open the thought themselves
             text += THINK
@@ -104,8 +104,8 @@ class Policy:
     def chat_text(self, question, thinking=True):
         """A user's turn and the start of the model's own, by its chat template. → text
 
-        thinking: for templates that can switch it off, as those of Qwen3.5 up to 2B do by default. None keeps
-        the template's default.
+        thinking: for templates that can switch it off. For example, those of Qwen3.5 up to 2B switch it off
+        by default. None keeps the template's default.
         """
         turn = [{"role": "user", "content": question}]
         switches = {} if thinking is None else {"enable_thinking": thinking}
@@ -131,7 +131,7 @@ class Policy:
 # --- loading ----------------------------------------------------------------------------------------
 
 def resolve_model(name):
-    """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B'; 'tiny' → the shipped folder; paths and full names as they are."""
+    """'Qwen2.5-3B' → 'Qwen/Qwen2.5-3B', 'tiny' → the shipped folder. Other names stay as they are."""
     if name in SHIPPED:
         return str(SHIPPED[name])
     family = re.match("[A-Za-z]*", name)[0]
@@ -146,17 +146,17 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
 
     name: 'tiny' or 'tiny/longer' (shipped), a local folder, a GGUF file, or a Hugging Face name (see
     `resolve_model`). quantize: '4bit' (nf4, bitsandbytes), 'none', or 'auto': 4-bit on a GPU, with LoRA.
-    dtype: 'bf16', 'fp16', 'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, alpha twice the rank;
-    0 trains every weight that a text runs through. adapter: a PEFT folder to start from instead of fresh LoRA
-    weights. trained=False saves memory for inference. frame: a model with a chat template
-    uses it for the frame "long" alone. date: "YYYY-MM-DD" for chat templates that write today's date, so that
-    a run has one; None: today.
+    dtype: 'bf16', 'fp16', 'fp32' or 'auto'. lora_rank: on the layers of `lora_layers`, with alpha twice the
+    rank. 0 trains every weight that text passes through. adapter: a PEFT folder to start from instead of
+    fresh LoRA weights. trained=False saves memory for inference. frame: only the frame "long" uses a model's
+    chat template. date: "YYYY-MM-DD" for chat templates that write today's date, so that a run has a single
+    one (None: today).
     Raises UsageError if the model is not available, fails `check_policy`, or options contradict each other.
     """
     if name in SHIPPED and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # because their matrices are too small for more threads
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":  # that of this rank
+    if device == "cuda":  # the GPU of this rank
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=device).device
@@ -180,7 +180,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
         dtype = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     half = None
     if trained and not (lora_rank or adapter) and dtype != "fp32":
-        # a step of 1e-6 is lost in most bf16 weights: they stay fp32, and are computed with in half precision
+        # a step of 1e-6 is lost in most bf16 weights, so they stay fp32, and autocast uses half precision
         dtype, half = "fp32", DTYPES[dtype]
     tokenizer, model = _load_base(name, DTYPES[dtype], quantize == "4bit", device)
     ends = model.generation_config.eos_token_id
@@ -189,7 +189,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
     if not ends:
         raise UsageError(f"the model {name!r} has no end token; set eos_token in its tokenizer_config.json")
     # A model's own generation_config merges into every generate call (Qwen2.5: temperature 0.7,
-    # top_p 0.8, top_k 20, repetition penalty 1.05), and rollouts would not be from the trained policy.
+    # top_p 0.8, top_k 20, repetition penalty 1.05), so that rollouts would not come from the trained policy.
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=min(ends))
     with _loading(f"run the model {name!r}", FAMILIES):
         used = _modules_of_text(model, tokenizer)
@@ -206,7 +206,7 @@ def load_policy(name, quantize="auto", lora_rank=32, dtype="auto", device=None, 
                         shares_prompts=name not in SHIPPED and attends_to_all(model.config),
                         date=date)
         if name not in SHIPPED:
-            # in train mode only; prepare_model_for_kbit_training would also upcast to fp32
+            # acts in train mode only. prepare_model_for_kbit_training would also upcast to fp32
             model.gradient_checkpointing_enable({"use_reentrant": False})
             check_policy(policy, trained)
     return policy
@@ -216,7 +216,7 @@ def turn_end(tokenizer):
     """The token with which a chat template closes the model's turn. → id, or None if there is none
 
     Base models need it as well. For example, the files of Qwen's name <|endoftext|>, but after an answer they
-    write the <|im_end|> of their template. A closing that is ordinary text is no token.
+    write the <|im_end|> of their template. If a turn ends with ordinary text, there is no such token.
     """
     if not tokenizer.chat_template:
         return None
@@ -224,7 +224,7 @@ def turn_end(tokenizer):
     turns = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:  # it renders no answers
+    except jinja2.TemplateError:  # the template cannot render answers
         return None
     _, found, closing = text.rpartition(answer)
     longest, end = 0, None
@@ -247,23 +247,23 @@ def _load_base(name, dtype, in_4bit, device):
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = _from_pretrained(source, dtype, in_4bit, device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    # added tokens that no text holds may lie beyond: Gemma 3's <image_soft_token> does
+    # added tokens that occur in no text may lie beyond it, for example Gemma 3's <image_soft_token>
     tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
     if tokens > vocabulary:
         raise UsageError(f"the tokenizer of {name!r} has {tokens} tokens and its model {vocabulary}: they "
                          "belong to different models; give a folder with a matching pair")
     for module in model.modules():
         if device.type == "cpu" and hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would pack its weights for inference, and take them for unpacked ones in training
+            # bitsandbytes would pack its weights for inference, and treat them as unpacked in training
             module.support_avx512bf16_for_cpu = False
-        # with dropout or noise in a router, the trained policy would not be the one that samples
+        # with dropout or noise in a router, the trained policy would not be the one that sampled
         for attribute, value in [*vars(module).items()]:
             if isinstance(value, float) and ("drop" in attribute or isinstance(module, torch.nn.Dropout)):
                 setattr(module, attribute, 0.0)
-            if "jitter" in attribute:  # not set to zero: PhiMoE reads it in eval mode, too
+            if "jitter" in attribute:  # not set to zero, because PhiMoE also reads it in eval mode
                 module.train = lambda mode=True: None
     config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2; SDPA would leave it out
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2. SDPA would ignore it
         model.set_attn_implementation("eager")
     elif config._attn_implementation == "sdpa" and has_dense_attention(config):
         model.set_attn_implementation("grouped_sdpa")
@@ -271,15 +271,15 @@ def _load_base(name, dtype, in_4bit, device):
 
 
 def _from_pretrained(source, dtype, in_4bit, device):
-    """The model of a folder or of the hub, as the class that its checkpoint names. → transformers model"""
+    """Load a folder or a model of the hub, as the class that its checkpoint names. → transformers model"""
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
         raise UsageError(f"{source} has an encoder; only causal language models can be trained")
     quantized = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     if in_4bit and quantized != "bitsandbytes":
         raise UsageError(f"{source} is quantized already ({quantized}): use --quantize none")
-    # AutoModelForCausalLM does not know some multimodal models, and takes others for their text model, whose
-    # weights have other names: an adapter of it would have no effect on what the checkpoint names
+    # AutoModelForCausalLM does not know some multimodal models. Of others it loads the text model, whose
+    # weights have other names, so that an adapter of it would have no effect on the class named here
     named = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     if not issubclass(named, GenerationMixin):
         named = AutoModelForCausalLM
@@ -287,8 +287,8 @@ def _from_pretrained(source, dtype, in_4bit, device):
                              bnb_4bit_compute_dtype=dtype)
     model, found = named.from_pretrained(
         source, dtype=dtype, device_map={"": device}, output_loading_info=True,
-        quantization_config=nf4 if in_4bit else None, ignore_mismatched_sizes=True)  # they are errors here
-    if found["missing_keys"]:  # transformers would make random ones
+        quantization_config=nf4 if in_4bit else None, ignore_mismatched_sizes=True)  # raised below
+    if found["missing_keys"]:  # transformers would use random ones
         raise OSError(f"its files lack {len(found['missing_keys'])} of its weights.")
     for weight, in_file, in_config in sorted(found["mismatched_keys"]):
         raise OSError(f"{weight} is {tuple(in_file)} in its files and {tuple(in_config)} by its config.")
@@ -300,17 +300,17 @@ def read_gguf(path, dtype, device="cpu"):
 
     transformers reads it, and three of its errors are corrected here.
     """
-    # 1. Unless it is told to unpack all, it keeps the file's way of quantizing where it has kernels for it,
-    # and everywhere a mark of it that makes the saved model one that is quantized.
+    # 1. Unless told to unpack everything, it keeps weights quantized where it has kernels for their format,
+    # and always marks the model as quantized, which then also holds for the saved model.
     unpacked = GgufConfig(dequantize=True)
     where = {"pretrained_model_name_or_path": str(path.resolve().parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, device_map={"": device},
                                                  quantization_config=unpacked)
-    from gguf import GGUFReader  # installed, or the tokenizer had not been read
+    from gguf import GGUFReader  # installed, because reading the tokenizer needs it
     reader = GGUFReader(path)
-    # 2. A head that is tied to the embedding is often there a second time, in another precision. Both are
-    # the same but for rounding (cosine over 0.9), where two that were trained apart are near 0.
+    # 2. Files often hold a second copy of a tied head, in another precision. Then head and embedding differ
+    # only by rounding (cosine over 0.9), whereas two that were trained separately have a cosine near 0.
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     some_D, others_D = embedding[:1000].flatten().float(), head[:1000].flatten().float()
     if head is not embedding and torch.cosine_similarity(some_D, others_D, dim=0) > 0.9:
@@ -319,8 +319,8 @@ def read_gguf(path, dtype, device="cpu"):
             embedding.data.copy_(head.data)
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    # 3. Tokenizers of SentencePiece are read without the <bos> that the file asks for. As in
-    # llama.cpp, a file that says nothing asks for it if it is of SentencePiece, there called "llama".
+    # 3. SentencePiece tokenizers are read without the <bos> that the file asks for. If a file does not say,
+    # SentencePiece (there called "llama") counts as asking for it, as in llama.cpp.
     asks, kind = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model"))
     asks_for_bos = asks.contents() if asks else kind and kind.contents() == "llama"
     if asks_for_bos and tokenizer.bos_token and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
@@ -330,7 +330,7 @@ def read_gguf(path, dtype, device="cpu"):
 
 @contextlib.contextmanager
 def _loading(action, advice=""):
-    """Turns what the libraries raise inside into a UsageError of one line: cannot {action}, why, {advice}."""
+    """Turns the libraries' errors into a UsageError of one line: cannot {action}, the reason, {advice}."""
     try:
         yield
     except UsageError:
@@ -352,7 +352,7 @@ def _loading(action, advice=""):
 
 @torch.no_grad()
 def _modules_of_text(model, tokenizer):
-    """{module: whether it gives one tensor} of all that a text runs through, in a plain forward pass."""
+    """{module: whether its output is one tensor} of all modules that a plain forward pass on text runs."""
     used = {}
 
     def note(module, inputs, output):
@@ -368,12 +368,12 @@ def _modules_of_text(model, tokenizer):
 
 
 def lora_layers(model, used):
-    """The names of the linear layers that LoRA goes on, in the model's order. → [name]
+    """The names of the linear layers that get LoRA, in the model's order. → [name]
 
-    All but the output head, routers and routed experts, layers that no text runs through (vision and audio
-    towers), and those whose weight the module around them reads past the layer, where LoRA would have no
-    effect. used: see `_modules_of_text`. Experts are left out because transformers holds those of a layer as
-    one parameter: PEFT would add up the whole of it at every token that is sampled.
+    All but the output head, routers and routed experts, layers that text does not pass through (vision and
+    audio towers), and those whose weight the surrounding module reads directly, so that LoRA would have no
+    effect. used: see `_modules_of_text`. Experts are left out because transformers stores those of a layer as
+    one parameter, and PEFT would add its update to all of it at every sampled token.
     """
     names = []
     for name, module in model.named_modules():
@@ -384,14 +384,14 @@ def lora_layers(model, used):
     return names
 
 
-source_of = functools.cache(inspect.getsource)  # it reads a whole file each time
+source_of = functools.cache(inspect.getsource)  # cached, because it reads a whole file each time
 
 
 def _is_read_past(model, name):
-    """Whether the module around a layer reads its weight, for example for a fused kernel (Mamba)."""
+    """Whether the module around a layer reads its weight directly, for example for a fused kernel (Mamba)."""
     parent, _, leaf = name.rpartition(".")
     source = source_of(type(model.get_submodule(parent)))
-    # dtype and the like are no use of it, and Bloom's slices are there for bits of rounding alone
+    # reading dtype and the like does not use the weight, and Bloom's slices only serve exact rounding
     return bool(re.search(rf"self\.{leaf}\.weight\b(?!\.dtype|\.device|\.shape|\[)", source))
 
 
@@ -403,8 +403,8 @@ def _with_lora(model, used, rank):
                  if name.rpartition(".")[2] in leaves and name not in names]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=leaves,
                         exclude_modules=namesakes or None, task_type="CAUSAL_LM")
-    # In some mixtures of experts PEFT takes names such as up_proj for those of the experts, as they were in
-    # transformers 4. There the layers of these names are given as parameters, which 4 bits have none of.
+    # In some mixtures of experts, PEFT takes names such as up_proj to mean the experts, as in transformers 4.
+    # There, layers with these names are given as parameters instead, which is not possible in 4 bits.
     renamed = copy.deepcopy(config)
     convert_peft_config_for_transformers(renamed, model, None)
     if renamed.target_parameters:
@@ -427,7 +427,7 @@ def _with_adapter(model, folder):
 
 
 def _take_up(peft_model, weights):
-    """Load weights under the names of a file. Raises ValueError unless they are all that is trained."""
+    """Load weights by their names in a file. Raises ValueError unless they are exactly the trained ones."""
     result = set_peft_model_state_dict(peft_model, weights)
     trained = {name for name, weight in peft_model.named_parameters() if weight.requires_grad}
     lost = sorted(trained & {*result.missing_keys})
@@ -439,7 +439,7 @@ def _take_up(peft_model, weights):
 
 
 def _freeze_towers(model, used):
-    """Train none of the parts, such as a vision tower, that no text runs through."""
+    """Freeze the parts that text does not pass through, such as a vision tower."""
     for part in model.base_model.children():
         if not any(module in used for module in part.modules()):
             part.requires_grad_(False)
@@ -450,7 +450,7 @@ def _is_4bit(weight):
 
 
 def describe(policy):
-    """What is trained, and how the rest is held. → one line
+    """The trained weights, and the precision of the rest. → one line
 
     >>> describe(policy)      # doctest: +SKIP
     'LoRA of rank 8 on down_proj, q_proj, v_proj: 51,456 weights'
@@ -459,7 +459,7 @@ def describe(policy):
     count = sum(weight.numel() for weight in trained.values())
     if policy.model is policy.causal:
         return f"full fine-tuning of {count:,} weights"
-    # the last part of a layer's name that is no number
+    # the last part of a layer's name that is not a number
     layers = {re.search(r"(\w+)(\.\d+)*\.lora_", name)[1] for name in trained}
     rank = policy.model.peft_config["default"].r
     line = f"LoRA of rank {rank} on {', '.join(sorted(layers))}: {count:,} weights"
@@ -474,11 +474,11 @@ def describe(policy):
 
 @torch.no_grad()
 def check_policy(policy, trained=True):
-    """Raises UsageError unless this code reads the model right.
+    """Raises UsageError unless this code runs the model correctly.
 
-    Two rows of unequal length are sampled greedily, and held against a plain forward pass of each row alone:
-    the tokens, the sampler's logprobs, and, if it is `trained`, those of `response_logprobs` in eval mode and
-    in train mode. On average over the tokens they may differ by rounding.
+    Prompts of unequal length are continued greedily, and compared with a plain forward pass of each row
+    alone: the tokens, the sampler's logprobs and, if `trained`, those of `response_logprobs` in eval mode and
+    in train mode. The mean difference per token must be within rounding.
     """
     ids = policy.tokenizer(CHECK_TEXT).input_ids
     prompts = [ids[:len(ids) // 2], ids]
@@ -526,9 +526,9 @@ def check_policy(policy, trained=True):
 def check_lengths(policy, max_prompt, max_response):
     """Raises UsageError if prompt and response may be longer than the model's context.
 
-    That is the number of positions of its config. Where rotary embeddings change with the longest row
-    (longrope, dynamic), it is the length at which they change: beyond it the logprobs of a row would depend
-    on the others of its batch.
+    The context is the number of positions in its config. If rotary embeddings change with the longest row
+    (longrope, dynamic), it is the length at which they change, because beyond it the logprobs of a row would
+    depend on the other rows of its batch.
     """
     config = policy.causal.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -536,7 +536,7 @@ def check_lengths(policy, max_prompt, max_response):
         return
     reason = f"the context of this model has {limit} tokens"
     ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *ropes.values()]:  # of all layers, or by kind of layer
+    for rope in [ropes, *ropes.values()]:  # one of all layers, or one per kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
             limit = min(limit, rope.get("original_max_position_embeddings") or limit)
             reason = f"rotary embeddings of this model change for all rows once one is over {limit} tokens"
@@ -548,17 +548,17 @@ def check_lengths(policy, max_prompt, max_response):
 # --- saving -----------------------------------------------------------------------------------------
 
 def save_policy(policy, folder):
-    """Write what is trained into an empty folder: a PEFT adapter, or the whole model with its tokenizer.
+    """Write the trained weights into an empty folder: a PEFT adapter, or the full model with its tokenizer.
 
-    Raises UsageError unless every trained weight is in the files under a name that loads again.
+    Raises UsageError unless every trained weight is in the files and can be loaded again.
     """
-    # PEFT's "auto" would ask the hub whether the vocabulary has grown; a bare model ignores it
+    # PEFT's "auto" would ask the hub whether the vocabulary has grown. A bare model ignores the option
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     trained = policy.trainable()
     with _loading(f"load what was written to {folder}"):
         if policy.model is policy.causal:
             policy.tokenizer.save_pretrained(folder)
-            # names may be others in the files, where loading finds them: the size tells whether all are there
+            # names may differ in the files, because loading maps them: the size tells whether all are there
             written = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
             if written < sum(weight.nbytes for weight in policy.causal.parameters()):
                 raise ValueError(f"{written} bytes are less than the model has.")
@@ -592,7 +592,7 @@ def response_logprobs(policy, rows, chunk=None):
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     logps, entropies = [], []
     for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-        # logits are dropped and computed again in backward, because [N, V] of them would fill the memory
+        # logits are dropped and recomputed in the backward pass, because [N, V] of them would fill the memory
         logps_C, entropies_C = checkpoint(_head_logprobs, head, hidden_CD, targets_C, softcap,
                                           use_reentrant=False)
         logps.append(logps_C)
@@ -621,12 +621,12 @@ def _head_logprobs(head, hidden_CD, targets_C, softcap):
 def _hidden_states(policy, rows):
     """The last layer's output where the response tokens are predicted. → hidden_ND
 
-    In a row stand a prompt and all responses to it, one behind the other. Where there are several, a mask
-    hides them from each other, and the positions of each go on from the prompt's end.
+    A row is a prompt followed by all responses to it. If there are several, a mask hides them from each
+    other, and the positions of each continue from the end of the prompt.
     """
     layouts = [_layout(row) for row in rows]
     ids_BT = _padded(policy, [layout.ids for layout in layouts], policy.pad_id)
-    options = {}  # a causal model never looks to the right: padding needs no mask, which would cost time
+    options = {}  # padding is on the right, where a causal model never looks: a mask would only cost time
     if any(len(row) > 1 for row in rows):
         owners_BT = _padded(policy, [layout.owners for layout in layouts], -1)
         same_owner_BTT = owners_BT[:, None] == owners_BT[:, :, None]
@@ -650,7 +650,7 @@ class _Layout:
 
 
 def _layout(row):
-    """A prompt, and behind it the responses of a row's rollouts. → _Layout"""
+    """A prompt followed by the responses of a row's rollouts. → _Layout"""
     prompt = row[0].prompt_ids
     width = len(prompt)
     layout = _Layout([*prompt], [*range(width)], [0] * width, [])

@@ -50,7 +50,7 @@ def say(text):
 
 
 def workers():
-    """Sandbox workers of this rank, which shares the cores with others. None (all cores) for one process."""
+    """Sandbox workers of this rank, because ranks share the cores. None (all cores) for one process."""
     return max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])) if ranks() > 1 else None
 
 
@@ -80,7 +80,7 @@ def share(rollouts, group=id):
 def spread(requests, work):
     """work(requests), divided among the ranks. → its results on every rank, in the order of the requests
 
-    work returns equally many results for each request, next to each other.
+    work must return the same number of results for each request, next to each other.
     """
     if ranks() == 1:
         return work(requests)
@@ -126,7 +126,7 @@ def of_first(value):
 
 
 def check_same(tensors):
-    """Raises RankError unless the tensors of all ranks are equal to the bit, as for one policy."""
+    """Raises RankError unless the tensors of all ranks are equal bit for bit, because they are one policy."""
     digest = hashlib.sha256()
     for tensor in tensors if ranks() > 1 else ():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

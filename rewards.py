@@ -2,8 +2,8 @@
 
     response ──parse──▶ answer ──sandbox──▶ Verdict ──reward──▶ R ──task_relative_advantages──▶ A
 
-Equations 4 to 6 and 8 of the paper. Plain Python numbers throughout, because a batch has some hundred rewards
-and floats are easy to check.
+Equations 4 to 6 and 8 of the paper. Plain Python numbers throughout, because a batch has only a few hundred
+rewards, and floats are easy to check.
 """
 
 import math
@@ -16,7 +16,7 @@ from tasks import KINDS, Task
 
 # Equation 6. The official code gives −1 also to a well-formed proposal that does not validate.
 FAILED = -0.5      # well formed, but wrong (solver) or invalid (proposer)
-MALFORMED = -1.0   # not in the format that was asked for, also when cut off at the token limit
+MALFORMED = -1.0   # not in the requested format, for example because the token limit cut it off
 
 
 class Verdict(str, Enum):
@@ -50,7 +50,7 @@ class Rollout:
     solve_rate: float | None = None  # of a new task: share of its n tries that were correct
     reward: float = 0.0             # eq. 6
     advantage: float = 0.0          # eq. 8
-    traits: dict = field(default_factory=dict)  # of a valid proposal: the terms of the means diversity/…
+    traits: dict = field(default_factory=dict)  # of a valid proposal: its values for the means diversity/…
 
     @property
     def tokens(self):
@@ -71,13 +71,13 @@ class Rollout:
 def is_correct(tasks, answers, executor):
     """Judge solver answers. The verdict needs no model and does not trust the text.
 
-    tasks: [Task]; answers: [str or None], None for a malformed response. → [bool], in order.
+    tasks: [Task]. answers: [str or None], None for a malformed response. → [bool], in order.
 
     deduction: the answer is a literal equal to the output, with equal types all the way down
-               (True is not 1, 1 is not 1.0); it is read in the sandbox, never evaluated.
-    abduction: the program, run on the answer as input, returns the output; any such input counts
-               (the function need not be injective).
-    induction: the answer, a program, maps every hidden input to its output; at least one is hidden.
+               (True is not 1, 1 is not 1.0). It is read in the sandbox, never evaluated.
+    abduction: the program, run on the answer as input, returns the output. Any such input counts,
+               because the function need not be injective.
+    induction: the answer, a program, maps every hidden input to its output. At least one is hidden.
 
     All runs of the batch go to the sandbox together. Expected outputs never enter the sandbox.
     """
@@ -112,7 +112,7 @@ def _verdict(compared):
 
 
 def blame(runs, verdict):
-    """A failure. → (`verdict`, or UNSAFE if the sandbox refused a run; the first error or '')"""
+    """A failure. → (`verdict`, or UNSAFE if the sandbox refused a run, and the first error or '')"""
     failed = [run for run in runs if not run.ok]
     reason = f"{failed[0].status}: {failed[0].error}" if failed else ""
     refused = any(run.status == "unsafe" for run in failed)
@@ -123,7 +123,7 @@ def equal(output, expected):
     """Whether two texts are literals of the same value."""
     try:
         return same(parse_literal(output), parse_literal(expected))
-    except ValueError:  # over the limit of a literal
+    except ValueError:  # longer than a literal may be
         return False
 
 
@@ -158,8 +158,8 @@ def composite_reward(reward, well_formed):
 def reward(rollout, zero=0.0):
     """Equations 4 to 6 together: R of a rollout, from its verdict and its solve rate alone.
 
-    A valid proposal without a solve rate earns 0: a repeat, which nobody tries (this is not in the paper), or
-    any with --samples 0. zero: see `learnability`.
+    A valid proposal without a solve rate earns 0: a duplicate, which is not tried (not in the paper), or any
+    proposal with --samples 0. zero: see `learnability`.
     """
     if rollout.verdict is Verdict.CORRECT:
         return composite_reward(1.0, True)
@@ -192,9 +192,9 @@ def set_rewards(proposals, tries, solutions, cfg):
 def task_relative_advantages(rewards, groups):
     """Equation 8, TRR++: (r − mean) / std within each of the groups, normally six.
 
-    rewards: [float]; groups: one hashable a reward, normally (type, role). → [float], in order.
+    rewards: [float]. groups: one hashable per reward, normally (type, role). → [float], in order.
     Mean and (population) std are over samples. The official code whitens over tokens, so that long
-    answers weigh more. A group whose rewards are all equal has nothing to say: advantage 0.
+    answers weigh more. A group whose rewards are all equal gives no signal, so its advantages are 0.
 
     >>> task_relative_advantages([1.0, 0.0, 7.0], ["a", "a", "b"])
     [1.0, -1.0, 0.0]
@@ -228,10 +228,10 @@ def set_advantages(rollouts, cfg, rng):
 
 
 def groups_of(rollouts, baseline):
-    """The group that each rollout is compared in: (type, role), six when all types and both roles train.
+    """The group in which each rollout is compared: (type, role), six if all types and both roles are trained.
 
-    baseline "task": solutions of one task, where a step holds several, are compared with each other alone,
-    as in GRPO. A hard task solved once then counts for more than an easy one solved as always.
+    baseline "task": if a step has several solutions of a task, they are compared only with each other, as in
+    GRPO. Then the one success on a hard task counts for more than each of many on an easy task.
     """
     if baseline == "group":
         return [(rollout.type, rollout.role) for rollout in rollouts]
@@ -255,7 +255,7 @@ def shuffled(rewards, groups, rng):
 
 
 def mean_error(values):
-    """(mean, standard error) of independent values; for hits and misses this is the binomial error.
+    """(mean, standard error) of independent values. For hits and misses this is the binomial error.
 
     >>> mean_error([1, 1, 0, 0])
     (0.5, 0.25)

@@ -89,9 +89,9 @@ class Run:
         replace_file(self.folder / "config.json", values.encode())
 
     def acquire(self):
-        """Hold the folder until `close`. Raises UsageError if another process does.
+        """Lock the folder until `close`. Raises UsageError if another process does.
 
-        The kernel drops the lock of a process that is killed. Its file then stays, and stops nobody.
+        The kernel releases the lock of a killed process. The lock file then stays, but blocks nobody.
         """
         try:
             self.lock.acquire()
@@ -105,12 +105,12 @@ class Run:
 
     def abandon(self):
         """Remove the files of a run that could not start."""
-        # unlike Path.is_dir, this one raises nothing for a name that is too long
+        # unlike Path.is_dir, os.path.isdir does not raise for a name that is too long
         if os.path.isdir(self.folder) and {*os.listdir(self.folder)} <= {"config.json", "lock"}:
             shutil.rmtree(self.folder)
 
     def restore(self, cfg, state):
-        """Take up the checkpoint and cut the logs back to its step. → the step, or None if there is none.
+        """Load the checkpoint and cut the logs back to its step. → the step, or None without a checkpoint.
 
         Nothing is written until everything has been read. Raises UsageError.
         """
@@ -128,9 +128,9 @@ class Run:
             self.lines[name] = len(rows)
             replace_file(self.folder / name, as_lines(rows))
         self.metrics = logs["metrics.jsonl"]
-        self.write_config(cfg)  # --resume may have come with other values
+        self.write_config(cfg)  # --resume may have changed some values
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        threading.excepthook = lambda _: None  # what its thread cannot write, it raises again in this one
+        threading.excepthook = lambda _: None  # errors of its thread are raised again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
         return step
 
@@ -164,7 +164,7 @@ class Run:
         write_through(self.folder / name, "ab", as_lines(rows))
 
     def show(self, bar):
-        """The step's figures in the progress bar, and alarms that are new: which, its band, what to try."""
+        """Show the step's figures in the progress bar, and print new alarms with their bands and advice."""
         metrics = self.metrics[-1]
         current = {alarm["name"]: alarm for alarm in alarms(self.metrics)}
         for name, alarm in current.items():
@@ -181,7 +181,7 @@ class Run:
     def save(self, step, state):
         """Write curves.png and the adapter for other programs to load, then the checkpoint.
 
-        In this order a kill in between leaves no finished run with an old picture or adapter.
+        In this order, because a kill in between then leaves no finished run with an old picture or adapter.
         """
         draw_curves(self.metrics, self.folder / "curves.png")
         self.export(state.policy)
@@ -217,7 +217,7 @@ class Run:
 
 
 class Follower:
-    """The run folder for the ranks behind the first, which write nothing."""
+    """Takes the place of Run on all ranks but the first, because they write nothing."""
 
     folder = "the run"
 
@@ -252,7 +252,7 @@ class State:
 
 SNAPSHOT = {"step": int, "lines": dict, "weights": dict, "optimizer": dict, "buffer": dict,
             "python_rng": tuple, "torch_rng": torch.Tensor, "cuda_rng": list,
-            "mean_tokens": float}  # what a checkpoint holds
+            "mean_tokens": float}  # fields of a checkpoint
 
 
 def snapshot(state):
@@ -287,7 +287,7 @@ def load(content, state):
 
 
 def printable_output():
-    """Let the terminal show "?" for what its encoding lacks, so that no character of ours ends a run."""
+    """Print "?" for characters that the terminal's encoding lacks, so that none of them ends a run."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 
@@ -327,11 +327,11 @@ def read_config(folder, kinds):
 
 
 def read_rows(path, kinds):
-    """The rows of a file of JSON lines, objects with fields of these kinds; [] if there is no file.
+    """The rows of a file of JSON lines, objects with fields of these kinds, or [] if there is no file.
 
-    What follows the last end of a line was cut off by a kill. Raises UsageError for a damaged line.
+    An incomplete last line is dropped, because a kill has cut it off. Raises UsageError for a damaged line.
     """
-    # split, not splitlines: the model's text may hold U+2028, which ends no line here
+    # not splitlines, because the model's text may contain U+2028, which does not end a line here
     lines, rows = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -373,7 +373,7 @@ def replace_file(path, content):
 # --- figures and tables -----------------------------------------------------------------------------
 
 def average(values):
-    """The mean of those that are finite numbers, or None if there are none: zero would be a lie.
+    """The mean of the finite numbers among the values, or None if there are none (zero would be wrong).
 
     >>> average([0.5, None, 1.0]), average([None])
     (0.75, None)
@@ -465,7 +465,7 @@ def step_metrics(proposals, solutions, cfg):
 
 
 def cost(rollouts, clock):
-    """Seconds by phase, sampled tokens a second, and the most memory held: in this step, on a CPU so far."""
+    """Seconds by phase, sampled tokens per second, and peak memory (on a GPU of this step, else so far)."""
     memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -491,7 +491,7 @@ def heldout_table(metrics, name):
 
 
 def seeding_figures(drafts):
-    """The figures beside the bar of seeding."""
+    """The figures next to the progress bar of seeding."""
     return (f"{len(drafts)} sampled, {average(r.well_formed for r in drafts):.0%} well formed, "
             f"{average(r.verdict is Verdict.VALID for r in drafts):.0%} valid")
 
@@ -525,7 +525,7 @@ PANELS = {  # title: the metrics that are drawn
 
 
 def draw_curves(metrics, path):
-    """Draw curves.png from rows of metrics.jsonl: six panels over steps; bars are one standard error."""
+    """Draw curves.png from rows of metrics.jsonl: six panels over steps, with bars of one standard error."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, metric) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in matching_keys(metrics, metric):
@@ -544,7 +544,7 @@ def draw_curves(metrics, path):
 
 # --- alarms: figures that have left their bands -----------------------------------------------------
 
-WINDOW = 10  # steps: one step has 16 responses of a type, which is noise; ten steps show a trend
+WINDOW = 10  # steps, because the 16 responses of a type in one step are noise, whereas ten steps show a trend
 
 # name: (the metrics, the lowest and the highest value, advice for values outside)
 ALARMS = {
@@ -560,13 +560,13 @@ ALARMS = {
     # 1, except for groups of equal rewards
     "signal": ("signal", 0.1, 1, "hardly any response has an advantage, so hardly anything is learned: raise "
                "--batch or --samples, or take another --model"),
-    # 0 in fp32; half precision, 4-bit weights and other kernels make it some hundredths
+    # 0 in fp32. With half precision, 4-bit weights and other kernels it is a few hundredths
     "sampler gap": ("sampler_gap", 0, 0.1, "sampling and training give different probabilities, so the "
                     "update is off-policy: try --quantize none, or report the model"),
     # a truncated response is malformed, whatever it says. Healthy runs stay below 0.05
     "truncated": ("truncated", 0, 0.3, "truncated responses are malformed: raise --max-response, or lower "
                   "--lr if they ramble"),
-    # self-play in docs/evidence.zip stays between 0.03 and 1.3 nats; a shuffled control reached 2.2
+    # self-play in docs/evidence.zip stays between 0.03 and 1.3 nats. A shuffled control reached 2.2
     "entropy": ("entropy", 0.02, 2, "the policy has stopped exploring, or samples almost at random: lower "
                 "--lr; raise --entropy-coef in the first case, lower it in the second")}
 
@@ -574,8 +574,8 @@ ALARMS = {
 def alarms(metrics):
     """The figures that are outside their bands now, from rows of metrics.jsonl in order of steps.
 
-    → [{"name", "value", "band" (text), "advice"}]; [] if all is well or there are too few steps. A figure is
-    the median over the last WINDOW steps and all task types, so that a slow drift counts and one wild step
+    → [{"name", "value", "band" (text), "advice"}], or [] if all is well or there are too few steps. A figure
+    is the median over the last WINDOW steps and all task types, so that a slow drift counts and one wild step
     does not. Values that are missing or not finite are left out.
 
     >>> [alarm["name"] for alarm in alarms([{"step": step, "truncated": 0.9} for step in range(11)])]
@@ -705,13 +705,13 @@ RULES = {rule: re.compile(re.sub(r"\n +", "", text), re.IGNORECASE) for rule, te
 
 
 def screen(step, rollouts):
-    """Search every sampled text, with its thought and message, for what a person should look at.
+    """Search every sampled text, with its thought and message, for content that a person should look at.
 
     Rollouts have .role, .type, .response, .verdict and .reason. → [{"step", "role", "type", "rule", "match",
-    "context"}], at most one for each rule and response. What the sandbox refused gets the rule "refused",
-    and its reason is the match. This is a tripwire, not a guarantee: it misses other languages, paraphrase,
-    encoded text, and what is harmful only as a whole; and it flags innocent text. Finding nothing proves
-    little.
+    "context"}], at most one for each rule and response. Responses that the sandbox refused get the rule
+    "refused", with the reason as the match. This is a tripwire, not a guarantee. It misses other languages,
+    paraphrase, encoded text, and text that is harmful only as a whole, and it flags innocent text. Finding
+    nothing proves little.
     """
     flags = []
     for rollout in rollouts:

@@ -1,14 +1,14 @@
-"""Sampling that keeps every row busy. It gives what plain `generate` of transformers gives, row by row:
+"""Sampling that keeps every row busy. Each row gets what transformers' plain `generate` would give:
 
     ids_BP, mask_BP = left_pad([prompt for prompt in prompts for _ in range(copies)])
     ids_BT = model.generate(ids_BP, attention_mask=mask_BP, max_new_tokens=max_tokens, do_sample=True,
                             top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0, eos_token_id=end_ids,
                             pad_token_id=pad_id, stop_strings=["</answer>"], tokenizer=tokenizer)
     responses = [cut_after_end(ids) for ids in ids_BT[:, ids_BP.shape[1]:].tolist()]
-    # greedily to the token; sampled, from the same distribution
+    # the same tokens if greedy, otherwise the same distribution
 
-Four things make it faster: a prompt is read once for all its copies (`_prefill`), rows that finish make room
-for prompts that wait (`Sampler.stream`), the cache is neither copied at every token (`RoomyLayer`) nor once a
+Four things make it faster: a prompt is read once for all its copies (`_prefill`), finished rows make room for
+waiting prompts (`Sampler.stream`), the cache is copied neither at every token (`RoomyLayer`) nor for every
 query head (`grouped_sdpa`), and a GPU decodes by replaying a CUDA graph (`_Replay`).
 
 Axes: B rows, P prompt tokens, T prompt and response tokens, N tokens of a segment, V vocabulary.
@@ -41,10 +41,10 @@ from tasks import UsageError
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **options):
     """transformers' SDPA attention, without its copies of the cache. → ([row, token, head, feature], None)
 
-    query: [row, head, token, feature]; key, value: [row, key head, column, feature]. When one token is
-    decoded, heads that share a key head stand in for tokens: the same sums, but where there is a mask
+    query: [row, head, token, feature]. key, value: [row, key head, column, feature]. When one token is
+    decoded, heads that share a key head take the place of tokens. The sums are the same, whereas with a mask
     transformers first repeats the cache for each of those heads (8 for Qwen2.5-3B), at every token. On a CPU
-    the sums are written out, since torch's kernel, made for many tokens, takes twice as long for one.
+    the sums are written out, because torch's kernel is made for many tokens and takes twice as long for one.
     """
     rows, heads, tokens, width = query.shape
     if tokens > 1 or any(options.get(name) for name in ("dropout", "position_bias", "cache")):
@@ -53,7 +53,7 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
     if query.is_cpu:
         scores = grouped @ key.transpose(2, 3) * (width ** -0.5 if scaling is None else scaling)
         if attention_mask is not None:
-            lowest = torch.finfo(scores.dtype).min  # not -inf: a row may be all padding
+            lowest = torch.finfo(scores.dtype).min  # not -inf, because a row may be all padding
             scores.masked_fill_(~attention_mask, lowest)
         mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     else:
@@ -64,19 +64,19 @@ def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **opti
 AttentionInterface.register("grouped_sdpa", grouped_sdpa)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
-SEGMENT = 8         # tokens between two looks at the batch, at least
-GRAPH_SEGMENT = 64  # the same where each segment captures a CUDA graph of its own
-BLOCK = 128   # columns by which a cache grows: few sizes, so that memory is used again
-ROWS = 512    # sampled at once, at most
-torch.backends.cuda.enable_cudnn_sdp(False)  # Hopper's first choice, which plans anew for every length
+SEGMENT = 8         # least tokens before rows may join or leave
+GRAPH_SEGMENT = 64  # the same if each segment captures its own CUDA graph
+BLOCK = 128   # columns by which a cache grows. There are few sizes, so that memory is reused
+ROWS = 512    # most rows sampled at once
+torch.backends.cuda.enable_cudnn_sdp(False)  # the default on Hopper, which makes a new plan for every length
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values with room behind them: a new column is written in place, where DynamicLayer
-    copies all that came before it, at every token. Keys and values are [row, head, column, feature]."""
+    """One layer's keys and values with spare columns. A new column is written in place, whereas DynamicLayer
+    copies all earlier columns at every token. Keys and values are [row, head, column, feature]."""
 
-    room = None  # tensors that self.keys and self.values are the first columns of
-    at = None    # a tensor with the next column, where a graph of operations must not hold the number itself
+    room = None  # two tensors, whose first columns are self.keys and self.values
+    at = None    # the next column as a tensor, because a CUDA graph must not record the number itself
 
     def update(self, keys, values, *args, **kwargs):
         if self.at is not None:
@@ -93,17 +93,17 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, columns):
-        """Make room for so many columns in all, if there is less."""
+        """Make room for this many columns in total, if there is less."""
         if self.room is None or columns > self.room[0].shape[-2]:
             size = (columns // BLOCK + 1) * BLOCK
             room = [x.new_zeros(*x.shape[:2], size, x.shape[-1]) for x in (self.keys, self.values)]
             start = self.get_seq_length()
             room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
             self.room = room
-            self.show(start)  # lets go of the old one, a layer at a time
+            self.show(start)  # frees the old room, one layer at a time
 
     def show(self, columns):
-        """Count so many columns of the room as written."""
+        """Count this many columns of the room as written."""
         self.keys, self.values = (x[:, :, :columns] for x in self.room)
 
     def put(self, change, *others):
@@ -125,7 +125,7 @@ class RoomyMixedLayer(RoomyLayer, LinearAttentionAndFullAttentionLayer):
 
 
 def _empty_cache(config):
-    """A cache for any model. Its attention layers have room, but for sliding windows and the like."""
+    """A cache for any model. Its attention layers have room, except sliding windows and the like."""
     cache = DynamicCache(config=config)
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -136,13 +136,13 @@ def _empty_cache(config):
 
 
 def _can_grow(cache):
-    """Whether rows may join: attention masks their padding, and the states of recurrent and convolutional
-    layers have no columns to pad. Not with sliding windows, whose layers forget the padding's place."""
+    """Whether rows may join. Attention masks their padding, and states of recurrent and convolutional layers
+    have no columns to pad. Not with sliding windows, because their layers forget where the padding is."""
     return all(type(layer) in (RoomyLayer, RoomyMixedLayer, LinearAttentionLayer) for layer in cache.layers)
 
 
 def _append_rows(layer, other):
-    """Put another layer's rows behind those of this one: keys and values of equal columns, and states."""
+    """Append another layer's rows: keys and values with the same number of columns, and states."""
     if isinstance(layer, RoomyLayer):
         layer.put(lambda *pair: torch.cat(pair), other)
     if isinstance(layer, LinearAttentionLayer):
@@ -154,7 +154,7 @@ def _append_rows(layer, other):
 
 
 def has_dense_attention(config):
-    """Whether all attention of a model is full or in windows, so that `grouped_sdpa` may stand in for SDPA.
+    """Whether all attention of a model is full or in windows, so that `grouped_sdpa` may replace SDPA.
 
     Models with sparse attention, such as DeepSeek V3.2's, select their tokens only if the implementation
     has the name "sdpa" or "eager", and are silently dense under any other.
@@ -165,7 +165,7 @@ def has_dense_attention(config):
 
 
 def attends_to_all(config):
-    """Whether each token of a model sees all before it, in every layer, and may be told by a mask which."""
+    """Whether in every layer a token attends to all earlier ones, or to those that a given mask selects."""
     layers = DynamicCache(config=config).layers
     return config.get_text_config()._attn_implementation == "grouped_sdpa" and bool(layers) and all(
         type(layer) is DynamicLayer for layer in layers)
@@ -181,8 +181,8 @@ class _Batch:
     completions: list  # row → Completion, whose tokens are the last columns of ids_BT
 
     def can_grow(self):
-        """Whether rows may join. They may not once a model has replaced its cache by one of its own, as Phi-3
-        does in mid-response where it switches to other rotary embeddings."""
+        """Whether rows may join. They may not once a model has replaced the cache with its own. For example,
+        Phi-3 does so in mid-response, when it switches to other rotary embeddings."""
         return _can_grow(self.cache) and self.cache.get_seq_length() == self.ids_BT.shape[1] - 1
 
     def change_columns(self, change):
@@ -192,7 +192,7 @@ class _Batch:
                 layer.put(change)
 
     def pad_left(self, columns):
-        """Shift all rows right by so many masked columns."""
+        """Shift all rows to the right by this many masked columns."""
         self.ids_BT, self.mask_BT = (functional.pad(x, (columns, 0)) for x in (self.ids_BT, self.mask_BT))
         self.change_columns(lambda x: functional.pad(x, (0, 0, columns, 0)))
 
@@ -209,7 +209,7 @@ class _Batch:
 
 
 def _join(batch, other):
-    """One batch with the rows of both; the first may be None."""
+    """One batch with the rows of both. The first may be None."""
     if batch is None:
         return other
     gap = batch.ids_BT.shape[1] - other.ids_BT.shape[1]
@@ -221,12 +221,12 @@ def _join(batch, other):
 
 
 class _Replay:
-    """While it is open, `causal.forward` decodes so many tokens of a batch by replaying a CUDA graph.
+    """Context in which `causal.forward` decodes this many tokens of a batch by replaying a CUDA graph.
 
-    The first token runs as always. The second is captured, and the others replay it: Python launches one
-    graph a token instead of thousands of kernels, which take longer to launch than to run. The values that
-    change from token to token stand in tensors, so each token reads the whole room of the cache, under a
-    mask. The graph holds only for this batch and this room, so the next segment captures its own.
+    The first token runs as usual. The second is captured, and the others replay it, so that Python launches
+    one graph per token instead of thousands of kernels, which take longer to launch than to run. Values that
+    change from token to token are in tensors, so each token reads the whole room of the cache, under a mask.
+    The graph is valid only for this batch and this room, so the next segment captures its own.
     """
 
     def __init__(self, causal, batch, tokens):
@@ -243,11 +243,11 @@ class _Replay:
     def __enter__(self):
         self.had_own = "forward" in vars(self.causal)
         self.plain = self.causal.forward
-        # transformers reads the signature of forward, and a bound method takes no attributes
+        # wraps, because transformers reads the signature, and partial, because a method takes no attributes
         self.causal.forward = functools.wraps(self.plain)(functools.partial(self.forward))
 
     def __exit__(self, *error):
-        del self.causal.forward  # an assignment would be a cycle that keeps the model in memory
+        del self.causal.forward  # assigning it would make a reference cycle that keeps the model in memory
         if self.had_own:
             self.causal.forward = self.plain
 
@@ -265,7 +265,7 @@ class _Replay:
         return self.output
 
     def decode(self):
-        """The operations of one token, from the tensors and into them."""
+        """The operations of one token, which read and write the same tensors each time."""
         self.mask_B11T.index_fill_(-1, self.column, True)
         for layer in self.cache.layers:
             layer.at = self.column
@@ -277,15 +277,15 @@ class _Replay:
 
 
 def uses_graphs(policy):
-    """Whether decoding can be captured: on a GPU, where no operation waits to see what another gave."""
+    """Whether decoding can be captured: on a GPU, if no operation has to read a result back."""
     config = policy.causal.config
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return (policy.device.type == "cuda" and policy.causal._can_compile_fullgraph and attends_to_all(config)
-            and rope.get("rope_type") not in ("dynamic", "longrope"))  # these look at the longest position
+            and rope.get("rope_type") not in ("dynamic", "longrope"))  # these read the longest position
 
 
 def capture(operations):
-    """What `operations` does on the GPU, as a function that does it again without running its Python."""
+    """Capture the GPU work of `operations`. → a function that repeats this work without its Python code"""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         operations()
@@ -293,7 +293,7 @@ def capture(operations):
 
 
 class _LogprobRecorder(LogitsProcessor):
-    """Keeps the logprob of each token that `generate` samples: it sees the logits of a step before they are
+    """Records the logprob of each token that `generate` samples. It sees the logits of a step before they are
     divided by the temperature, and the token that was chosen from them one step later."""
 
     def __init__(self):
@@ -305,7 +305,7 @@ class _LogprobRecorder(LogitsProcessor):
         return logits_BV
 
     def settle(self, ids_BT):
-        """Take up the token that was chosen last."""
+        """Record the logprob of the last chosen token."""
         if self.logits_BV is not None:
             chosen_B1 = self.logits_BV.gather(1, ids_BT[:, -1:])
             self.logps.append(chosen_B1 - self.logits_BV.logsumexp(-1, keepdim=True))
@@ -313,7 +313,7 @@ class _LogprobRecorder(LogitsProcessor):
 
 @dataclass(eq=False)
 class Completion:
-    """A request for one response, and the response as far as it is sampled. A rollout is one as well."""
+    """A request for one response, with the tokens sampled so far. A Rollout can take its place."""
 
     prompt_ids: list
     response_ids: list = field(default_factory=list)
@@ -321,24 +321,25 @@ class Completion:
 
 
 class AnySampler:
-    """What a sampler has to do. Whoever samples elsewhere, for example with a server, writes two methods.
+    """The interface of a sampler. To sample elsewhere, for example on a server, write two methods.
 
-    mean_tokens: of the responses sampled last; part of a checkpoint.
+    mean_tokens: mean length of the responses sampled last, which is part of a checkpoint.
     """
 
     mean_tokens = math.inf
 
     def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
-        """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt; see `Sampler.generate`"""
+        """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt (see `Sampler.generate`)"""
         raise NotImplementedError
 
     def refresh(self, policy):
-        """Take up the policy's weights after an update."""
+        """Load the policy's weights after an update."""
 
     def stream(self, waiting, max_tokens, temperature=1.0):
-        """Sample all of `waiting`, a list that the caller may append to; yields completions that have ended.
+        """Sample all of `waiting`, to which the caller may append. Yields lists of finished completions.
 
-        A sampler that takes no requests while it runs samples all that wait, again and again.
+        This default is for samplers that take no requests while they run. It samples everything that waits,
+        until nothing does.
         """
         while waiting:
             ended, waiting[:] = [*waiting], []
@@ -352,12 +353,12 @@ class AnySampler:
 class Sampler(AnySampler):
     """Samples responses from a policy, from the whole distribution (no top-k, no top-p).
 
-    rows: most responses sampled at once; 0: as many as memory allows.
+    rows: most responses sampled at once (0: as many as memory allows).
     """
 
     def __init__(self, policy, rows=0):
         self.policy, self.rows = policy, rows
-        self.layer_bytes = None  # of a row in the cache, see _layer_bytes; measured when first needed
+        self.layer_bytes = None  # of a row in the cache (see _layer_bytes), measured when first needed
 
     def generate(self, prompts, max_tokens, copies=1, temperature=1.0):
         """`copies` responses to each prompt. → [(ids, logps)], prompt by prompt
@@ -379,19 +380,19 @@ class Sampler(AnySampler):
 
     @torch.no_grad()
     def stream(self, waiting, max_tokens, temperature=1.0):
-        """Sample all of `waiting`; yields, segment by segment, the completions that have ended in it.
+        """Sample all of `waiting`. Yields, segment by segment, the completions that have ended in it.
 
-        waiting: [Completion], emptied from the front; the caller may append to it between two segments.
+        waiting: [Completion], emptied from the front. The caller may append to it between two segments.
 
-        A prompt is read once for all its copies. Then transformers' own `generate` goes on in short segments;
-        in between finished rows leave and waiting ones take their places, so that the rows that memory allows
-        are always busy and nobody waits for the longest response. Their number follows from the lengths seen
-        so far. Rows that then grow too long for it wait, and are read again with what they have said; the
-        same after running out of GPU memory, with half the rows.
+        A prompt is read once for all its copies. Then transformers' own `generate` runs in short segments. In
+        between, finished rows leave and waiting ones take their places, so that all rows that memory allows
+        are always busy, and none waits for the longest response. Their number is estimated from the lengths
+        seen so far. If rows grow too long for it, all wait, and are read again, with their tokens so far, in
+        smaller number. The same happens when GPU memory runs out, with half the rows.
         """
         policy, sampled = self.policy, []
         policy.causal.eval()
-        waiting.sort(key=lambda c: -len(c.prompt_ids))  # so that later ones fit in beside the longest
+        waiting.sort(key=lambda c: -len(c.prompt_ids))  # longest first, so that later ones fit in
         free, batch, graphs = free_memory(policy.device), None, uses_graphs(policy)
         least = GRAPH_SEGMENT if graphs else SEGMENT
         while waiting or batch:
@@ -426,7 +427,7 @@ class Sampler(AnySampler):
             self.mean_tokens = sum(sampled) / len(sampled)
 
     def _decode_segment(self, batch, tokens, temperature, graphs):
-        """Let every row of the batch go on by so many tokens. → these ids_BN, their logps_BN"""
+        """Sample this many more tokens of every row in the batch. → their ids_BN, their logps_BN"""
         policy = self.policy
         if temperature:
             options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0,
@@ -440,20 +441,20 @@ class Sampler(AnySampler):
                 eos_token_id=sorted(policy.end_ids), pad_token_id=policy.pad_id, max_new_tokens=tokens,
                 logits_processor=LogitsProcessorList([recorder]), **options)
         recorder.settle(batch.ids_BT)
-        added = batch.ids_BT.shape[1] - width  # fewer than asked for if every row has ended
+        added = batch.ids_BT.shape[1] - width  # fewer than requested if every row has ended
         batch.mask_BT = functional.pad(batch.mask_BT, (0, added), value=1)
         return batch.ids_BT[:, width:], torch.cat(recorder.logps, 1)
 
     def _rows_that_fit(self, free, columns):
-        """Rows of so many columns whose keys and values fill at most 60% of the free memory; at most ROWS."""
+        """The number of rows of this many columns that fit into 60% of the free memory, at most ROWS."""
         if self.rows:
             return self.rows
         self.layer_bytes = self.layer_bytes or _layer_bytes(self.policy)
         cache = 0
         for fixed, per_column, most in self.layer_bytes:
             cache += fixed + per_column * min(columns + BLOCK, most)
-        # a layer whose room is used up is there twice for a moment, and logits of a step are held in
-        # fp32 a few times over
+        # when a layer's room grows, it exists twice for a moment, and the logits of a step exist a few times
+        # in fp32
         per_row = cache * 1.1 + 16 * self.policy.causal.config.get_text_config().vocab_size
         return max(1, min(ROWS, int(0.6 * free / per_row)))
 
@@ -480,15 +481,15 @@ def _harvest(policy, batch, added_BN, logps_BN, max_tokens):
 
 
 def _prefill(policy, completions):
-    """Read the prompts of these completions, and the tokens they have, into a batch with a row for each.
+    """Read the prompts of these completions, and their tokens so far, into a batch with a row for each.
 
-    Rows that begin alike are read once. Too many tokens for one pass are read half by half.
+    Equal texts are read once. If one pass cannot hold all tokens, each half is read separately.
     """
-    texts = {}  # → its place
+    texts = {}  # text → its place
     for completion in completions:
         texts.setdefault(_text_of(completion), len(texts))
-    # transformers takes a pass of one column for a step of decoding, where recurrent layers need no mask:
-    # at least two for the cache
+    # transformers takes a pass of one column for a decoding step, in which recurrent layers use no mask, so
+    # the cache is filled from at least two
     width = max(3, *map(len, texts))
     cache = _empty_cache(policy.causal.config)
     if _can_grow(cache) and len(texts) > 1 and len(texts) * width > _tokens_in_a_pass(policy):
@@ -516,25 +517,25 @@ def _text_of(completion):
 
 
 def _end_of(policy, ids, checked):
-    """How many tokens of `ids` belong to the response, or None while it goes on.
+    """The number of tokens of `ids` that belong to the response, or None if it has not ended.
 
-    The first `checked` tokens are known not to end it; `</answer>` may start among them.
+    The first `checked` tokens are known not to end it, although `</answer>` may start among them.
     """
     start = max(0, checked - len("</answer>"))
     ends = (place + 1 for place in range(checked, len(ids)) if ids[place] in policy.end_ids)
     stop = next(ends, None)
     if "</answer>" not in policy.decode(ids[start:stop]):
         return stop
-    ends = range(start + 1, stop or len(ids))  # the first that takes in the closing tag
+    ends = range(start + 1, stop or len(ids))  # the first that includes the closing tag
     return start + 1 + bisect_left(ends, True, key=lambda end: "</answer>" in policy.decode(ids[start:end]))
 
 
 def _layer_bytes(policy):
-    """What one row takes in each layer of the cache. → [(bytes of states, bytes a column, most columns)]
+    """Memory of one row in each layer of the cache. → [(bytes of states, bytes per column, most columns)]
 
     Measured with two short prompts, because heads and their widths differ by layer in some models, and
-    because recurrent and convolutional layers hold states of one size however long the row is. Only sliding
-    windows bound the columns.
+    because the states of recurrent and convolutional layers have the same size for any length. Only sliding
+    windows limit the columns.
     """
     short, long = _cache_of(policy, 2), _cache_of(policy, 4)
     layers = []
@@ -546,7 +547,7 @@ def _layer_bytes(policy):
 
 
 def _cache_of(policy, columns):
-    """transformers' own cache after a prompt of so many tokens."""
+    """transformers' own cache after a prompt of this many tokens."""
     cache = DynamicCache(config=policy.causal.config)
     ids_BT = torch.full((1, columns), policy.pad_id, device=policy.device)
     with policy.autocast():
@@ -565,7 +566,7 @@ def _held_bytes(layer):
 
 
 def free_memory(device):
-    """Bytes that new tensors can take there."""
+    """Bytes available for new tensors on a device."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     torch.cuda.empty_cache()
@@ -573,7 +574,7 @@ def free_memory(device):
 
 
 def _tokens_in_a_pass(policy):
-    """Tokens of prompts to read at once, in 3 GiB: simulated, one takes 195 kB at 3B and 329 kB at 7B.
+    """Prompt tokens to read at once, in 3 GiB. In simulation, one takes 195 kB at 3B and 329 kB at 7B.
 
     Recurrent layers whose kernels are not installed compute in fp32, and one token takes about twice as much.
     """
@@ -586,9 +587,9 @@ def _tokens_in_a_pass(policy):
 
 
 def inner_width(config):
-    """The width inside the widest MLP; four times the outer one where a config has another name for it."""
+    """The inner width of the widest MLP, or four times the outer one if a config has another name for it."""
     widest = 0
-    for layer in config.per_layer_config:  # asked for the whole model, some configs raise
+    for layer in config.per_layer_config:  # some configs raise if asked for the whole model
         width = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
         widest = max(widest, max(width) if isinstance(width, (list, tuple)) else width)
     return widest

@@ -1,15 +1,15 @@
-"""The task types of the Absolute Zero Reasoner: what the model is asked, and what it answered.
+"""The task types of the Absolute Zero Reasoner: prompts, parsers of responses, and the task buffer.
 
 A task is made of a program p (a Python function `f`), an input i and the output o = p(i). The three
 types hide one of the three (paper, section 3):
 
-    deduction   given p and i, find o          deduction  = running code in the head
-    abduction   given p and o, find some i     abduction  = searching backwards
-    induction   given pairs (i, o), find p     induction  = writing the program
+    deduction   given p and i, find o          (running code in the head)
+    abduction   given p and o, find some i     (searching backwards)
+    induction   given pairs (i, o), find p     (writing the program)
 
-KINDS has one entry a type, and nothing else in the project asks for a type by its name: a fourth type
-is a fourth entry (tests/test_fourth_type.py has one). This module runs no program and imports only
-the standard library; `executor.py` runs programs, `rewards.py` judges answers.
+KINDS has one entry per type, and training code never asks for a type by its name, so that a fourth type
+is just a fourth entry (see tests/test_fourth_type.py). This module runs no program and imports only the
+standard library. `executor.py` runs programs, and `rewards.py` judges answers.
 """
 
 import ast
@@ -23,20 +23,20 @@ from functools import lru_cache
 TASK_TYPES = ("deduction", "abduction", "induction")  # the paper's
 ROLES = ("propose", "solve")
 
-# characters; a task with a longer part is invalid, nothing is ever cut
+# in characters. A task with a longer part is invalid, because nothing is ever cut
 LIMITS = {"program": 3000, "input": 400, "output": 400, "message": 1000}
 NESTING_LIMIT = 100  # levels of a program's syntax tree
 
 
 class UsageError(ValueError):
-    """Something the user can put right; the command lines print it as one line and exit with 2."""
+    """An error that the user can fix. The command lines print it as one line and exit with code 2."""
 
 
 @dataclass(frozen=True)
 class Task:
     """One problem. Deduction and abduction use input/output, induction inputs/outputs and message.
 
-    `input` is what stands between the parentheses of a call f(…); `output` is a Python literal.
+    `input` is the text between the parentheses of a call f(…). `output` is a Python literal.
     """
 
     type: str
@@ -53,18 +53,18 @@ class Task:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-# The one task that exists before the model has said anything: the identity, as in the paper.
+# The only task that does not come from the model: the identity function, as in the paper.
 ZERO_TRIPLET = Task("deduction", "def f(x):\n    return x", "'Hello World'", "'Hello World'")
 
 
 def _example(program, message, calls):
-    """A worked example; calls: "input → output; …", the first of which is the one to solve."""
+    """A worked example. calls: "input → output; …", of which the first is the one to solve."""
     inputs, outputs = zip(*(call.split(" → ") for call in calls.split("; ")))
     return Task("deduction", program, inputs[0], outputs[0], inputs, outputs, message)
 
 
-# For models that must be shown the format. Our own, and unlike any held-out or public task. All have one
-# argument: shown functions of two, small models often call f with one.
+# Worked examples for models that need to see the format. They are our own, and unlike any held-out or public
+# task. All functions have one argument, because after functions of two, small models often call f with one.
 EXAMPLES = (
     _example("def f(minutes):\n    return minutes // 60, minutes % 60",
              "Hours, and the minutes that are left.",
@@ -91,27 +91,28 @@ EXAMPLES = (
              "            load += bag\n    return load", "The car takes only so much.",
              "[12, 9, 6] → 18; [5] → 5; [20, 1] → 20; [25] → 0; [8, 8, 8] → 16"),
 )
-SOLVED = EXAMPLES[:3]  # those that a solver is shown, with Kind.thoughts
-# Earlier responses that a proposer is shown, at least. Where a program is given, all EXAMPLES: more of them
-# help with the format. Where it has to be written, more of them made it invalid more often.
+SOLVED = EXAMPLES[:3]  # shown to a solver, with Kind.thoughts
+# The least number of earlier responses in a proposer's prompt. If the program is given, all EXAMPLES are
+# shown, because more of them help with the format. If it has to be written, more of them gave more invalid
+# programs.
 SHOTS = 6
 
 
 def split_pairs(task):
     """Induction: (shown pairs, hidden pairs), half and half in the order proposed.
 
-    Pairs are (input, output) texts. An odd pair is shown, so that a single pair leaves nothing
-    hidden, and such a task is invalid: it could be solved by copying.
+    Pairs are (input, output) texts. If their number is odd, the extra pair is shown. A single pair
+    therefore leaves nothing hidden, and such a task is invalid because it could be solved by copying.
     """
     pairs = list(zip(task.inputs, task.outputs))
     half = (len(pairs) + 1) // 2
     return pairs[:half], pairs[half:]
 
 
-# --- what the model reads -----------------------------------------------------------------------
-# Questions and examples are filled in by str.format: a brace of their own would stand there twice.
+# --- prompts ------------------------------------------------------------------------------------
+# str.format fills in questions and examples, so that a literal brace in them has to be doubled.
 
-# For base models; models with a chat template get the same two passages as one user turn instead.
+# For base models. Models with a chat template get the same two passages as one user turn instead.
 INSTRUCTION = """\
 Below is a problem about Python programs. Reason about it step by step between <think> and </think>. \
 Then write the final answer between <answer> and </answer>, in the format that the problem asks for, \
@@ -168,7 +169,7 @@ Write a new function f and an input, so that one has to think to {aim}.
 ```
 </answer>"""
 
-_TRIPLET_REMARKS = (  # what makes each of EXAMPLES hard, and how its output was checked
+_TRIPLET_REMARKS = (  # for each of EXAMPLES: the difficulty, and a check of the output
     "Two results from one number, by division and remainder. Checked: 135 // 60 = 2 and 135 % 60 = 15.",
     "The border is the hard part: 13 < 13 is false. Checked: 'adult'.",
     "It takes two passes over the list. Checked: 9 - 4 = 5.",
@@ -185,10 +186,10 @@ _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
 
 def propose_prompt(kind, references=(), program="", count=10, frame="long"):
-    """The proposer's question: K references for a type that brings its own program, else one program.
+    """The proposer's question, with K references for a type that brings its own program, else one program.
 
-    In the frame "examples" the references, of any type, are earlier responses; EXAMPLES make up the number to
-    SHOTS or more, and stand for the identity, which shows nothing.
+    In the frame "examples", references of any type appear as earlier responses. EXAMPLES bring their number
+    up to SHOTS or more, and replace the identity, because it shows nothing.
     """
     entry = KINDS[kind]
     if frame == "long" or not entry.propose_example:
@@ -206,7 +207,7 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
 
 
 def solve_prompt(task, frame="long"):
-    """The solver's question: of an induction task the message and the shown half. Frames as above."""
+    """The solver's question. For induction: the message and the shown half. Frames as in `propose_prompt`."""
     entry = KINDS[task.type]
     if frame == "long" or not entry.solve_example:
         return entry.solve.format(**_slots(task))
@@ -215,7 +216,7 @@ def solve_prompt(task, frame="long"):
 
 
 def _few_shot(example, earlier, asked):
-    """Earlier problems with their responses, then a problem: what FRAME takes as one question."""
+    """Earlier problems with their responses, then the problem to answer: one question for FRAME."""
     problems = [example.format(**slots) for slots in earlier]
     return PROBLEM.join([*problems, example.partition(RESPONSE)[0].format(**asked)])
 
@@ -228,12 +229,12 @@ def _slots(task):
         "inputs": "\n".join(text.replace("\n", " ") for text in task.inputs)}
 
 
-# --- what the model wrote -------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------
 
 def final_answer(response):
     """The text between <answer> and </answer>, or None if the response is not well formed.
 
-    Well formed: a thought, `</think>`, then one answer and nothing behind it. The opening
+    Well formed: a thought, `</think>`, then one answer and nothing after it. The opening
     `<think>` is part of the prompt.
 
     >>> final_answer("2 + 2 = 4</think> <answer>4</answer>")
@@ -246,7 +247,7 @@ def final_answer(response):
 
 def fenced_blocks(text, tag):
     """The contents of all fenced blocks of `text` whose tag matches the pattern `tag`, in order."""
-    # a block that is never closed takes all that follows, so that the search stays linear
+    # an unclosed block takes the rest of the text, so that the search stays linear
     block = rf"^[ \t]*```{tag}[ \t]*\n(.*?)(?:^[ \t]*(```)[ \t]*$|\Z)"
     return [content.strip("\n").rstrip()
             for content, closing in re.findall(block, text, re.DOTALL | re.MULTILINE) if closing]
@@ -265,8 +266,8 @@ def parse_proposal(kind, response, program="", count=10):
 def parse_answer(kind, response):
     """A solver's response → the text of its answer, or None if malformed.
 
-    The answer is the last block with the type's tag. An answer without any fence is taken whole:
-    base models often write the bare value, which says the same (the paper's code does so too).
+    The answer is the last block with the type's tag. An answer without any fence is taken as it is,
+    because base models often write the bare value (the paper's code does the same).
     """
     answer = final_answer(response) or ""
     blocks = fenced_blocks(answer, KINDS[kind].tag)
@@ -287,7 +288,7 @@ def parse_triplet(blocks, program, count):
 def parse_pairs(blocks, program, count):
     """For the given program: two to `count` different inputs and a `message`.
 
-    The inputs stand in an `input` block each, or line by line in a single one.
+    Each input has its own `input` block, or all are lines of a single one.
     """
     texts = blocks("input")
     texts = texts[0].split("\n") if len(texts) == 1 else texts
@@ -302,15 +303,15 @@ def complete_triplet(task, runs):
 
 
 def complete_pairs(task, runs):
-    """Inputs that fail are left out, and so are those that call f as an earlier one did.
+    """Leave out inputs that fail, and inputs that make the same call as an earlier one.
 
-    The text of a call does not show the order of *args, so calls whose outputs differ are different.
+    The text of a call does not show the order of *args, so calls with different outputs are different.
     """
     good = {}
     for text, run in zip(task.inputs, runs):
         if run.ok:
             good.setdefault((run.call, run.output), (text, run.output))
-    if len(good) < 2:  # of two pairs one can stay hidden
+    if len(good) < 2:  # too few for one to stay hidden
         return None
     inputs, outputs = zip(*good.values())
     return replace(task, inputs=inputs, outputs=outputs)
@@ -318,24 +319,24 @@ def complete_pairs(task, runs):
 
 @dataclass(frozen=True)
 class Kind:
-    """A task type: all that the rest of the code knows of it."""
+    """A task type: everything that the rest of the code knows about it."""
 
     propose: str        # the proposer's question, with the slots {references}, {program} and {count}
-    solve: str          # the solver's question; its slots are the fields of Task, and {pairs}
+    solve: str          # the solver's question, with the fields of Task and {pairs} as slots
     tag: str            # of the fenced block that holds the solver's answer
-    hidden: str         # the field of Task by which answers are told apart in the log
+    hidden: str         # the field of Task that holds the answer (see TaskBuffer.answer_share)
     parse: Callable     # (blocks by tag, given program, count) → the fields of a Task, or None
     complete: Callable  # (task, its runs) → the task with its outputs, or None
-    judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and there must be one;
-    #                     without a program (None) the input itself, a literal, must be the output
+    judge: Callable     # (task, answer) → [(program, input, output)]: all must hold, and at least one exist.
+    #                     If the program is None, the input itself, a literal, must be the output
     runs: Callable = lambda task: [(task.program, text) for text in task.inputs or (task.input,)]
-    propose_example: str = ""  # short question, RESPONSE, response; its slots are the fields of Task,
+    propose_example: str = ""  # short question, RESPONSE, response, with the slots: fields of Task,
     solve_example: str = ""    # {calls}, {inputs} as lines, {remark} or {thought}. "": the long question
     remarks: tuple = ()        # a proposer's thought in the example of each of EXAMPLES,
     remark: str = ""           # and of a task of its own, with the same slots
     thoughts: tuple = ()       # a solver's in the example of each of SOLVED
-    own_program: bool = True   # a proposal brings its own program; if not, it is given one
-    is_triplet: bool = False   # any (p, i, o) is a task of it: such types share their seeds and references
+    own_program: bool = True   # a proposal brings its own program (if not, it is given one)
+    is_triplet: bool = False   # any (p, i, o) is a task of this type. Such types share seeds and references
 
 
 KINDS = {
@@ -509,10 +510,10 @@ def f(...):
 }
 
 
-# --- what can be said of a program without running it ------------------------------------------------
+# --- static measures of a program ----------------------------------------------------------------------
 
 def within_limits(task):
-    """'' if the task is short enough to be shown to a solver, else one line that says what is not."""
+    """'' if the task is short enough to be shown to a solver, else one line on the limit that it exceeds."""
     for name, limit in LIMITS.items():
         longest = max(map(len, [getattr(task, name), *getattr(task, name + "s", ())]))
         if longest > limit:
@@ -526,11 +527,11 @@ Anatomy = namedtuple("Anatomy", "fingerprint depth edges")
 
 
 def _entry(node):
-    """A node's line in the dump of a tree: its type, and its fields but for empty ones, since each version of
-    Python adds some. A child is a star there, and has a line of its own, on the next level."""
+    """A node's line in the dump of a tree: its type and fields. Empty fields are left out, because each
+    version of Python adds some. A child appears as a star, and has its own line on the next level."""
     line = type(node).__name__
     for name, value in ast.iter_fields(node):
-        if value or name == "value":  # of a constant, which may be 0, '' or None
+        if value or name == "value":  # that of a constant may be 0, '' or None
             items = value if isinstance(value, list) else [value]
             parts = ["*" if isinstance(item, ast.AST) else ascii(item) for item in items]
             line += f" {name}={','.join(parts)}"
@@ -539,10 +540,11 @@ def _entry(node):
 
 @lru_cache(maxsize=4096)
 def _anatomy(program):
-    """What a program's syntax tree shows, in linear time; edges: {(node type, child type): count}.
+    """Measures of a program's syntax tree, in linear time. edges: {(node type, child type): count}.
 
-    Docstrings and other bare constants do nothing and are left out. Level by level, not recursive, since
-    model text is deep by accident; text that is too deep, or does not parse, has itself as fingerprint.
+    Docstrings and other bare constants do nothing and are left out. The walk is level by level instead of
+    recursive, because model text can be nested deeply by accident. The fingerprint is a hash of the text
+    itself if it is nested too deeply or does not parse.
     """
     depth, edges, lines = 0, Counter(), []
     try:
@@ -552,7 +554,7 @@ def _anatomy(program):
                 if isinstance(getattr(node, "body", None), list):
                     node.body = [statement for statement in node.body if not (
                         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))]
-                if isinstance(node, ast.JoinedStr):  # f""; Python 3.12 has empty texts in between
+                if isinstance(node, ast.JoinedStr):  # an f-string, in which Python 3.12 has empty texts
                     node.values = [value for value in node.values if getattr(value, "value", None) != ""]
             lines += map(_entry, level)
             pairs = [(type(node), child) for node in level for child in ast.iter_child_nodes(node)]
@@ -565,16 +567,16 @@ def _anatomy(program):
 
 
 def fingerprint(program):
-    """A hash of the syntax tree: blind to layout, comments and docstrings, not to names or numbers. It is the
-    same under every version of Python that parses the program, so that a buffer may move to another one."""
+    """A hash of the syntax tree. It ignores layout, comments and docstrings, but not names or numbers. It is
+    the same in all Python versions that parse the program, so that a buffer can move between versions."""
     return _anatomy(program).fingerprint
 
 
 def edit_distance(program, other):
-    """How different two programs are in structure: 0.0 the same parts … 1.0 nothing shared.
+    """How different two programs are in structure, from 0.0 (the same parts) to 1.0 (nothing shared).
 
-    A linear stand-in for the tree edit distance of the paper: 1 − Dice's coefficient of the two bags of
-    (type of a node, type of a child).
+    A linear-time stand-in for the tree edit distance of the paper: 1 − Dice's coefficient of the two
+    multisets of (type of a node, type of a child).
     """
     ours, theirs = _anatomy(program).edges, _anatomy(other).edges
     return 1.0 - 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
@@ -583,17 +585,17 @@ def edit_distance(program, other):
 # --- the buffers ------------------------------------------------------------------------------------
 
 class TaskBuffer:
-    """All tasks that were proposed and found valid, by type: the proposer's examples, the solver's food.
+    """Valid tasks by type: references for the proposer, and problems for the solver.
 
-    At most `capacity` tasks a type. A full buffer throws out a random task (the official code: the
-    oldest, so the seeds go first and the references drift with the proposer). The zero triplet stays,
-    so that there always is a reference and a program. `rng` (random.Random) makes all choices.
+    At most `capacity` tasks per type. A full buffer evicts a random task. The official code evicts the
+    oldest, so that the seeds go first and the references drift with the proposer. The zero triplet is never
+    evicted, so that there is always a reference and a program. `rng` (random.Random) makes all choices.
     """
 
     def __init__(self, capacity, rng):
         self.capacity, self.rng = capacity, rng
         self.tasks = {kind: [] for kind in KINDS}
-        # fingerprints of EXAMPLES and of all programs ever accepted, also of those thrown out since
+        # fingerprints of EXAMPLES and of all programs ever accepted, including those evicted since
         self.seen = {fingerprint(task.program) for task in EXAMPLES}
         for kind in KINDS:
             if KINDS[kind].is_triplet:
@@ -618,20 +620,20 @@ class TaskBuffer:
         return sum(getattr(other, name) == getattr(task, name) for other in bucket) / max(1, len(bucket))
 
     def references(self, k, kind=None):
-        """At most k tasks of different programs, uniform over deduction ∪ abduction, or over one type."""
+        """At most k tasks with different programs, uniform over deduction ∪ abduction, or over one type."""
         pool = self.tasks[kind] if kind else self._triplets()
         pool = list({task.program: task for task in pool}.values())
         return self.rng.sample(pool, min(k, len(pool)))
 
     def program(self):
-        """One program, uniform over deduction ∪ abduction: what an induction task starts from."""
+        """One program for an induction task to start from, uniform over deduction ∪ abduction."""
         return self.rng.choice(self._triplets()).program
 
     def fill(self, kind, fresh, size):
         """`size` tasks to solve: this step's `fresh` ones first, the rest uniform from the buffer.
 
-        So a batch is never short; a buffer with too few tasks repeats some.
-        Only an empty buffer of the type gives fewer.
+        A batch is never short, because a buffer with too few tasks repeats some. Only an empty buffer of the
+        type gives fewer.
         """
         bucket, batch = self.tasks[kind], [task for task in fresh if task.type == kind][:size]
         taken = set(batch)
@@ -640,7 +642,7 @@ class TaskBuffer:
         return batch + self.rng.choices(bucket, k=size - len(batch)) if bucket else batch
 
     def state(self):
-        """Everything but `rng` as JSON-ready values; `restore` takes it back."""
+        """Everything but `rng` as JSON-ready values, for `restore`."""
         tasks = {}
         for kind, bucket in self.tasks.items():
             tasks[kind] = [asdict(task) for task in bucket]

@@ -1,6 +1,6 @@
 """The Absolute Zero Reasoner: python train.py
 
-One model invents Python tasks, solves them, and learns from both; the sandbox is the only judge.
+One model invents Python tasks, solves them, and learns from both. The sandbox is the only judge.
 Read `train` first: it is Algorithm 1 of the paper (Zhao et al. 2025, arXiv 2505.03335).
 """
 
@@ -34,7 +34,7 @@ from tasks import KINDS, TASK_TYPES, TaskBuffer, UsageError
 # --- settings ----------------------------------------------------------------
 
 def setting(text, *presets, low=0, high=10 ** 6, choices=None):
-    """A field of Config. presets: tiny model on a CPU, 3B model on a 24 GB card, the paper; or one value."""
+    """A field of Config. presets: tiny model on a CPU, 3B on a 24 GB card, the paper, or one for all."""
     if len(presets) == 1:
         presets = presets * 3
     return field(default=presets[0], metadata={"text": text, "presets": presets, "range": (low, high),
@@ -128,7 +128,7 @@ class Config:
 
 
 TINY, CARD, PAPER = range(3)
-# what --resume may change: length, device, memory, speed and evaluation, but not the algorithm
+# settings that --resume may change: length, device, memory, speed and evaluation, but not the algorithm
 KEPT = "steps save_every heldout device workers generate_batch micro_tokens".split()
 
 
@@ -139,7 +139,7 @@ def preset(column, **changes):
 # --- Algorithm 1 ------------------------------------------------------------------------------------
 
 def train(cfg, run):
-    """Self-play from `cfg` into the run folder `run`, from its checkpoint if it holds one."""
+    """Train by self-play. Writes to the run folder `run`, and resumes from its checkpoint if it has one."""
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
@@ -178,8 +178,8 @@ def train(cfg, run):
             actor.clock.clear()
             parallel.seed_sampling(rng)
 
-            # PROPOSE: the model invents B tasks of each type; valid new ones join the buffer and are tried
-            # SOLVE: the model answers B tasks of each type, the new ones first
+            # PROPOSE: the model invents B tasks of each type. Valid new ones join the buffer and are tried.
+            # SOLVE: the model answers B tasks of each type, the new ones first.
             bar.set_description("self-play")
             proposals, tries, solutions = actor.self_play(buffer)
 
@@ -217,16 +217,16 @@ def train(cfg, run):
 
 
 def response_limit(weights):
-    """The tokens of a response where --max-response is 0, for a model of so many weights.
+    """The limit of a response, in tokens, for --max-response 0 and a model with this number of weights.
 
-    A small model that does not end soon repeats itself until the limit: all right answers of
+    A small model that does not end soon repeats itself until the limit. For example, all correct answers of
     Qwen2.5-Coder-0.5B to CRUXEval were within 110 tokens, and a quarter of its answers never ended.
     """
     return 512 if weights < 2e9 else 2048
 
 
 def trained_rollouts(proposals, tries, solutions, cfg):
-    """The rollouts of the update: of both roles and, with cfg.train_on_estimates, the tries at new tasks."""
+    """The rollouts of the update: solutions and, if cfg says so, proposals and the tries at new tasks."""
     rollouts = []
     if cfg.train_proposer:
         rollouts += proposals
@@ -239,9 +239,9 @@ def trained_rollouts(proposals, tries, solutions, cfg):
 def seed_buffers(actor, buffer, cfg, run, stop_requests):
     """Fill the buffers with B·S valid tasks of the untrained model, starting from the identity. → [Rollout]
 
-    Deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper); induction
-    tasks are then made from their programs. A model that seldom writes valid tasks gets 10·S rounds. Raises
-    UsageError if it has written none in them.
+    Deduction and abduction start with the same triplets (D_ded = D_abd = D_seed in the paper). Induction
+    tasks are then made from their programs. A model that rarely writes valid tasks gets 10·S rounds. Raises
+    UsageError if none of its proposals in them is valid.
     """
     drafts, has_valid, target = [], False, cfg.batch * cfg.seed_factor
     triplets = [kind for kind in KINDS if KINDS[kind].is_triplet]
@@ -312,7 +312,7 @@ def interruptible():
     requests = []
 
     def handle(number, frame):
-        # torchrun passes on a signal that the terminal has sent already
+        # torchrun forwards a signal that the terminal has already sent
         if requests and time.monotonic() > requests[0] + 1:
             raise KeyboardInterrupt
         requests.append(time.monotonic())
@@ -366,7 +366,7 @@ def configure(given):
         if "resume" in given and name not in (*KEPT, "resume"):
             raise UsageError(f"--resume uses the settings of the run; drop {flag(name)}")
     changes = {knob.name: given[knob.name] for knob in fields(Config) if knob.name in given}
-    for name in ("model", "heldout"):  # paths hold from any folder
+    for name in ("model", "heldout"):  # absolute paths work from any folder
         value = changes.get(name, "cruxeval")
         if value not in (*SHIPPED, "cruxeval") and Path(value).exists():
             changes[name] = os.path.abspath(value)

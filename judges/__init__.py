@@ -1,10 +1,10 @@
-"""Public benchmarks: what they are called, where they are had, and how answers to them are judged.
+"""Public benchmarks: their names, their sources, and the judges of their answers.
 
     load_benchmarks   {name: [problem]}, from local files or the Hugging Face hub
     judge             [problem], [response] → one {"correct", "base", "well_formed"} for each
 
-A problem has a key, a question, `answer_in(response)` and `judge(problems, answers, executor)`; values.py,
-code.py and math.py each have one kind, and the published formats that are read into it.
+A problem has a key, a question, `answer_in(response)` and `judge(problems, answers, executor)`. values.py,
+code.py and math.py each have one kind of problem, and readers of the published formats.
 """
 
 import gzip
@@ -25,7 +25,7 @@ from .code import EVERYTHING, read_contest, read_function
 from .math import read_math
 from .values import read_execution, read_heldout
 
-# that they need, or that programs import without need
+# modules that benchmarks need, or that programs import without need
 MODULES = """sys io os random time datetime hashlib threading _thread secrets calendar queue argparse atexit
     builtins codecs doctest fileinput gc inspect logging pathlib signal traceback unittest warnings
     weakref""".split()
@@ -33,15 +33,15 @@ GROUPS = "heldout io code math".split()
 FORMATS = {"inputs": partial(read_execution, "abduction"), "outputs": partial(read_execution, "deduction"),
            "function": read_function, "contest": read_contest, "math": read_math,
            "physics": partial(read_math, physical=True)}
-# All that the hub's client, parquet, JSON and the formats raise for what cannot be had or is damaged
+# Errors that the hub's client, parquet, JSON and the formats raise for data that is unavailable or damaged
 READING_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
                   ImportError, zlib.error)
-KEYS = "task_id unique_id id idx question_id".split()  # columns of a task's own name
+KEYS = "task_id unique_id id idx question_id".split()  # columns that may hold a task's id
 
 
-# group: heldout is ours; the paper's are io (in-distribution), code and math. groups: words that ask for it
-# and for others. names: what it and its files may be called, squashed, best first. files: those of the split,
-# where the repository does not say which they are.
+# group: heldout is ours. io (in-distribution), code and math are the paper's. groups: words that select it
+# together with others. names: squashed names of it and its files, best first. files: those of the split, if
+# the repository does not say which they are.
 Benchmark = namedtuple(
     "Benchmark", "name group groups names format repository revision split configuration files")
 BENCHMARKS = {row["name"]: Benchmark(**row)
@@ -66,9 +66,9 @@ def named(text):
 
 
 def load_benchmarks(names, data=None, limit=None, heldout=()):
-    """→ ({name: [problem]}, {name: why it could not be had})
+    """→ ({name: [problem]}, {name: the reason why it is not available})
 
-    data: a folder instead of the hub. limit: the first so many of each. heldout: tasks of the group heldout.
+    data: a folder instead of the hub. limit: the first N of each. heldout: tasks of the group heldout.
     """
     files, problems, missing = local_files(data) if data else None, {}, {}
     for name in names:
@@ -106,7 +106,7 @@ def read_problems(benchmark, files, heldout):
 
 
 def local_files(data):
-    """{benchmark: its files}: whose a file is, the last name of a benchmark in its path says."""
+    """{benchmark: its files}. A file belongs to the benchmark whose name comes last in the file's path."""
     data = Path(data)
     if not data.is_dir():
         raise UsageError(f"--data {data}: no such folder")
@@ -147,14 +147,14 @@ def read_rows(path):
 
 
 def sandbox(workers=None):
-    """For benchmarks, whose tests and solutions need more modules, time and room than AZR's own tasks."""
+    """For benchmarks, whose tests and solutions need more modules, memory and text than AZR's own tasks."""
     return Executor(workers, timeout=10.0, memory_mb=4096, allow=MODULES, max_text=EVERYTHING)
 
 
 def judge(problems, responses, executor, label=""):
     """[problem] of one benchmark, [response] → [{"correct", "base", "well_formed"}], in order.
 
-    base: whether the benchmark's base tests pass; not there or None where it has none.
+    base: whether the benchmark's base tests pass (missing or None if it has none).
     """
     answers = [problem.answer_in(response.replace("\r\n", "\n"))
                for problem, response in zip(problems, responses, strict=True)]

@@ -1,8 +1,8 @@
 """Programs: HumanEval(+), MBPP(+) and LiveCodeBench's generation set, judged by the benchmark's own tests.
 
-A program runs in the sandbox and gives values there; whether they are right is decided here, outside,
-where no object of the program's making takes part. Tests that are published as asserts become calls:
-the sandbox runs them once with the benchmark's own solution and notes with what they call it.
+A program runs in the sandbox and returns values. They are judged here, outside the sandbox, where no object
+that the program made takes part. Tests that are published as asserts become calls: the sandbox runs them once
+with the benchmark's own solution, and records its arguments.
 """
 
 import ast
@@ -25,8 +25,8 @@ from .text import answer_text, pieces
 
 EVERYTHING = 1 << 30  # characters: no limit but memory
 written = partial(literal, limit=EVERYTHING)
-LONG = 100_000        # characters of a value that is compared by its checksum, where both sides are from runs
-DIGITS = 100_000      # of an integer in a contest's tests; LiveCodeBench's own judge reads 50,000
+LONG = 100_000        # from this many characters on, values from two runs are compared by checksum
+DIGITS = 100_000      # of an integer in a contest's tests (LiveCodeBench's own judge reads 50,000)
 FENCE = "Give the whole program in one fenced block that starts with ```python."
 STARRED = """string re datetime collections heapq bisect copy math random statistics itertools functools
     operator io sys json builtins typing""".split()
@@ -37,7 +37,7 @@ sys.setrecursionlimit(50000)
 getattr(sys, "set_int_max_str_digits", id)(0)
 """
 
-# Of a text that could be a program: what it does, and its runs of indented lines and of lines of code
+# Patterns for text that could be a program: what it does, runs of indented lines, and runs of lines of code
 RETURNS = r"\b(?:return|yield|raise)\b"
 DEFINES = r"(?:\b(?:def|class) +|^(?=\w+ *=(?!=)))%s\b"
 PRINTS = r"\b(?:print|stdout|__stdout__|write)\b"
@@ -49,22 +49,22 @@ RUNS = (r"(?m)(?:^(?:[ \t]+\S.*|[ \t]*)(?:\n|\Z))+", r"""(?mx)(?: ^ (?: [ \t]+\S
 
 class ProgramProblem(namedtuple(
         "ProgramProblem", "key question name entry prelude solutions asserts tests same")):
-    """What a program has to do, and the tests that it has to pass.
+    """A programming problem, and the tests that a program has to pass.
 
-    name       what the program must define; "" if it reads standard input
-    entry      what is called with the arguments of a test, an expression; "": standard input
+    name       the name that the program must define ("" if it reads standard input)
+    entry      the expression that is called with the arguments of a test ("": standard input)
     prelude    code before the answer
-    solutions  programs that are right: the benchmark's own, and other readings of the task
-    asserts    base tests as code that calls `name`; "" if tests() has them
-    tests      () → [base, plus], each {arguments: [right values, beside those of the solutions]}
-    same       (value, right value) → whether two unequal values agree
+    solutions  correct programs: the benchmark's own, and other readings of the task
+    asserts    base tests as code that calls `name` ("" if tests() has them)
+    tests      () → [base, plus], each {arguments: [correct values, besides those of the solutions]}
+    same       (value, correct value) → whether two unequal values agree
     """
 
     batch = 16        # contests have megabytes of tests
 
     def answer_in(self, response):
-        """The program in a response, ready to run, or None. What parses comes first, and of this the
-        last piece that defines what is asked for, or else the last body of the function in the prelude."""
+        """The program in a response, ready to run, or None. Pieces that parse come first. Among them it is
+        the last one that defines the requested name, or else the last body of the prelude's function."""
         text = answer_text(response)
         blocks = [piece for _, piece in pieces(text)[1:-1] if piece]
         found = [*map(self.program, [*blocks, *self.candidates(text)])]
@@ -86,19 +86,20 @@ class ProgramProblem(namedtuple(
         return chosen
 
     def program(self, code):
-        """The code behind what it needs; imports from __future__ must come first."""
+        """The code after its prelude. Imports from __future__ are moved up, because they must come first."""
         before_future = r"(?ms)\A(.*?)^((?:from __future__ import [^\n]*\n)+)"
         return re.sub(before_future, r"\2\1", f"{self.prelude}\n{code}\n")
 
     def job(self, program, tests):
-        """What run_programs needs to run a program on these tests."""
+        """A job of run_programs: this program on these tests."""
         return program, self.entry, [*tests], LONG if self.solutions else EVERYTHING
 
     @staticmethod
     def judge(problems, answers, executor):
         """[ProgramProblem], [program or None] → one {"correct", "base"} for each, in order.
 
-        First by the base tests; those that pass, by the others. base is None where there are no base tests.
+        The base tests come first. Programs that pass them get the plus tests. base is None if there are no
+        base tests.
         """
         known = known_tests({problem.key: problem for problem in problems}, executor)
         tests = [known[problem.key] for problem in problems]
@@ -133,7 +134,7 @@ def read_function(key, row):
             f"Write a Python function `{name}`. {FENCE}\n\n{text}\n{''.join(hints[:1])}".strip())
     own = prompt + row["canonical_solution"] if "canonical_solution" in row else row["code"]
     asserts, tolerance = "\n".join([*(row.get("test_imports") or ()), *hints]), []
-    if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # of the hub
+    if inputs := re.search(r"^ *inputs = (.*)$", test, re.M):  # the hub's format
         tolerance = re.findall(r"^ *assert.*(?:,|<=) (\d[\d.e-]*)\)?$", test, re.M)
     elif "base_input" not in row:  # the original HumanEval
         asserts = f"{test}\ncheck({name})"
@@ -147,7 +148,7 @@ def read_function(key, row):
 
 
 def function_tests(row, inputs):
-    """[base, plus] of a row; inputs: the match of those that are written in its test."""
+    """[base, plus] of a row. inputs: the match of the inputs that are written in its test."""
     parts = [row.get("base_input") or (), row.get("plus_input") or ()]
     if inputs:
         parts[1] = parse_literal(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e309", inputs[1]), EVERYTHING)
@@ -209,7 +210,7 @@ def unpack(text):
     """LiveCodeBench's private tests: JSON, or base64 of zlib of a pickle of one str of JSON."""
     if text.lstrip().startswith("["):
         return text
-    pickled = zlib.decompress(base64.b64decode(text))  # read, never run: loading a pickle can run code
+    pickled = zlib.decompress(base64.b64decode(text))  # only read, because loading a pickle can run code
     tests, = [value for code, value, _ in pickletools.genops(pickled) if "UNICODE" in code.name]
     return tests
 
@@ -440,7 +441,7 @@ def recorded_calls(name, asserts):
 def known_tests(problems, executor):
     """{key: ProgramProblem} → {key: [base, plus]}, each part {arguments: [right values]}
 
-    Asserts become the calls that they make, and what a benchmark's solutions return is right.
+    Asserts become the calls that they make, and values that a benchmark's solutions return are correct.
     """
     tests = {key: problem.tests() for key, problem in problems.items()}
     asserted = [problem for problem in problems.values() if problem.asserts]
@@ -448,7 +449,7 @@ def known_tests(problems, executor):
         (problem.solutions[0] + RECORD, "recorded_calls", [written([problem.name, problem.asserts])],
          EVERYTHING) for problem in asserted])
     for problem, calls in zip(asserted, recorded):
-        # where the asserts fail, a text that does not run either
+        # if the asserts fail, an input that does not run either
         tests[problem.key][0] = open_tests(calls[0]) if calls else {"no call": []}
     parts, jobs = [], []
     for key, problem in problems.items():
@@ -466,10 +467,10 @@ def known_tests(problems, executor):
 
 
 def run_programs(executor, jobs):
-    """[(source, entry, [arguments], limit)] → [[value] or None]: None if one of its calls gives no value.
+    """[(source, entry, [arguments], limit)] → [[value] or None]: None if one of the job's calls has no value.
 
-    Of values longer than limit only a checksum comes back. A hundred calls share a process; once some take
-    too much time or room together, calls are run one by one. No job is run further once a call has failed.
+    For values over the limit, only a checksum comes back. A hundred calls share a process. If they take too
+    much time or memory together, calls are run one by one. A job stops at its first failed call.
     """
     results, sizes = [[] for _ in jobs], [100 if entry else 1 for _, entry, _, _ in jobs]
     left = range(len(jobs))
@@ -504,7 +505,7 @@ def right(same, output, expected):
 
 
 def close(output, expected, atol=0):
-    """EvalPlus' rule for unequal values: floats, or what a task has a tolerance for, that are close."""
+    """EvalPlus' rule for unequal values: only floats, or values of a task with a tolerance, may be close."""
     flat = expected if isinstance(expected, (list, tuple)) else [expected]
     atol = atol or (1e-6 if {*map(type, flat)} == {float} else 0)
     return atol > 0 and type(output) is type(expected) and near(output, expected, atol)
@@ -517,7 +518,7 @@ def near(a, b, atol):
 
 
 def same_lines(output, expected):
-    """Lines without the spaces around, numbers by their values."""
+    """Compares line by line, without surrounding spaces, and lines of numbers by value."""
     return read_lines(output) == read_lines(expected)
 
 
@@ -526,8 +527,8 @@ def read_lines(text):
             for line in map(str.strip, text.strip().split("\n"))]
 
 
-# Other solutions, where a task can be read in two ways. Of are_equivalent EvalPlus takes any answer; we take
-# both readings of 'divisors', with and without the number itself.
+# Other solutions, for tasks that can be read in two ways. For are_equivalent EvalPlus accepts any answer. We
+# accept both readings of 'divisors', with and without the number itself.
 OTHER_READINGS = {
     "sum_div": ["def sum_div(n): return 0"],
     "are_equivalent": ["""
@@ -545,8 +546,8 @@ def digit_distance_nums(a, b):
     return sum(abs(int(x) - int(y)) for x, y in zip(a.ljust(n, "0"), b.ljust(n, "0")))"""]}
 
 
-# EvalPlus' release holds tuples and sets as lists, and complex numbers as text. How CALL restores them: one
-# word for each argument, the last one for all that follow; then the numbers of the tasks in MBPP.
+# EvalPlus' release stores tuples and sets as lists, and complex numbers as text. This is how CALL restores
+# them: one word for each argument, of which the last is for all that follow, then the task numbers in MBPP.
 SHAPES = """
     tuple: 2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809 .
     of_tuples: 63 64 70 94 120 237 272 299 400 409 417 438 473 614 780 .

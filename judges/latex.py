@@ -1,9 +1,10 @@
-"""Whether two answers in LaTeX say the same.
+"""Whether two answers in LaTeX mean the same.
 
-Both are brought into one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
-by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and what is left,
-one formula, by its exact value. math-verify reads formulas, and compares what has no value, as equations do.
-math.py has all this done in a process that can be killed, and that alone imports these slow libraries.
+Both are normalized to one spelling (REWRITES), then compared part by part: lists, tuples, sets and intervals
+by their items, chains like x = 1/3 ≈ 0.33 by their sides, amounts with their units (UNITS), and the remaining
+single formulas by their exact values. math-verify parses formulas, and compares those without a value, for
+example equations. math.py runs all this in a process that can be killed, so that only this process imports
+these slow libraries.
 """
 
 import json
@@ -21,12 +22,12 @@ from sympy import Expr, Float, I, Rational
 
 from .text import nested
 
-SECONDS, MEMORY_MB = 5, 4096  # of processor time for one comparison; for the process that makes them
+SECONDS, MEMORY_MB = 5, 4096  # processor time of one comparison, and memory of the process
 DIGITS = 2000                 # to which irrational numbers are compared
-# Its default drops what could be a unit, such as c or m
+# The default drops letters that could be a unit, such as c or m
 READING = LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True))
-SIGNS = "+ - +- -+".split(), "+ ++ +++".split()  # of variables at a random point; of physical ones
-# Pattern → what it becomes, in this order; ~ stands for a space.
+SIGNS = "+ - +- -+".split(), "+ ++ +++".split()  # of variables at random points, and of physical ones
+# Pattern → replacement, in this order. ~ stands for a space.
 REWRITES = r"""
 \.{3,}|…|\\[lcdi]?dots[bcimo]?(?![a-zA-Z])→\\ldots
 \.~*$→
@@ -125,7 +126,7 @@ SQUEEZED = r"""
 (?<!\d)~+|~+(?!\d)→
 \{(\w|\\[a-zA-Z]+)\}→\1
 """
-# The units that count without \text; others are taken for variables
+# Units that count without \text. Others are taken for variables
 PLAIN_UNIT = r"""(?x)(?: percent | degree | dollar | cent | [ckmn]?m | inch | foot | mile | minute
     | hour | second | day | year | unit | k?g | [km]?ev | k?j | hz )\b"""
 WORD = r"\\text\{[^{}]*\}|[A-Za-z][a-z]{3,}[a-z ,'-]*"
@@ -135,7 +136,7 @@ CHOICE = r"""(?x)^ (?:\\text\{\s*)? \(?([A-J])[).:]\s* \}? \s*[:.=]?\s*  # (C) 3
     (?! [=+*/^_,<>}\s] | \\(?:cup|cap|times|cdot|to)\b ) (.+)$"""
 # Text, a number in another base, numbers side by side, and dots: math-verify would skip them or add them up
 NO_VALUE = r"\\text|\d_\{?\d|(?<![_^.\d])[\d.]*\d \d|(?<![\w^.])\d+ ?\{\d|(?<![\w}^\]])\{\d+\} ?\{?\d|\\ldots"
-# A product without a sign, of which math-verify would give the sum: 2(3), (2)(3), \frac{6}{3}(4)
+# A product without a sign, which math-verify would read as a sum: 2(3), (2)(3), \frac{6}{3}(4)
 PRODUCT = r"(?<![_^.\d])\d[\d.]*\s*(?=\()|\\frac\{\d+\}\{\d+\}\s*(?=\()|\)\s*(?=[\d(]|\\frac)"
 LONG = r"-?(?:[1-9]\d*\.\d{6,}|0?\.0*[1-9]\d{5,})"  # a decimal of at least six digits and places
 BRACKETS = "() [] (] [)".split()  # of tuples and intervals
@@ -143,12 +144,12 @@ GROUP = nested(r"\\?[(\[{](?:[^()\[\]{}\\]|\\[^{}]|X)*\\?[)\]}]")
 
 
 def serve():
-    """The life of that process: pairs on standard input; "ready", then a line true or false for each."""
+    """The main function of that process. It reads pairs, and prints "ready", then true or false for each."""
     resource.setrlimit(resource.RLIMIT_AS, [MEMORY_MB << 20] * 2)
     logging.disable(logging.CRITICAL)
     print('"ready"', flush=True)
     for pair in json.load(sys.stdin):
-        # processor time, so that a busy machine changes no verdict; nothing catches the signal, so it ends
+        # processor time, so that a busy machine changes no verdict. Nothing catches the signal, so it ends
         # the process even inside a library's C code
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         print(json.dumps(same_math(*pair)), flush=True)
@@ -163,18 +164,18 @@ def rewrite(text, table):
 
 
 def squeeze(text):
-    """Without the spaces and braces that mean nothing: \\frac{1}{23} is not \\frac{12}{3}, nor 1 1/2 11/2."""
+    """Drops meaningless spaces and braces. \\frac{1}{23} is not \\frac{12}{3}, and 1 1/2 is not 11/2."""
     return rewrite(text, SQUEEZED)
 
 
 def same_math(gold, answer, physical=False):
-    """Whether two answers in LaTeX say the same. physical: as of a MathProblem."""
+    """Whether two answers in LaTeX mean the same. physical: see MathProblem."""
     gold, answer = rewrite(gold, REWRITES), rewrite(answer, REWRITES)
     return same(chosen(gold, answer), chosen(answer, gold), physical)
 
 
 def chosen(text, other):
-    """Of a letter with its value, as in (C) 36, the one of the two that the other side has."""
+    """For a letter with its value, as in (C) 36: the letter if the other side is a letter, else the value."""
     return re.sub(CHOICE, r"\1" if re.fullmatch(LETTER, other) else r"\2", text)
 
 
@@ -184,7 +185,7 @@ def same(gold, answer, physical):
     if re.fullmatch(WORD, gold):
         meant, said = (re.sub(r"\\text|[{}()\s.,'\"]", "", text).lower() for text in (gold, answer))
         return meant == said
-    if bool(parts(gold)) != bool(parts(answer)):  # 13,535 is one number if the other side is one
+    if bool(parts(gold)) != bool(parts(answer)):  # 13,535 is one number if the other is
         gold, answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (gold, answer))
     ours, theirs = parts(gold), parts(answer)
     if ours and theirs:
@@ -198,7 +199,7 @@ def same(gold, answer, physical):
 
 
 def same_items(kind, gold, other, answer, physical):
-    """Tuples, intervals and what has dots by the places of items; sets, lists and unions in any order."""
+    """Compares tuples, intervals and anything with dots in order, but sets, lists and unions in any order."""
     if kind != other or len(gold) != len(answer):
         return False
     if kind in BRACKETS or r"\ldots" in gold:
@@ -214,17 +215,17 @@ def same_items(kind, gold, other, answer, physical):
 
 
 def same_sides(gold, answer, physical):
-    """x = 5 is 5, and it is not y = 5. Of x = 10/3 ≈ 3.33 one side is right, and the others round to it."""
+    """x = 5 equals 5, but not y = 5. In x = 10/3 ≈ 3.33, one side must be equal, and the others rounded."""
     (name, *ours), (other, *theirs) = map(sides, (gold, answer))
     if (name or ours[1:]) and (other or theirs[1:]) and (not name or name != other):
-        says_something = name or None in map(value, ours)  # 1 + 1 = 2 says as little as 3 = 3
+        says_something = name or None in map(value, ours)  # 1 + 1 = 2 has no more content than 3 = 3
         return same_formula(gold, answer, physical) if says_something else False
     if ours[1:] and not name:
         return False
     meant, found = ours[-1], False
     if theirs[1:] and not other and value(meant) is not None and value(theirs[0]) is None:
-        theirs = theirs[1:]  # what the answer is the value of
-    for side in theirs:  # what stands before the answer rounds to it, and it to what follows
+        theirs = theirs[1:]  # the expression whose value is the answer
+    for side in theirs:  # sides before the answer round to it, and it rounds to those after it
         if same(meant, side, physical):
             found = True
         elif not (rounds(meant, side) if found else rounds(side, meant)):
@@ -233,13 +234,13 @@ def same_sides(gold, answer, physical):
 
 
 def sides(text):
-    """'x = 10/3 ≈ 3.33' → ['x', '10/3', '3.33']; the first is '' if there is no name."""
+    """'x = 10/3 ≈ 3.33' → ['x', '10/3', '3.33']. The first is '' if there is no name."""
     name, rest = re.fullmatch(rf"(?s)(?:({NAME})\s*[=≈])?(.*)", text).groups()
     return [squeeze(name or ""), *map(str.strip, re.split("[=≈]", rest))]
 
 
 def same_amount(gold, answer, physical):
-    """With a unit on one side, or the same one on both; 15% is 15 or 0.15."""
+    """Compares amounts with a unit on one side, or the same unit on both. 15% is 15 or 0.15."""
     amounts = [split_unit(gold, 2), split_unit(answer, 1)]
     (amount, unit), (said, other) = amounts
     hundredths = [f"({text})/100" if unit else text for text, unit in amounts]
@@ -250,7 +251,7 @@ def same_amount(gold, answer, physical):
 
 
 def split_unit(text, shortest):
-    """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters of one without \\text; 37 m may be a product"""
+    """'10 \\text{cm}^2' → ('10', 'cm^2'). shortest: letters without \\text (37 m may be a product)"""
     words, power = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}", r"\^\{?-?\d\}?"
     found = re.search(r"(?:(?<=[\d})!])|(?<=[a-zA-Z])(?=\s*\\text))\s*"
                       rf"({words}(?:{words}|{power}|[-/\s]|\\cdot)*"
@@ -262,7 +263,7 @@ def split_unit(text, shortest):
 
 
 def parts(text):
-    """('()', ['1', '2']) of a tuple or interval, '∪' of a union, '' of a list or set; None of one formula."""
+    """('()', ['1', '2']) of a tuple or interval, '∪' of a union, '' of a list or set. None of one formula."""
     union = cut(text, r"\\cup(?![a-z])")
     if union[1:]:
         return "∪", union
@@ -277,7 +278,7 @@ def parts(text):
 
 
 def cut(text, separator=","):
-    """The pieces between separators that stand in no brackets."""
+    """The pieces between separators outside all brackets."""
     return [piece.strip()
             for piece in re.findall(rf"(?s){separator}|(?:{GROUP}|(?!{separator})\\?.)+", text)
             if not re.fullmatch(rf"\s*|{separator}", piece)]
@@ -286,17 +287,17 @@ def cut(text, separator=","):
 # --- one formula -------------------------------------------------------------------------------------------
 
 def number(text):
-    """A decimal, also with a power of ten, as Decimal; or None."""
+    """A decimal, also with a power of ten, as a Decimal. None for other text."""
     plain = re.sub(r"\\(?:times|cdot)10\^\{?([-+]?\d+)\}?$", r"e\1", squeeze(text))
     return Decimal(plain) if re.fullmatch(r"[-+]?\d*\.?\d+(?:e[-+]?\d{1,9})?", plain) else None
 
 
 def formula(text):
-    """What math-verify reads, decimals as fractions: [sympy's expression, its text], [its text] or []."""
+    """math-verify's parse, with decimals as fractions: [sympy's expression, its text], [its text] or []."""
     text = re.sub(PRODUCT, r"\g<0>\\cdot ", text)
     found = parse(f"$\\boxed{{{text}}}$", [READING], parsing_timeout=None)
     if found and not isinstance(found[0], str):
-        # there are two kinds of i, neither the imaginary unit, depending on what stands around
+        # depending on context, i becomes one of two symbols, neither of which is the imaginary unit
         exact = {decimal: Rational(str(decimal)) for decimal in found[0].atoms(Float)} | {
             symbol: I for symbol in found[0].free_symbols if symbol.name == "i"}
         found[0] = found[0].xreplace(exact)
@@ -304,14 +305,14 @@ def formula(text):
 
 
 def value(text):
-    """The exact number that a formula without variables stands for; None for all others."""
+    """The exact value of a formula without variables, or None for all others."""
     found = formula(text)
     return found[0] if found and isinstance(found[0], Expr) and not found[0].free_symbols else None
 
 
 def rounds(text, rounded, most=0.500001):
-    """Whether a formula's value, rounded to as many places as a decimal has, is that decimal. most: how much
-    more it may be, in units of the last place; 1 if the decimal may also be cut off."""
+    """Whether a formula's value, rounded to the number of places of a decimal, is that decimal. most: how
+    much larger it may be, in units of the last place (1 if the decimal may also be truncated)."""
     decimal, exact = number(rounded), value(text)
     if decimal is None or exact is None:
         return False
@@ -336,8 +337,8 @@ def same_formula(gold, answer, physical):
 
 
 def same_value(gold, answer, physical):
-    """Whether two expressions have equal values, to DIGITS digits, at some random points; None if that cannot
-    be said. physical: at points where all variables are positive."""
+    """Whether two expressions have equal values, to DIGITS digits, at some random points, or None if that is
+    undecided. physical: at points where all variables are positive."""
     if not all(isinstance(side, Expr) and not side.is_Matrix for side in (gold, answer)):
         return None
     symbols = gold.free_symbols | answer.free_symbols
@@ -352,6 +353,6 @@ def same_value(gold, answer, physical):
 
 
 def coordinate(name, signs):
-    """A variable's value at the point that belongs to these signs."""
+    """A variable's value at the random point with these signs."""
     chance = random.Random(name + signs)
     return Rational(f"{chance.choice(signs)}{chance.randrange(3, 100)}/7")

@@ -1,4 +1,4 @@
-"""Mathematics: the final answer of a response. latex.py says whether it is the benchmark's."""
+"""Mathematics: finds the final answer of a response. latex.py compares it with the benchmark's."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from .text import answer_text, nested
 # The marks of bold and italics, and not those of 2**3, x^* or a*b
 EMPHASIS = r"""(?mx) (?<![\w)\]{}*^])\*{1,3}(?=[^\s*}]) | (?<=[^\s*^{])\*{1,3}(?![\w(\[{}\\*])
     | ^__?(?=\S) | (?<=\S)__?$"""
-# Behind the last "answer is", "answer:" and the like: what stands in $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or
-# else the rest of the line without what may follow an answer there
+# After the last "answer is", "answer:" and the like: the content of $$1/2$$, \[1/2\], $1/2$ or \(1/2\), or
+# else the rest of the line without an explanation that may follow the answer
 CALLED = r"""(?imx) (?s:.*) (?: \banswers?\b (?:\ (?:to|of|for)\b[^.\n:=]{0,80}?)?
         (?:,?\ (?:therefore|thus|hence|then),?)?
         \s* (?: [:=] | \b(?:is|are|equals|(?:must|would|should)\ be)\b:? )
@@ -31,7 +31,7 @@ BRACED = nested(r"\{(?:[^{}\\]|\\.|X)*\}")
 FULL = rf"""(?: {BOX} (?: \{{(?!{NOTHING})((?:[^{{}}\\]|\\.|{BRACED})*)\}}
     | (?!\{{)(.+?)(?=\s*(?:\$|\\[)\]]|[.,;]?\s*$|[.,;]\s|\s[a-zA-Z]{{2,}})) ) )"""
 SPACE, WORD = r"(?:[\s$~]|\\[()\[\],;:]|\\q?quad)*", r"(?:(?:\\text\{\s*)?(?:or|and)\b(?:\s*\})?)"
-# What may stand between two boxes of a list
+# Text that may separate two boxes of a list
 LISTED = rf"{SPACE}(?:[,;]{SPACE}{WORD}?|{WORD}){SPACE}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=)?{SPACE}"
 # A list of boxes, or one that is never closed
 LAST = rf"(?mx){FULL}(?:{LISTED}{FULL})*|{BOX}\{{(?!{NOTHING})"
@@ -44,7 +44,7 @@ class MathProblem(namedtuple("MathProblem", "key question gold physical", defaul
     batch = 1024
 
     def answer_in(self, response):
-        """The last box; without one, what is tagged or called the answer, or a response of one formula."""
+        """The last box. Without one, the text tagged or called the answer, or a response of one formula."""
         text = answer_text(response).strip()
         answer = ", ".join(boxes(text))
         if not answer:
@@ -76,12 +76,12 @@ def read_math(key, row, physical=False):
 
 
 def boxed(text):
-    """The content of the last \\boxed{…} that has any, or None, as also if the last box is never closed."""
+    """The content of the last \\boxed{…} that has any. None without a box, or if the last is never closed."""
     return (boxes(text) or [None])[-1]
 
 
 def boxes(text):
-    """The contents of the last \\boxed{…} and of those before it with which it makes up a list, as in
+    """The contents of the last \\boxed{…} and of those before it that belong to the same list, as in
     x=\\boxed{1} or x=\\boxed{2}."""
     lists = ["", *(found[0] for found in re.finditer(LAST, text))]
     return ["".join(groups) for groups in re.findall(f"(?mx){FULL}", lists[-1])]
@@ -90,7 +90,7 @@ def boxes(text):
 # --- a process that can be killed ------------------------------------------------------------------------
 
 def compare(pairs):
-    """[(gold, answer, physical)] → [whether they say the same]; those that take too long do not."""
+    """[(gold, answer, physical)] → [whether they mean the same, False if that takes too long]"""
     verdicts = []
     while len(verdicts) < len(pairs):
         done = subprocess.run([sys.executable, "-c", "from judges.latex import serve; serve()"], text=True,
@@ -104,6 +104,6 @@ def compare(pairs):
 
 
 def same_math(*pair):
-    """latex.same_math, here and now."""
+    """latex.same_math, in this process."""
     from . import latex  # slow to import
     return latex.same_math(*pair)

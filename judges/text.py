@@ -1,11 +1,11 @@
-"""What all answers have in common, whatever they answer."""
+"""Thoughts, answer tags and fences: parts of a response that all benchmarks have in common."""
 
 import re
 
-# A run of backticks or tildes; tildes count only at the start of a line
+# A run of backticks, or of tildes at the start of a line
 TICKS = r"(?: (?<!`)`{3,}(?!`) | ^[ \t]*~{3,}(?!~) )"
-# The start of the text, or a fence with its tag and what else stands on its line. If that is code, or if the
-# closing fence stands there too, it belongs to what follows, and only a well-known tag is taken off.
+# A fence with its tag and the rest of its line. If the rest is code, or if the closing fence is on the same
+# line, the rest belongs to the block, and only a well-known tag is removed.
 FENCE = TICKS + r"""[ \t]* (?:
     (?! [^`\n]*\b(?:def|import|return|print)\b | \w+[ \t]*[(=] ) \{?\.? ([\w+-]*) (?![\w+-]) [^`\n]* (?:\n|\Z)
     | (?: (?i:python3?|py|input|output|text)\b )? )"""
@@ -20,8 +20,8 @@ def nested(pattern):
 
 
 def answer_text(response):
-    """What stands behind the thought, and inside the answer tags if there are any (those in brackets are
-    CRUXEval's). The first line keeps its indentation, as it may be the first line of a function's body.
+    """The text after the thought, and inside the answer tags if there are any (those in brackets are
+    CRUXEval's). The first line keeps its indentation, because it may start a function's body.
 
     >>> answer_text("2 + 2</think> It is <answer>4 </answer>")
     '4'
@@ -31,7 +31,7 @@ def answer_text(response):
 
 
 def pieces(text, more=0):
-    """[(tag, piece)]: what stands before the first fence, and behind each fence up to the next one, or to one
+    """[(tag, piece)]: the text before the first fence, and after each fence up to the next one, or to the one
     that comes `more` fences later. If all fences are closed, every second piece is a block.
 
     >>> pieces("So:\\n```python title\\nx = 1```\\nDone.")

@@ -1,6 +1,6 @@
 """Inputs and outputs of given programs: CRUXEval, LiveCodeBench's execution set, our own held-out tasks.
 
-They are judged as in training: literals of equal types, and for an input any that gives the output.
+They are judged as in training: literals need equal types, and any input that gives the output is correct.
 """
 
 import re
@@ -47,7 +47,7 @@ def read_heldout(key, task):
 
 
 def read_execution(task_type, key, row):
-    """CRUXEval has code, input and output; LiveCodeBench's execution set calls its function by name."""
+    """CRUXEval has code, input and output. LiveCodeBench's execution set calls its function by name."""
     code, argument, name = row["code"], row["input"], row.get("function_name", "f")
     if name != "f":
         code, argument = f"{code}\n\n\nf = {name}", argument.strip().removeprefix(name).strip()[1:-1]
