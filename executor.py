@@ -23,7 +23,7 @@ Not covered:
   bugs of the kernel, and side channels of the hardware
   machine code, which can read random bits and its core from the processor, and its thread's id from memory
   programs that rarely differ, or agree by chance under three seeds, because each worker has other addresses
-docs/sandbox.md describes each kind of attack. The caller needs 512 KiB of stack. For Linux, and for one thread.
+docs/sandbox.md describes each kind of attack. The caller needs 512 KiB of stack. Linux and one thread only.
 """
 
 import ast
