@@ -449,6 +449,15 @@ def _is_4bit(weight):
     return type(weight).__name__ == "Params4bit"
 
 
+def count_weights(model):
+    """The weights of a model, also of those that are packed in 4 bits."""
+    count = 0
+    for weight in model.parameters():
+        packed = 2 * weight.element_size() if _is_4bit(weight) else 1
+        count += packed * weight.numel()
+    return count
+
+
 def describe(policy):
     """The trained weights, and the precision of the rest. → one line
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import parallel
 from azr import Actor, accept, fit_micro_tokens, heldout_accuracy, load_heldout, trr_update
 from executor import Executor
-from model import SHIPPED, check_lengths, describe, load_policy
+from model import SHIPPED, check_lengths, count_weights, describe, load_policy
 from parallel import say
 from rewards import Verdict, set_advantages, set_rewards
 from run import (Follower, Run, State, cost, flag, mean_score, pick_samples, printable_output, screen,
@@ -145,7 +145,7 @@ def train(cfg, run):
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
                          date=cfg.date)
     if not cfg.max_response:
-        cfg = replace(cfg, max_response=response_limit(policy.causal.num_parameters()))
+        cfg = replace(cfg, max_response=response_limit(count_weights(policy.causal)))
     check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
@@ -220,7 +220,7 @@ def response_limit(weights):
     """The limit of a response, in tokens, for --max-response 0 and a model with this number of weights.
 
     A small model that does not end soon repeats itself until the limit. For example, all correct answers of
-    Qwen2.5-Coder-0.5B to CRUXEval were within 110 tokens, and a quarter of its answers never ended.
+    Qwen2.5-Coder-0.5B to CRUXEval had at most 105 tokens, and a quarter of its answers never ended.
     """
     return 512 if weights < 2e9 else 2048
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from azr import fit_micro_tokens
 from judges import BENCHMARKS
-from model import SHIPPED
+from model import SHIPPED, count_weights
 from run import flag, read_rows
 from shapes import SHAPES, make_policy
 from tables import markdown
@@ -142,7 +142,7 @@ def describe(cfg, options, run, out):
     size = cfg.model.split("-")[-1]
     if "Qwen2.5-" in cfg.model and size in SHAPES:
         policy = make_policy(size, "4bit" if cfg.lora_rank else "bf16", "meta")
-        cfg = replace(cfg, max_response=cfg.max_response or response_limit(policy.causal.num_parameters()))
+        cfg = replace(cfg, max_response=cfg.max_response or response_limit(count_weights(policy.causal)))
         fitting, seconds = fit_micro_tokens(policy, cfg, CARD_GB * 2 ** 30), seconds_of_a_step(policy, cfg)
         print(f"on a card of {CARD_GB} GB, expected, not measured: micro-batches of at most {fitting} tokens, "
               f"{seconds:.0f} seconds a step, {seconds * cfg.steps / 3600:.0f} hours in all")
