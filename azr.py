@@ -169,7 +169,7 @@ class Actor:
             references = buffer.references(cfg.references)
         else:
             program = buffer.program()
-            if cfg.frame == "examples":  # the long question shows no references with a given program
+            if cfg.frame != "long":  # the long question shows no references with a given program
                 references = buffer.references(cfg.references, kind)
         while True:
             question = propose_prompt(kind, references, program, cfg.inputs, cfg.frame)
@@ -184,7 +184,7 @@ class Actor:
                 raise UsageError(f"--max-prompt is {cfg.max_prompt}, but asking for a new {kind} task takes "
                                  f"{len(prompt_ids)} tokens")
         shown = [task.program for task in references]
-        if cfg.frame == "examples":  # this frame does not show the identity
+        if cfg.frame != "long":  # which is the only one to show the identity
             shown = [text for text in shown if text != ZERO_TRIPLET.program]
         return Rollout("propose", kind, prompt_ids, program=program, references=shown)
 

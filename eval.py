@@ -43,6 +43,7 @@ FILES = "settings.json answers.jsonl results.json".split()
 FREE = "benchmarks workers generate_batch out".split()  # options that do not affect the answers
 COUNTS = "n unanswered samples".split()
 MEANS = "base well_formed truncated tokens".split()  # base: correct by the tests of HumanEval and MBPP alone
+EXAMPLE_FRAMES = "examples", "brief"  # of training, with worked examples
 CHUNK = 128  # problems between two steps of the progress bar
 
 
@@ -114,7 +115,7 @@ def tables(results):
 def encode(policy, problem, template, think=None):
     """A problem's question as token ids, the same for the base and the trained model.
 
-    azr: training's long frame, which ends in <think>. examples: training's frame of worked examples, if the
+    azr: training's long frame, which ends in <think>. examples, brief: training's frames of worked examples, if the
     problem is a Task (`policy` was loaded with the frame that it needs). plain: the question and an empty
     line. chat: the model's own chat template around the question. think: the template's enable_thinking,
     which templates without that switch ignore. Raises UsageError if there is no chat template.
@@ -127,8 +128,8 @@ def encode(policy, problem, template, think=None):
             raise UsageError("--template chat: this model has no chat template; use azr or plain")
         text = policy.chat_text(question, thinking=think)
         return policy.tokenizer(text, add_special_tokens=False).input_ids
-    if template == "examples" and hasattr(problem, "task"):
-        question = solve_prompt(problem.task, "examples")
+    if template in EXAMPLE_FRAMES and hasattr(problem, "task"):
+        question = solve_prompt(problem.task, template)
     return policy.encode(question)
 
 
@@ -151,7 +152,7 @@ def generate_answers(problems, options, out, settings):
             if not policy:
                 policy = load_policy(
                     model, options.quantize, 0, options.dtype, options.device, options.adapter,
-                    trained=False, frame="examples" if options.template == "examples" else "long")
+                    trained=False, frame=options.template if options.template in EXAMPLE_FRAMES else "long")
                 if column == "base" and options.adapter:
                     policy.model.base_model.disable_adapter_layers()
             answers[column, name] = sample(policy, column, name, tasks, options)
@@ -324,7 +325,7 @@ def parse(arguments):
     add("--data", help="a folder with the benchmarks' files; default: the Hugging Face hub")
     add("--judge", help='judge the answers in this file: lines of {"benchmark", "id", "response"}')
     add("--limit", type=number(1), help="only the first so many tasks of each benchmark")
-    add("--template", choices="azr examples plain chat".split(), default="azr",
+    add("--template", choices="azr examples brief plain chat".split(), default="azr",
         help="azr: training's --frame long (default); examples: its --frame examples (default for such a "
              "run); plain: the question alone; chat: the model's template")
     add("--think", action=argparse.BooleanOptionalAction,
@@ -381,8 +382,8 @@ def defaults_of(run):
     config = read_config(run, CONFIG)
     defaults = {name: config[name] for name in CONFIG}
     defaults["dtype"] = config.get("dtype", "auto")  # older runs do not say
-    if config.get("frame") == "examples":
-        defaults["template"] = "examples"
+    if config.get("frame") in EXAMPLE_FRAMES:
+        defaults["template"] = config["frame"]
     if (run / "adapter").is_dir():
         defaults["adapter"] = str(run / "adapter")
     elif not (run / "model").is_dir():

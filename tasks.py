@@ -96,6 +96,10 @@ SOLVED = EXAMPLES[:3]  # shown to a solver, with Kind.thoughts
 # shown, because more of them help with the format. If it has to be written, more of them gave more invalid
 # programs.
 SHOTS = 6
+# In the frame "brief", since a model of some 100 million weights loses the thread in longer thoughts.
+BRIEF_REMARK = "New."
+BRIEF_THOUGHTS = (
+    "f(135) is 135 // 60, 135 % 60.", "f(13) is 'adult', as 13 < 13 is false.", "f([4, 9, 6]) is 9 - 4.")
 
 
 def split_pairs(task):
@@ -185,13 +189,24 @@ _TRIPLET_REMARK = "Checked: f({input}) is {output}."
 _PAIR = "Example:\n```input\n{input}\n```\n```output\n{output}\n```\n\n"
 
 
+def _entry_in(frame, kind):
+    """The entry of a type, with its brief thoughts in the frame "brief"."""
+    entry = KINDS[kind]
+    if frame != "brief":
+        return entry
+    remarks = (BRIEF_REMARK,) * len(EXAMPLES)
+    return replace(entry, remarks=remarks, remark=BRIEF_REMARK, thoughts=BRIEF_THOUGHTS,
+                   propose_example=entry.propose_example.replace("\n</think>", "</think>"),
+                   solve_example=entry.solve_example.replace("\n</think>", "</think>"))
+
+
 def propose_prompt(kind, references=(), program="", count=10, frame="long"):
     """The proposer's question, with K references for a type that brings its own program, else one program.
 
-    In the frame "examples", references of any type appear as earlier responses. EXAMPLES bring their number
-    up to SHOTS or more, and replace the identity, because it shows nothing.
+    In the frames "examples" and "brief", references of any type appear as earlier responses. EXAMPLES bring
+    their number up to SHOTS or more, and replace the identity, because it shows nothing.
     """
-    entry = KINDS[kind]
+    entry = _entry_in(frame, kind)
     if frame == "long" or not entry.propose_example:
         shown = "".join(_REFERENCE.format(**asdict(task)) for task in references)
         return entry.propose.format(references=shown, program=program, count=count)
@@ -208,7 +223,7 @@ def propose_prompt(kind, references=(), program="", count=10, frame="long"):
 
 def solve_prompt(task, frame="long"):
     """The solver's question. For induction: the message and the shown half. Frames as in `propose_prompt`."""
-    entry = KINDS[task.type]
+    entry = _entry_in(frame, task.type)
     if frame == "long" or not entry.solve_example:
         return entry.solve.format(**_slots(task))
     earlier = [_slots(example) | {"thought": thought} for example, thought in zip(SOLVED, entry.thoughts)]

@@ -56,8 +56,9 @@ class Config:
     inputs: int = setting("N: inputs of an induction task, half of which stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
     buffer: int = setting("tasks kept for each type (a full buffer evicts at random)", 16384, low=2)
-    frame: str = setting("prompts: the long instruction, or worked examples, with the references among them",
-                         "long", "examples", "long", choices=("long", "examples"))
+    frame: str = setting("prompts: a long instruction, or worked examples with the references among them; brief: "
+                         "with shorter thoughts; auto: brief below 300 million weights, else examples",
+                         "long", "auto", "long", choices=("long", "examples", "brief", "auto"))
     max_prompt: int = setting("most tokens of a prompt (references are dropped to fit)", 512, 4096, 6144,
                               low=1)
     max_response: int = setting("most tokens of a response (longer ones are malformed); 0: 512 below 2 "
@@ -144,8 +145,7 @@ def train(cfg, run):
     rng = random.Random(cfg.seed)
     policy = load_policy(cfg.model, cfg.quantize, cfg.lora_rank, cfg.dtype, cfg.device, frame=cfg.frame,
                          date=cfg.date)
-    if not cfg.max_response:
-        cfg = replace(cfg, max_response=response_limit(count_weights(policy.causal)))
+    cfg = fit_to_size(cfg, count_weights(policy.causal))
     check_lengths(policy, cfg.max_prompt, cfg.max_response)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     buffer = TaskBuffer(cfg.buffer, rng)
@@ -154,7 +154,8 @@ def train(cfg, run):
     micro_tokens = cfg.micro_tokens
     if cfg.model not in SHIPPED or policy.device.type == "cuda":
         micro_tokens = fit_micro_tokens(policy, cfg)
-        say(f"{describe(policy)}\nmicro-batches of at most {micro_tokens:,} tokens fit into memory")
+        say(f"{describe(policy)}\n--frame {cfg.frame} and --max-response {cfg.max_response}\n"
+            f"micro-batches of at most {micro_tokens:,} tokens fit into memory")
 
     workers = cfg.workers or parallel.workers()
     with Executor(workers, cfg.timeout) as executor, interruptible() as stop_requests:
@@ -216,13 +217,18 @@ def train(cfg, run):
     run.finish(stop, cfg.heldout)
 
 
-def response_limit(weights):
-    """The limit of a response, in tokens, for --max-response 0 and a model with this number of weights.
+def fit_to_size(cfg, weights):
+    """The settings that --frame auto and --max-response 0 leave to the model's number of weights. → Config
 
-    A small model that does not end soon repeats itself until the limit. For example, all correct answers of
-    Qwen2.5-Coder-0.5B to CRUXEval had at most 105 tokens, and a quarter of its answers never ended.
+    SmolLM2-135M loses the thread in the longer thoughts of the worked examples, and Qwen2.5-Coder-0.5B needs
+    them. A small model that does not end soon repeats itself until the limit: all right answers of
+    Qwen2.5-Coder-0.5B to CRUXEval had at most 105 tokens, and some 10% of its answers never ended.
     """
-    return 512 if weights < 2e9 else 2048
+    frame = cfg.frame
+    if frame == "auto":
+        frame = "brief" if weights < 3e8 else "examples"
+    limit = 512 if weights < 2e9 else 2048
+    return replace(cfg, frame=frame, max_response=cfg.max_response or limit)
 
 
 def trained_rollouts(proposals, tries, solutions, cfg):

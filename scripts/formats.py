@@ -10,7 +10,7 @@ not always. Induction's programs are those of the model's valid triplets. With -
 accuracy of greedy answers to the tasks of that file (for example CRUXEval's), and `cut` the share of them that run
 into --heldout-response.
 
-Variants: `long` and `examples` are --frame's choices. `plain` is `long` without the chat template, for models that
+Variants: `long`, `examples` and `brief` are --frame's choices. `plain` is `long` without the chat template, for models that
 have one, and `chat` is `examples` inside of it. `grown` is `examples` with --references of the model's own tasks as
 earlier responses.
 """
@@ -36,14 +36,15 @@ from sampling import Sampler
 from tasks import EXAMPLES, KINDS, TASK_TYPES, TaskBuffer, UsageError
 from train import CARD, preset
 
-VARIANTS = ("long", "plain", "examples", "chat", "grown")
+VARIANTS = ("long", "plain", "examples", "brief", "chat", "grown")
+FRAMES = {"long": "long", "plain": "long", "brief": "brief"}  # of variants, else "examples"
 TRIES = 8
 COLUMNS = "variant role type prompt well_formed valid truncated tokens learnable heldout cut".split()
 
 
 def measure(policy, sampler, executor, variant, cfg, heldout=(), heldout_response=256):
     """Yields a row for each role and type."""
-    cfg = replace(cfg, frame="long" if variant in ("long", "plain") else "examples")
+    cfg = replace(cfg, frame=FRAMES.get(variant, "examples"))
     policy.chat = variant in ("long", "chat") and bool(policy.tokenizer.chat_template)
     buffer = TaskBuffer(cfg.buffer, random.Random(cfg.seed))
     actor = Actor(policy, sampler, executor, replace(cfg, references=0))

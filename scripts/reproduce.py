@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +28,7 @@ from run import flag, read_rows
 from shapes import SHAPES, make_policy
 from tables import markdown
 from tasks import UsageError
-from train import KEPT, configure, parse, response_limit
+from train import KEPT, configure, parse, fit_to_size
 
 SOURCE = "README of the official repository, LeapLabTHU/Absolute-Zero-Reasoner"
 PAPER = {  # model: (code, math, total) of the base, and of it after the paper's training
@@ -66,7 +66,7 @@ def train(cfg, options, run):
         code = call("train.py", "--model", options.model, "--out", run, *options.flags)
     else:
         wanted = json.loads(json.dumps(asdict(cfg)))
-        chosen = {"date", "max_response"} - parse(options.flags).keys()  # by the run, where nobody gives them
+        chosen = {"date", "frame", "max_response"} - parse(options.flags).keys()  # by the run, where nobody gives them
         if changed := [name for name in wanted
                        if name not in {*KEPT, *chosen} and settings.get(name) != wanted[name]]:
             raise UsageError(f"{run} was begun with another {flag(changed[0])}; give its value, or another --out")
@@ -142,7 +142,7 @@ def describe(cfg, options, run, out):
     size = cfg.model.split("-")[-1]
     if "Qwen2.5-" in cfg.model and size in SHAPES:
         policy = make_policy(size, "4bit" if cfg.lora_rank else "bf16", "meta")
-        cfg = replace(cfg, max_response=cfg.max_response or response_limit(count_weights(policy.causal)))
+        cfg = fit_to_size(cfg, count_weights(policy.causal))
         fitting, seconds = fit_micro_tokens(policy, cfg, CARD_GB * 2 ** 30), seconds_of_a_step(policy, cfg)
         print(f"on a card of {CARD_GB} GB, expected, not measured: micro-batches of at most {fitting} tokens, "
               f"{seconds:.0f} seconds a step, {seconds * cfg.steps / 3600:.0f} hours in all")

@@ -81,9 +81,9 @@ def smollm2(tmp_path_factory):
 
 def test_the_model_loads_and_follows_the_worked_examples(smollm2, executor):
     assert "quantization_config" not in json.loads((smollm2 / "config.json").read_text())
-    policy = load_policy(str(smollm2), lora_rank=0, device="cpu", frame="examples")
-    cfg = preset(CARD, batch=16, max_response=128)
+    policy = load_policy(str(smollm2), lora_rank=0, device="cpu", frame="brief")
+    cfg = preset(CARD, batch=16, max_response=96, frame="brief")
     actor = Actor(policy, Sampler(policy), executor, cfg)
     rollouts = actor.propose(TaskBuffer(100, random.Random(0)), ["deduction"])
-    # two in five are; of 16 one or none in two runs of 1,000
-    assert sum(rollout.well_formed for rollout in rollouts) > 1
+    # three in five are; of 16 three or fewer in one run of 1,000
+    assert sum(rollout.well_formed for rollout in rollouts) > 3

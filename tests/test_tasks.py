@@ -91,21 +91,32 @@ def shots(kind):
     return SHOTS if KINDS[kind].own_program else len(EXAMPLES)
 
 
+@pytest.mark.parametrize("frame", ["examples", "brief"])
 @pytest.mark.parametrize("kind", TASK_TYPES)
-def test_examples_are_right_in_every_part(kind, executor):
+def test_examples_are_right_in_every_part(kind, frame, executor):
     entry, examples = KINDS[kind], [replace(task, type=kind) for task in EXAMPLES]
     for example in examples:
         done = entry.complete(example, executor.validate(entry.runs(example)))
         assert (done.output, done.outputs) == (example.output, example.outputs) and not within_limits(done)
-    said, _ = responses(propose_prompt(kind, program=PROGRAM, frame="examples"))
+    said, _ = responses(propose_prompt(kind, program=PROGRAM, frame=frame))
     assert len(said) == shots(kind)
     given = [parse_proposal(kind, text, example.program) for text, example in zip(said, examples)]
     assert [(task.program, task.input or task.inputs) for task in given] == [
         (task.program, task.input if entry.own_program else task.inputs) for task in examples[:shots(kind)]]
-    said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), "examples"))
+    said, _ = responses(solve_prompt(replace(INDUCTION, type=kind), frame))
     solved = [replace(task, type=kind) for task in SOLVED]
     assert is_correct(solved, [parse_answer(kind, text) for text in said], executor) == [True] * len(SOLVED)
     assert len(entry.remarks) == len(EXAMPLES) and len(entry.thoughts) == len(SOLVED)
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_thoughts_are_brief_in_the_brief_frame(kind):
+    task = replace(INDUCTION, type=kind, input="1", output="2")
+    for frame, brief in (("examples", False), ("brief", True)):
+        said, _ = responses(propose_prompt(kind, [task], PROGRAM, frame=frame))
+        assert {text.partition("</think>")[0] == "New." for text in said} == {brief}
+        said, _ = responses(solve_prompt(task, frame))
+        assert (said[1].partition("</think>")[0] == "f(13) is 'adult', as 13 < 13 is false.") is brief
 
 
 @pytest.mark.parametrize("kind", TASK_TYPES)

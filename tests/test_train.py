@@ -564,12 +564,18 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing_in_the_way(tmp_path):
     assert not run.exists()
 
 
-def test_small_models_get_a_lower_limit_of_responses():
-    assert [train.response_limit(weights) for weights in (494e6, 1.5e9, 3.1e9)] == [512, 512, 2048]
+def test_what_the_user_leaves_open_follows_from_the_size_of_the_model():
+    chosen = {}
+    for weights in (135e6, 494e6, 3.1e9):
+        cfg = train.fit_to_size(train.preset(train.CARD), weights)
+        chosen[weights] = cfg.frame, cfg.max_response
+    assert chosen == {135e6: ("brief", 512), 494e6: ("examples", 512), 3.1e9: ("examples", 2048)}
+    given = train.preset(train.CARD, frame="long", max_response=7)
+    assert train.fit_to_size(given, 135e6) == given
 
 
 def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp_path, random_model, capsys, monkeypatch):
-    monkeypatch.setattr(train, "response_limit", lambda weights: 12)
+    monkeypatch.setattr(train, "fit_to_size", lambda cfg, weights: train.replace(cfg, frame="brief", max_response=12))
     run = tmp_path / "run"
     flags = "--batch 2 --seed-factor 1 --heldout-limit 1 --workers 1 --device cpu".split()
     assert train.main(["--model", random_model, *flags, "--out", str(run)]) == 2
@@ -581,6 +587,7 @@ def test_a_model_that_never_writes_a_valid_task_is_told_why_and_ends_the_run(tmp
     assert said[last:].count("\n") == 1 and str(run / "samples.jsonl") in said[last:] and "Traceback" not in said
     assert "40 sampled, 0% well formed, 0% valid" in said and not (run / "checkpoint").exists()
     assert json.loads((run / "config.json").read_text())["max_response"] == 12
+    assert "--frame brief and --max-response 12" in said
 
 
 def test_of_invalid_seeds_the_commonest_reason_is_named_with_a_whole_response():
