@@ -56,8 +56,8 @@ class Config:
     inputs: int = setting("N: inputs of an induction task, half of which stay hidden", 6, 10, 10, low=2)
     seed_factor: int = setting("S: the buffers are seeded with B·S valid tasks", 4, low=1)
     buffer: int = setting("tasks kept for each type (a full buffer evicts at random)", 16384, low=2)
-    frame: str = setting("prompts: a long instruction, or worked examples with the references among them; brief: "
-                         "with shorter thoughts; auto: brief below 300 million weights, else examples",
+    frame: str = setting("prompts: a long instruction, or worked examples with the references among them; "
+                         "brief: with shorter thoughts; auto: brief below 300 million weights, else examples",
                          "long", "auto", "long", choices=("long", "examples", "brief", "auto"))
     max_prompt: int = setting("most tokens of a prompt (references are dropped to fit)", 512, 4096, 6144,
                               low=1)
