@@ -117,8 +117,8 @@ def encode(policy, problem, template, think=None):
 
     azr: training's long frame, which ends in <think>. examples, brief: training's frames of worked examples,
     if the problem is a Task (`policy` was loaded with the frame that it needs). plain: the question and an
-    empty line. chat: the model's own chat template around the question. think: the template's enable_thinking,
-    which templates without that switch ignore. Raises UsageError if there is no chat template.
+    empty line. chat: the model's own chat template around the question. think: the template's
+    enable_thinking, which templates without that switch ignore. Raises UsageError if there is no chat template.
     """
     question = problem.question
     if template == "plain":
@@ -326,8 +326,8 @@ def parse(arguments):
     add("--judge", help='judge the answers in this file: lines of {"benchmark", "id", "response"}')
     add("--limit", type=number(1), help="only the first so many tasks of each benchmark")
     add("--template", choices="azr examples brief plain chat".split(), default="azr",
-        help="azr: training's --frame long (default); examples, brief: its frames of these names (default for a "
-             "run that had one); plain: the question alone; chat: the model's template")
+        help="azr: training's --frame long (default); examples, brief: its frames of these names (default "
+             "for a run that had one); plain: the question alone; chat: the model's template")
     add("--think", action=argparse.BooleanOptionalAction,
         help="with --template chat: its switch enable_thinking, if it has one; default: the template's own")
     add("--samples", type=number(1), default=1, help="answers to each task (1)")
