@@ -118,7 +118,7 @@ def encode(policy, problem, template, think=None):
     azr: training's long frame, which ends in <think>. examples, brief: training's frames of worked examples,
     if the problem is a Task (`policy` was loaded with the frame that it needs). plain: the question and an
     empty line. chat: the model's own chat template around the question. think: the template's
-    enable_thinking, which templates without that switch ignore. Raises UsageError if there is no chat template.
+    enable_thinking, which templates without that switch ignore. Raises UsageError without a chat template.
     """
     question = problem.question
     if template == "plain":
