@@ -6,7 +6,7 @@ model with its base, and `--benchmarks code,math` takes the paper's benchmarks (
 
     evaluate          benchmarks, answers, verdicts, results.json
     generate_answers  answers.jsonl, benchmark by benchmark
-    encode            a problem as a prompt, by one of four templates
+    encode            a problem as a prompt, by one of five templates
     score, tables     accuracy, pass@k, base and trained side by side
 
 Formats and judges are in judges/. Model text runs only in the sandbox. Mathematics is parsed in a separate

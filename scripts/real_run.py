@@ -87,8 +87,7 @@ def answers(options, run, column):
         flags += ["--limit", options.limit]
     if options.max_response:
         flags += ["--max-response", options.max_response]
-    child = call("eval.py", "--run", run, "--only", column, "--benchmarks", options.benchmarks, "--out", out,
-                 "--dtype", options.dtype, *flags)
+    child = call("eval.py", "--run", run, "--only", column, "--benchmarks", options.benchmarks, "--out", out, *flags)
     try:
         child.wait()
     except KeyboardInterrupt:
@@ -156,7 +155,6 @@ def parse(arguments):
     add("--benchmarks", default=BENCHMARKS, help=f"as eval.py takes them; default: {BENCHMARKS}")
     add("--limit", type=int, help="only the first so many tasks of each benchmark")
     add("--max-response", type=int, help="tokens of an answer to a benchmark; default: as trained")
-    add("--dtype", default="auto", help="of the weights in eval.py")
     add("flags", nargs="*", metavar="-- FLAGS", help="flags of train.py")
     options = parser.parse_args(arguments)
     options.runs = options.runs.split(",")
