@@ -128,7 +128,7 @@ class Run:
             self.lines[name] = len(rows)
             replace_file(self.folder / name, as_lines(rows))
         self.metrics = logs["metrics.jsonl"]
-        self.write_config(cfg)  # --resume may have changed some values
+        self.write_config(cfg)  # --resume, or the size of the model, may have changed some values
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         threading.excepthook = lambda _: None  # errors of its thread are raised again in this one
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.metrics))
